@@ -1,0 +1,150 @@
+"""What ``encode`` can be told, with the presets' settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+__all__ = ["PRESETS", "EncodeConfig", "TrainingDefaults", "parse_size"]
+
+_SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+class TrainingDefaults(NamedTuple):
+    """Settings that a preset fixes per model where the user gives none."""
+
+    lr: float
+    batch_size: int
+
+
+#: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with.
+PRESETS: dict[str, dict[str, TrainingDefaults]] = {
+    "paper": {
+        "hflf": TrainingDefaults(lr=2e-3, batch_size=1),
+        "hnerv": TrainingDefaults(lr=1e-3, batch_size=2),
+        "nerv": TrainingDefaults(lr=1e-3, batch_size=2),
+    },
+}
+
+
+def parse_size(text: str | float) -> int:
+    """Read a number of parameters: ``1.5M``, ``300k``, ``300000`` or a number.
+
+    Raises:
+        ValueError: it is none of these, or less than 1.
+    """
+    if isinstance(text, bool):
+        raise ValueError(f"size must be a number of parameters such as 1.5M, got {text!r}")
+    if isinstance(text, (int, float)):
+        value = float(text)
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmM]?)\s*", text)
+        if match is None:
+            raise ValueError(f"size must be a number of parameters such as 1.5M, 300k or 300000, got {text!r}")
+        value = float(match[1]) * _SIZE_UNITS[match[2].lower()]
+    if not 1 <= value <= 2**40:
+        raise ValueError(f"size must be at least 1 parameter, got {text!r}")
+    return round(value)
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How to encode a video.
+
+    Attributes:
+        model: ``"hflf"`` (the paper's dual stream), ``"hnerv"`` or ``"nerv"``.
+        preset: ``"paper"``, the settings the method was published with.
+        size: parameters of embeddings and decoders together; a number or a string such as ``"1.5M"``.
+        epochs: passes over the frames.
+        lr: learning rate; None for the preset's.
+        batch_size: frames a step; None for the preset's.
+        crop: ``(height, width)`` of a centre crop, after resizing and high-pass filtering; None for the whole frame.
+        resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
+        frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
+        highpass_removed: fraction of the bandwidth that the high-pass filter removes on each axis.
+        weight_bits: bits of a quantised weight, 2 to 8.
+        embedding_bits: bits of a quantised embedding value, 2 to 8.
+        entropy: the entropy coder, ``"huffman"`` or ``"range"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        precision: compute type of the training step, ``"fp32"``, ``"bf16"`` or ``"fp16"``; weights stay float32.
+        seed: seed of the initial weights and of the frame order.
+        workdir: folder for checkpoints; training resumes from what is there. None for no checkpoints.
+        checkpoint_seconds: time between checkpoints.
+        tensorboard: folder for TensorBoard logs; None for none.
+    """
+
+    model: str = "hflf"
+    preset: str = "paper"
+    size: int | float | str = "1.5M"
+    epochs: int = 300
+    lr: float | None = None
+    batch_size: int | None = None
+    crop: tuple[int, int] | None = None
+    resize: tuple[int, int] | None = None
+    frames: slice | tuple[int | None, int | None] | str | None = None
+    highpass_removed: float = 0.8
+    weight_bits: int = 8
+    embedding_bits: int = 6
+    entropy: str = "huffman"
+    device: str = "auto"
+    precision: str = "fp32"
+    seed: int = 1
+    workdir: str | os.PathLike[str] | None = None
+    checkpoint_seconds: float = 60.0
+    tensorboard: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _choice("preset", self.preset, PRESETS)
+        _choice("model", self.model, PRESETS[self.preset])
+        _choice("entropy", self.entropy, ("huffman", "range"))
+        _choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        parse_size(self.size)
+        _integer("epochs", self.epochs, 1)
+        _integer("seed", self.seed, 0, 2**31 - 1)
+        _integer("weight_bits", self.weight_bits, 2, 8)
+        _integer("embedding_bits", self.embedding_bits, 2, 8)
+        if self.batch_size is not None:
+            _integer("batch_size", self.batch_size, 1)
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.highpass_removed <= 1:
+            raise ValueError(f"highpass_removed must be in [0, 1], got {self.highpass_removed}")
+        if not self.checkpoint_seconds >= 0:
+            raise ValueError(f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}")
+        for name in ("crop", "resize"):
+            pair = getattr(self, name)
+            if pair is None:
+                continue
+            if len(pair) != 2:
+                raise ValueError(f"{name} must be (height, width), got {pair!r}")
+            for value in pair:
+                _integer(name, value, 1, 16384)
+
+    @property
+    def parameters(self) -> int:
+        """``size`` as a number."""
+        return parse_size(self.size)
+
+    def resolved(self) -> EncodeConfig:
+        """Return the same configuration with the preset's learning rate and batch size filled in."""
+        defaults = PRESETS[self.preset][self.model]
+        return replace(
+            self,
+            size=self.parameters,
+            lr=defaults.lr if self.lr is None else self.lr,
+            batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
+        )
+
+
+def _choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {f'in {low}..{high}' if high else f'at least {low}'}, got {value}")

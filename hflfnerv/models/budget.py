@@ -1,0 +1,115 @@
+"""The parameter budget: from a total size to the width of every layer.
+
+The formulas are those of the HNeRV code base, which the paper keeps. They count convolution weights and no biases, and
+take the widths before rounding, so a network's true size is within a few per cent of the size asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from .layout import Layout
+from .spec import ModelSpec, StreamSpec
+
+__all__ = [
+    "embedding_count",
+    "hfd_stream",
+    "lfd_stream",
+    "nerv_stream",
+    "plan_or_explain",
+    "width_for_budget",
+]
+
+_LOWEST_WIDTH = 12
+
+
+def block_kernels(first: int, largest: int, stages: int) -> tuple[int, ...]:
+    """Kernel sizes that grow by two from block to block: ``min(first + 2 i, largest)``."""
+    return tuple(min(first + 2 * i, largest) for i in range(stages))
+
+
+def block_widths(first: int, reduction: float, stages: int, lowest: int = 1) -> tuple[int, ...]:
+    """Channel widths, stem first, each the rounded quotient of the one before and not under ``lowest``."""
+    widths = [first]
+    for _ in range(stages):
+        widths.append(max(round(widths[-1] / reduction), lowest))
+    return tuple(widths)
+
+
+def width_for_budget(
+    budget: float, strides: Sequence[int], kernels: Sequence[int], reduction: float, stem_weights_per_channel: float
+) -> int:
+    """Return the stem width C that spends ``budget`` weights.
+
+    The floor of the positive root of ``a C^2 + b C = budget`` with
+    ``a = sum_i s_i^2 k_i^2 / reduction^(2 i + 1)`` over the blocks and ``b`` the stem's weights per channel: the
+    formula of the HNeRV code base, which the paper keeps. Zero where not even one channel is affordable.
+    """
+    a = sum(s * s * k * k / reduction ** (2 * i + 1) for i, (s, k) in enumerate(zip(strides, kernels, strict=True)))
+    b = stem_weights_per_channel
+    if budget <= 0:
+        return 0
+    return int((-b + math.sqrt(b * b + 4 * a * budget)) / (2 * a))
+
+
+def embedding_count(frames: int, channels: int, layout: Layout) -> int:
+    """Number of embedding values of all frames."""
+    return frames * channels * layout.cells
+
+
+def hfd_stream(budget: float, layout: Layout, embedding_channels: int) -> StreamSpec | None:
+    """HNeRV's decoder, and the paper's HFD: kernels 1, 3, 5, 5, 5, widths divided by 1.2 and not under 12.
+
+    None where the budget does not pay for the lowest width.
+    """
+    kernels = block_kernels(1, 5, len(layout.strides))
+    first = width_for_budget(budget, layout.strides, kernels, 1.2, 9 * embedding_channels)
+    if first < _LOWEST_WIDTH:
+        return None
+    return StreamSpec(layout.grid, block_widths(first, 1.2, len(kernels), _LOWEST_WIDTH), layout.strides, kernels)
+
+
+def lfd_stream(budget: float, layout: Layout, time_features: int) -> StreamSpec | None:
+    """The paper's LFD1 and LFD2: kernels 3, 5, 5, 5, widths divided by 1.2. None below one channel."""
+    kernels = block_kernels(3, 5, len(layout.strides))
+    first = width_for_budget(budget, layout.strides, kernels, 1.2, layout.cells * (time_features + 1))
+    if first < 1:
+        return None
+    return StreamSpec(layout.grid, block_widths(first, 1.2, len(kernels)), layout.strides, kernels)
+
+
+def nerv_stream(budget: float, layout: Layout, time_features: int) -> StreamSpec | None:
+    """NeRV's decoder: kernels 3, widths halved and not under 12. None where the budget does not pay for that."""
+    kernels = block_kernels(3, 3, len(layout.strides))
+    first = width_for_budget(budget, layout.strides, kernels, 2.0, layout.cells * time_features)
+    if first < _LOWEST_WIDTH:
+        return None
+    return StreamSpec(layout.grid, block_widths(first, 2.0, len(kernels), _LOWEST_WIDTH), layout.strides, kernels)
+
+
+def plan_or_explain(
+    model: str, size: int, frames: int, height: int, width: int, spec_for: Callable[[int], ModelSpec | None]
+) -> ModelSpec:
+    """Return ``spec_for(size)``, or raise a ValueError that names the least size that gives a network."""
+    for name, value in (("size", size), ("frames", frames)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    spec = spec_for(size)
+    if spec is not None:
+        return spec
+    low, high = size, 2 * size
+    while spec_for(high) is None:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if spec_for(middle) is None:
+            low = middle
+        else:
+            high = middle
+    raise ValueError(
+        f"size must be at least {high} parameters for {frames} frames of {height} x {width} with model {model!r} "
+        f"(embeddings of all frames and the smallest decoders), got {size}"
+    )

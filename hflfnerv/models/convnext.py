@@ -1,0 +1,85 @@
+"""The ConvNeXt encoder of HNeRV, which the paper keeps: frame in, embedding out. It is not part of the coded video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ConvNeXtEncoder"]
+
+_NORM_EPSILON = 1e-6
+_LAYER_SCALE = 1e-6
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of ``[B, C, H, W]``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, _NORM_EPSILON)
+        return y.permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """``x + gamma * pwconv2(GELU(pwconv1(LayerNorm(dwconv7x7(x)))))`` (Liu et al., "A ConvNet for the 2020s")."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=_NORM_EPSILON)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), _LAYER_SCALE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        y = self.gamma * self.pwconv2(self.act(self.pwconv1(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+class ConvNeXtEncoder(nn.Module):
+    """Strided ConvNeXt with one block a stage.
+
+    Args:
+        strides: downscale factor of each stage; a stage begins with a convolution of that kernel size and stride.
+        channels: width of all stages but the last, 64 in the papers.
+        embedding_channels: width of the last stage, 16 in the papers.
+
+    Shape:
+        ``[B, 3, H, W]`` with H and W divisible by the product of the strides, to ``[B, embedding_channels, h, w]``.
+    """
+
+    def __init__(self, strides: Sequence[int], channels: int = 64, embedding_channels: int = 16) -> None:
+        super().__init__()
+        widths = [channels] * (len(strides) - 1) + [embedding_channels]
+        self.downsample_layers = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        previous = 3
+        for index, (stride, width) in enumerate(zip(strides, widths, strict=True)):
+            conv = nn.Conv2d(previous, width, stride, stride)
+            self.downsample_layers.append(
+                nn.Sequential(ChannelNorm(previous), conv) if index else nn.Sequential(conv, ChannelNorm(width))
+            )
+            self.stages.append(nn.Sequential(ConvNeXtBlock(width)))
+            previous = width
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+        return x

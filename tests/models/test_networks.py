@@ -1,0 +1,173 @@
+"""Shapes, ranges and formulas of the networks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hflfnerv.models import MODELS, HFLFNeRV, HNeRV, ModelSpec, TimeEncoding, TimeSpec, build_model
+
+SIZES = [(96, 160), (17, 31), (45, 80)]
+
+
+def make(model, height, width, frames=3, size=60_000, **options):
+    torch.manual_seed(0)
+    return build_model(MODELS[model].plan(size, frames, height, width), **options)
+
+
+def network_input(net, height, width, batch=2):
+    return None if net.encoder_input is None else torch.rand(batch, 3, height, width)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_forward(model, height, width):
+    net = make(model, height, width)
+    out = net(network_input(net, height, width), torch.tensor([0, 2]))
+    assert out.shape == (2, 3, height, width)
+    assert torch.isfinite(out).all()
+    low, high = (-1, 2) if model == "hflf" else (0, 1)
+    assert low < out.min()
+    assert out.max() < high
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_backward_reaches_every_parameter(model):
+    net = make(model, 48, 64)
+    net(network_input(net, 48, 64), torch.tensor([0, 1])).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_link_is_the_papers_sum():
+    net = make("hflf", 48, 64)
+    embedding, index = torch.randn(2, *net.spec.embedding_shape), torch.tensor([0, 1])
+    high, low = net.decode_streams(embedding, index)
+    time = net.time(index)
+    expected = (
+        torch.tanh(net.hfd(embedding))[..., :48, :64]
+        + (torch.tanh((net.lfd1(time[:, :20]) + net.lfd2(time[:, 20:]))[..., :48, :64]) + 1) / 2
+    )
+    torch.testing.assert_close(net.decode(embedding, index), expected)
+    torch.testing.assert_close(high + low, expected)
+
+
+def test_stream_is_conv_shuffle_gelu():
+    net = make("hnerv", 48, 64)
+    x = torch.randn(1, *net.spec.embedding_shape)
+    stream = net.decoder
+    y = torch.nn.functional.gelu(torch.nn.functional.conv2d(x, stream.stem.weight, stream.stem.bias))
+    for block, stride, kernel in zip(stream.blocks, stream.spec.strides, stream.spec.kernels, strict=True):
+        y = torch.nn.functional.conv2d(y, block.conv.weight, block.conv.bias, padding=kernel // 2)
+        y = torch.nn.functional.gelu(torch.nn.functional.pixel_shuffle(y, stride))
+    y = torch.nn.functional.conv2d(y, stream.head.weight, stream.head.bias, padding=1)
+    torch.testing.assert_close(stream(x), y)
+    features = stream.features(x)
+    assert [f.shape[1] for f in features] == list(stream.spec.widths)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_time_encoding_is_equation_1(first):
+    rows = TimeEncoding(TimeSpec(1.25, 30, first), frames=7, cached=True)(torch.tensor([0, 6]))
+    for row, i in zip(rows, (0, 6), strict=True):
+        t = (i + first) / 7
+        for level in range(30):
+            angle = 1.25**level * math.pi * t
+            assert row[2 * level].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert row[2 * level + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_time_encoding_is_the_same_cached_or_not():
+    index = torch.arange(9)
+    cached, lazy = (TimeEncoding(TimeSpec(1.25, 80, 0), 9, cached=c)(index) for c in (True, False))
+    assert torch.equal(cached, lazy)
+
+
+def test_encoder_matches_the_published_structure():
+    # Counted from the structure: per stage a strided convolution with a norm, and one block of a depthwise 7x7
+    # convolution, a norm, two linear layers and the layer scale.
+    net = make("hflf", 640, 1280, frames=2, size=1_500_000)
+    strides, widths = (5, 4, 4, 2, 2), (64, 64, 64, 64, 16)
+    count, previous = 0, 3
+    for index, (s, c) in enumerate(zip(strides, widths, strict=True)):
+        count += previous * c * s * s + c + 2 * (previous if index else c)
+        count += 49 * c + c + 2 * c + 4 * c * c + 4 * c + 4 * c * c + c + c
+        previous = c
+    assert sum(p.numel() for p in net.encoder.parameters()) == count
+    assert net.encoder(torch.zeros(1, 3, 640, 1280)).shape == (1, 16, 2, 4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_spec_survives_json(model):
+    import json
+
+    spec = MODELS[model].plan(60_000, 5, 45, 80)
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def replaced(path, value):
+    def change(data):
+        *parents, last = path
+        for key in parents:
+            data = data[key]
+        if value is None:
+            del data[last]
+        else:
+            data[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced(["frames"], 0), "frames"),
+        (replaced(["frames"], 2**40), "frames"),
+        (replaced(["height"], "64"), "height"),
+        (replaced(["width"], True), "width"),
+        (replaced(["streams"], {}), "streams"),
+        (replaced(["streams", "hfd", "widths"], [1]), "hfd"),
+        (replaced(["streams", "hfd", "kernels", 0], 2), "kernels"),
+        (replaced(["streams", "hfd", "strides"], [10**9]), "strides"),
+        (replaced(["streams", "lfd1", "grid"], [1, 1]), "lfd1"),
+        (replaced(["streams", "lfd1", "widths"], [4096] * 5), "lfd1|widths|weights"),
+        (replaced(["time", "levels"], 10**6), "levels"),
+        (replaced(["time", "base"], float("nan")), "base"),
+        (replaced(["embedding_channels"], None), "embedding_channels"),
+    ],
+)
+def test_spec_rejects(change, message):
+    import json
+
+    data = json.loads(json.dumps(HFLFNeRV.plan(60_000, 5, 45, 80).to_dict()))
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        ModelSpec.from_dict(data)
+
+
+def test_a_spec_of_another_model_is_refused():
+    spec = HFLFNeRV.plan(60_000, 5, 45, 80)
+    with pytest.raises(ValueError, match=r"spec\.model"):
+        HNeRV(spec)
+
+
+def test_decoding_network_has_no_encoder_and_needs_none():
+    full = make("hflf", 48, 64)
+    bare = build_model(full.spec, with_encoder=False)
+    bare.load_coded({name: p.detach() for name, p in full.coded_parameters().items()})
+    embedding, index = torch.randn(1, *full.spec.embedding_shape), torch.tensor([1])
+    assert torch.equal(bare.decode(embedding, index), full.decode(embedding, index))
+    with pytest.raises(RuntimeError, match="no encoder"):
+        bare.embed(torch.zeros(1, 3, 48, 64))
+
+
+def test_parameter_counts_add_up():
+    net = make("hflf", 48, 64, frames=4)
+    counts = net.parameter_counts()
+    assert counts["embeddings"] == 4 * int(np.prod(net.spec.embedding_shape))
+    assert counts["total"] == sum(value for name, value in counts.items() if name != "total")
+    assert counts["hfd"] == sum(p.numel() for p in net.hfd.parameters())
