@@ -1,0 +1,102 @@
+"""The training data of one video: frames once as uint8, encoder inputs once as float16."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..data import centre_crop
+from ..errors import MediaError
+from ..models import EncoderInput
+from ..ops import highpass
+
+__all__ = ["Clip", "prepare_clip"]
+
+_BATCH_PIXELS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames and encoder inputs in channels-last order.
+
+    Attributes:
+        frames: uint8 ``[T, H, W, 3]``, what is coded.
+        highpass: float16 ``[T, H, W, 3]``, the frames' high-pass part; None where the encoder does not see it.
+        encoder_input: what the encoder sees.
+    """
+
+    frames: Tensor
+    highpass: Tensor | None
+    encoder_input: EncoderInput | None
+
+    def __len__(self) -> int:
+        return self.frames.shape[0]
+
+    def to(self, device: torch.device) -> Clip:
+        """Return the clip on ``device``."""
+        return Clip(
+            self.frames.to(device), None if self.highpass is None else self.highpass.to(device), self.encoder_input
+        )
+
+    def targets(self, index: Tensor) -> Tensor:
+        """Return float32 frames ``[B, 3, H, W]`` in [0, 1], channels-last in memory."""
+        return self.frames[index].permute(0, 3, 1, 2).float().div_(255.0)
+
+    def inputs(self, index: Tensor) -> Tensor | None:
+        """Return float32 encoder inputs ``[B, 3, H, W]``, channels-last in memory, or None."""
+        if self.encoder_input is None:
+            return None
+        if self.encoder_input == "frame":
+            return self.targets(index)
+        assert self.highpass is not None
+        return self.highpass[index].permute(0, 3, 1, 2).float()
+
+    def digest(self) -> str:
+        """Return a hash of the frames and inputs, to tell whether a checkpoint belongs to them."""
+        digest = hashlib.blake2b(repr((tuple(self.frames.shape), self.encoder_input)).encode(), digest_size=16)
+        digest.update(self.frames.cpu().contiguous().numpy().data)
+        if self.highpass is not None:
+            digest.update(self.highpass.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def prepare_clip(
+    frames: Tensor, encoder_input: EncoderInput | None, *, crop: tuple[int, int] | None, removed: float
+) -> Clip:
+    """Filter and crop whole frames.
+
+    The high-pass filter runs over the whole frame, before the crop, as in the paper; its signed result is cropped like
+    the frame. It depends on the frame alone, so it is computed once.
+
+    Args:
+        frames: uint8 ``[T, H, W, 3]``, whole frames.
+        encoder_input: ``"highpass"``, ``"frame"`` or None.
+        crop: height and width of the centre crop, or None.
+        removed: fraction of the bandwidth the filter removes on each axis.
+
+    Raises:
+        MediaError: the filtered frames do not fit in memory.
+        ValueError: the crop is larger than the frame.
+    """
+    cropped = frames if crop is None else centre_crop(frames, *crop)
+    if encoder_input != "highpass":
+        return Clip(cropped.contiguous(), None, encoder_input)
+    count, height, width, _ = frames.shape
+    needed = cropped.numel() * 2
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise MediaError(
+            f"the high-pass frames need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free: "
+            "encode fewer frames (--frames) or smaller ones (--resize, --crop)"
+        )
+    filtered = torch.empty(cropped.shape, dtype=torch.float16)
+    batch = max(1, _BATCH_PIXELS // (height * width))
+    for start in range(0, count, batch):
+        part = frames[start : start + batch].permute(0, 3, 1, 2).float().div_(255.0)
+        part = highpass(part, removed).permute(0, 2, 3, 1)
+        filtered[start : start + batch] = part if crop is None else centre_crop(part, *crop)
+    return Clip(cropped.contiguous(), filtered, encoder_input)
