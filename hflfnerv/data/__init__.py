@@ -1,0 +1,24 @@
+"""Videos, folders of images and arrays in and out, as uint8 frames."""
+
+from .color import ColorDescription
+from .reader import DEFAULT_FPS, Video, VideoInfo, load_video, probe_video
+from .selection import parse_frames, parse_size_hw
+from .transforms import centre_crop, centre_offset, resize
+from .writer import WRITABLE_SUFFIXES, VideoWriter, write_frames
+
+__all__ = [
+    "DEFAULT_FPS",
+    "WRITABLE_SUFFIXES",
+    "ColorDescription",
+    "Video",
+    "VideoInfo",
+    "VideoWriter",
+    "centre_crop",
+    "centre_offset",
+    "load_video",
+    "parse_frames",
+    "parse_size_hw",
+    "probe_video",
+    "resize",
+    "write_frames",
+]

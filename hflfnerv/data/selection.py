@@ -1,0 +1,88 @@
+"""Which frames, and which size: what ``--frames``, ``--resize`` and ``--crop`` are given."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeAlias
+
+__all__ = ["FrameRange", "as_frame_slice", "format_frames", "parse_frames", "parse_size_hw"]
+
+FrameRange: TypeAlias = "slice | tuple[int | None, int | None] | str | None"
+
+_MAX_SIDE = 65536
+
+
+def parse_frames(text: str) -> slice:
+    """Read a range of frames as Python reads a slice: ``A:B``, ``:B``, ``A:`` or ``:``.
+
+    ``A`` is the first frame, counted from 0, ``B`` the first one after the range; negative numbers count from the end.
+
+    Returns:
+        ``slice(A, B)``, with None for a side left out.
+
+    Raises:
+        ValueError: it is not of this form (there is no step).
+
+    Example:
+        >>> parse_frames("0:24")
+        slice(0, 24, None)
+    """
+    match = re.fullmatch(r"\s*(-?\d{1,18})?\s*:\s*(-?\d{1,18})?\s*", text)
+    if match is None:
+        raise ValueError(f"frames must be A:B, :B or A: (first frame and the one after the last), got {text!r}")
+    start, stop = (None if side is None else int(side) for side in match.groups())
+    return slice(start, stop)
+
+
+def as_frame_slice(frames: FrameRange) -> slice:
+    """Return any form of a frame range as ``slice(start, stop)``.
+
+    Raises:
+        TypeError: it is neither a slice, a pair, a string nor None, or its sides are not integers.
+        ValueError: it has a step, or the string or the pair is not of the right form.
+    """
+    if frames is None:
+        return slice(None, None)
+    if isinstance(frames, str):
+        return parse_frames(frames)
+    if isinstance(frames, slice):
+        if frames.step not in (None, 1):
+            raise ValueError(f"frames must have no step, got {frames.step!r}")
+        start, stop = frames.start, frames.stop
+    elif isinstance(frames, tuple):
+        if len(frames) != 2:
+            raise ValueError(f"frames must be (start, stop), got {frames!r}")
+        start, stop = frames
+    else:
+        raise TypeError(f"frames must be a slice, (start, stop), a string A:B or None, got {frames!r}")
+    for side in (start, stop):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"frames must have integers or None as its sides, got {side!r}")
+    return slice(start, stop)
+
+
+def format_frames(frames: slice) -> str:
+    """Return the ``A:B`` that :func:`parse_frames` reads as this slice."""
+    return f"{'' if frames.start is None else frames.start}:{'' if frames.stop is None else frames.stop}"
+
+
+def parse_size_hw(text: str) -> tuple[int, int]:
+    """Read a frame size, ``HEIGHTxWIDTH``.
+
+    Returns:
+        ``(height, width)`` in pixels.
+
+    Raises:
+        ValueError: it is not of this form, or a side is not in 1..65536.
+
+    Example:
+        >>> parse_size_hw("640x1280")
+        (640, 1280)
+    """
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX]\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise ValueError(f"size must be HEIGHTxWIDTH such as 640x1280, got {text!r}")
+    height, width = int(match[1]), int(match[2])
+    if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
+        raise ValueError(f"size must have sides in 1..{_MAX_SIDE}, got {text!r}")
+    return height, width
