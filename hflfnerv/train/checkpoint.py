@@ -44,7 +44,6 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     metadata = {_KEY: json.dumps({"version": _VERSION, **checkpoint.state})}
     data = safetensors.torch.save(tensors, metadata)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._atomic import check_writable
 from .._device import autocast_dtype
 from ..errors import CheckpointError, TrainingDiverged, TrainingInterrupted
 from ..models import VideoNetwork
@@ -74,6 +75,7 @@ class Trainer:
 
     Raises:
         CheckpointError: ``workdir`` holds another run's checkpoint, or a damaged one.
+        OSError: ``workdir`` cannot be written.
     """
 
     def __init__(
@@ -108,8 +110,11 @@ class Trainer:
         self._path = None if workdir is None else Path(workdir) / _CHECKPOINT_NAME
         self._checkpoint_seconds = checkpoint_seconds
         self._random_state: dict[str, Tensor] = {}
-        if self._path is not None and self._path.exists():
-            self._restore(load_checkpoint(self._path))
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(self._path)
+            if self._path.exists():
+                self._restore(load_checkpoint(self._path))
 
     def run(self, on_step: Callable[[Trainer], None] | None = None) -> None:
         """Train to the last epoch, from wherever the checkpoint left off.

@@ -1,0 +1,86 @@
+"""Types and options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = ["add_device", "add_frames", "add_selection", "argument", "print_json", "write_json"]
+
+T = TypeVar("T")
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Make a parser's ValueError the message that argparse prints."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _frames(text: str) -> slice:
+    from ..data import parse_frames
+
+    return parse_frames(text)
+
+
+def _size_hw(text: str) -> tuple[int, int]:
+    from ..data import parse_size_hw
+
+    return parse_size_hw(text)
+
+
+def add_frames(parser: argparse.ArgumentParser) -> None:
+    """Add --frames."""
+    parser.add_argument(
+        "--frames", metavar="A:B", type=argument(_frames), help="frames A to B-1, like a slice (default: all)"
+    )
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add --frames, --resize and --crop."""
+    add_frames(parser)
+    parser.add_argument(
+        "--resize", metavar="HxW", type=argument(_size_hw), help="resize whole frames to HxW first (bicubic)"
+    )
+    parser.add_argument("--crop", metavar="HxW", type=argument(_size_hw), help="centre crop to HxW, after --resize")
+
+
+def add_device(parser: argparse.ArgumentParser, precisions: tuple[str, ...], default: str) -> None:
+    """Add --device and --precision."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--precision", choices=precisions, default=default, help=f"compute type (default: {default})")
+
+
+def print_json(value: Any) -> None:
+    """Print a report on standard output."""
+    print(_to_json(value))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a report to a file, whole or not at all."""
+    from .._atomic import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(_to_json(value) + "\n")
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot hold by its name: the PSNR of identical frames is ``"inf"``."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

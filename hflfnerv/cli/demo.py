@@ -1,0 +1,125 @@
+"""``hflfnerv demo``."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._options import argument, write_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ..codec import Decoder
+
+__all__ = ["add_parser", "run"]
+
+CLIP = "bunny_320x640.mp4"
+_HIGHPASS_GAIN = 4
+_ERROR_GAIN = 4
+
+
+def _size_hw(text: str) -> tuple[int, int]:
+    from ..data import parse_size_hw
+
+    return parse_size_hw(text)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("demo", help="encode, decode and score a bundled clip; minutes on two CPU cores")
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo-output"), help="folder (default: demo-output)")
+    parser.add_argument(
+        "--resize", metavar="HxW", type=argument(_size_hw), default="160x320", help="(default: 160x320)"
+    )
+    parser.add_argument("--size", default="0.15M", help="parameters (default: 0.15M)")
+    parser.add_argument("--epochs", type=int, default=80, help="(default: 80)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Encode the bundled clip, decode the file, and show what came of it."""
+    from ..codec import Decoder, encode
+    from ..config import EncodeConfig
+    from ..data import VideoWriter, load_video
+    from ._progress import progress_observer
+
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    config = EncodeConfig(
+        size=arguments.size,
+        epochs=arguments.epochs,
+        resize=arguments.resize,
+        device=arguments.device,
+        workdir=folder / "work",
+    )
+    with resources.as_file(resources.files("hflfnerv") / "assets" / CLIP) as clip:
+        original = load_video(clip, resize=config.resize)
+        print(f"clip        {len(original)} frames of {original.shape[1]}x{original.shape[2]} from Big Buck Bunny")
+        with progress_observer(quiet=False) as observer:
+            result = encode(clip, config, observer=observer)
+    coded, decoded, picture = folder / "bunny.hflf", folder / "decoded.mp4", folder / "comparison.png"
+    result.save(coded)
+    write_json(folder / "report.json", result.report)
+
+    decoder = Decoder(coded, device=arguments.device)
+    with VideoWriter(decoded, decoder.fps, decoder.shape[1:3]) as writer:
+        for frame in decoder.iter_frames():
+            writer.write(frame)
+    middle = len(decoder) // 2
+    _comparison(decoder, original.frames[middle], middle, config.highpass_removed).save(picture)
+
+    report = result.report
+    seconds = report["seconds"]
+    raw_bytes = original.frames.numel()
+    print(f"parameters  {report['parameters']['total']:,}")
+    print(f"file        {report['bytes']:,} bytes, {raw_bytes / report['bytes']:.0f} times smaller than 8-bit RGB")
+    print(f"rate        {report['bits_per_pixel']:.4f} bits per pixel")
+    ssim = "not available (frames too small)" if report["ms_ssim"] is None else f"{report['ms_ssim']:.4f}"
+    print(f"quality     PSNR {report['psnr_db']:.2f} dB, MS-SSIM {ssim}")
+    print(f"training    {seconds['train']:.1f} s, {len(report['epochs'])} epochs on {report['device']}")
+    print(f"decoding    {len(decoder) / seconds['check']:.1f} frames per second, metrics included")
+    print(f"wrote       {coded}, {decoded}, {picture}")
+    return 0
+
+
+def _comparison(decoder: Decoder, original: Tensor, index: int, removed: float) -> Image.Image:
+    """Original, decoded frame, high-pass input, high- and low-frequency image, and error of one frame, side by side."""
+    import torch
+    from PIL import Image, ImageDraw
+
+    from ..models import HFLFNeRV
+    from ..ops import highpass
+
+    decoded = torch.from_numpy(decoder[index])
+    planes = original.permute(2, 0, 1)[None].float() / 255
+    filtered = highpass(planes, removed)[0]
+    assert isinstance(decoder.model, HFLFNeRV)
+    with torch.inference_mode():
+        embedding = torch.from_numpy(decoder.bitstream.read_embeddings([index])).to(decoder.device)
+        high, low = decoder.model.decode_streams(embedding, torch.tensor([index], device=decoder.device))
+    panels = {
+        "original": original,
+        f"decoded, frame {index}": decoded,
+        f"high-pass input, x{_HIGHPASS_GAIN}": _to_image(0.5 + _HIGHPASS_GAIN / 2 * filtered),
+        "high-frequency image": _to_image(0.5 + 0.5 * high[0].cpu()),
+        "low-frequency image": _to_image(low[0].cpu()),
+        f"error, x{_ERROR_GAIN}": (original.int() - decoded.int()).abs().mul(_ERROR_GAIN).clamp(max=255).byte(),
+    }
+    height, width = original.shape[:2]
+    margin = 14
+    sheet = Image.new("RGB", (3 * width, 2 * (height + margin)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for position, (title, panel) in enumerate(panels.items()):
+        left, top = position % 3 * width, position // 3 * (height + margin)
+        draw.text((left + 4, top + 1), title, fill="black")
+        sheet.paste(Image.fromarray(panel.numpy()), (left, top + margin))
+    return sheet
+
+
+def _to_image(planes: Tensor) -> Tensor:
+    return planes.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous()

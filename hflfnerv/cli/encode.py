@@ -1,0 +1,103 @@
+"""``hflfnerv encode``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from ._options import add_device, add_selection, argument, write_json
+
+__all__ = ["add_parser", "run"]
+
+
+def _size(text: str) -> int:
+    from ..config import parse_size
+
+    return parse_size(text)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("encode", help="a video or a folder of images to one .hflf file")
+    parser.add_argument("input", type=Path, help="video file, or folder of images (sorted naturally)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.hflf")
+    parser.add_argument("--model", choices=("hflf", "hnerv", "nerv"), default="hflf", help="(default: hflf)")
+    parser.add_argument("--preset", choices=("paper",), default="paper", help="(default: paper)")
+    parser.add_argument(
+        "--size", type=argument(_size), default="1.5M", help="parameters of embeddings and decoders (default: 1.5M)"
+    )
+    parser.add_argument("--epochs", type=int, default=300, help="(default: 300)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
+    parser.add_argument("--batch-size", type=int, help="frames a step (default: the preset's)")
+    add_selection(parser)
+    parser.add_argument("--weight-bits", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--embedding-bits", type=int, default=6, help="(default: 6)")
+    parser.add_argument("--entropy", choices=("huffman", "range"), default="huffman", help="(default: huffman)")
+    add_device(parser, ("fp32", "bf16", "fp16"), "fp32")
+    parser.add_argument("--seed", type=int, default=1, help="(default: 1)")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        help="folder of checkpoints; the same command resumes there (default: OUT.hflf.work, removed at the end)",
+    )
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=60, metavar="S", help="time between checkpoints (default: 60)"
+    )
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard logs to DIR")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full report to FILE")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Encode."""
+    from .._atomic import check_writable
+    from ..codec import encode
+    from ..config import EncodeConfig
+    from ..errors import TrainingInterrupted
+    from ._progress import progress_observer
+
+    output: Path = arguments.output
+    check_writable(output)
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    workdir: Path = arguments.workdir or output.with_name(output.name + ".work")
+    config = EncodeConfig(
+        model=arguments.model,
+        preset=arguments.preset,
+        size=arguments.size,
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        batch_size=arguments.batch_size,
+        crop=arguments.crop,
+        resize=arguments.resize,
+        frames=arguments.frames,
+        weight_bits=arguments.weight_bits,
+        embedding_bits=arguments.embedding_bits,
+        entropy=arguments.entropy,
+        device=arguments.device,
+        precision=arguments.precision,
+        seed=arguments.seed,
+        workdir=workdir,
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        tensorboard=arguments.tensorboard,
+    )
+    try:
+        with progress_observer(quiet=arguments.quiet) as observer:
+            result = encode(arguments.input, config, observer=observer)
+    except TrainingInterrupted as error:
+        raise TrainingInterrupted(f"{error}; the same command goes on from there") from None
+    result.save(output)
+    if arguments.json is not None:
+        write_json(arguments.json, result.report)
+    if arguments.workdir is None:
+        shutil.rmtree(workdir, ignore_errors=True)
+    report = result.report
+    ssim = "" if report["ms_ssim"] is None else f", MS-SSIM {report['ms_ssim']:.4f}"
+    print(
+        f"{output}: {report['frames']} frames of {report['height']}x{report['width']}, "
+        f"{report['bytes']:,} bytes, {report['bits_per_pixel']:.4f} bits per pixel, "
+        f"PSNR {report['psnr_db']:.2f} dB{ssim}, {sum(report['seconds'].values()):.0f} s"
+    )
+    return 0

@@ -1,0 +1,67 @@
+"""Reads the command line and turns every expected error into one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .._version import __version__
+from . import decode, demo, encode, evaluate, explain, info
+
+__all__ = ["build_parser", "main"]
+
+_COMMANDS = (encode, decode, info, evaluate, demo, explain)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(
+        prog="hflfnerv",
+        description="Neural video codec: a video becomes a small network, and any of its frames decodes on its own.",
+    )
+    parser.add_argument("--version", action="version", version=f"hflfnerv {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for module in _COMMANDS:
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    arguments = build_parser().parse_args(argv)
+    # Imported late: --help and usage errors need no torch.
+    from ..errors import HflfnervError, TrainingInterrupted
+
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except TrainingInterrupted as error:
+        print(f"hflfnerv: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("hflfnerv: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except MemoryError as error:
+        print(
+            f"hflfnerv: error: not enough memory ({error}): fewer frames (--frames), smaller ones (--resize)",
+            file=sys.stderr,
+        )
+        return 1
+    except (HflfnervError, OSError, ValueError, TypeError) as error:
+        print(f"hflfnerv: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__

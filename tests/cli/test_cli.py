@@ -1,0 +1,209 @@
+"""The command line from end to end, on a clip of a few small frames."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from hflfnerv import Decoder
+from hflfnerv.cli import main
+from hflfnerv.data import load_video, write_frames
+
+SMALL = ["--size", "60k", "--epochs", "3", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, moving_frames):
+    """A folder with the clip as images, and its encoding."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_frames(folder / "images", moving_frames, fps=25)
+    assert main(["encode", str(folder / "images"), "-o", str(folder / "clip.hflf"), *SMALL]) == 0
+    return folder
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments, code=1):
+    """Run a command that must fail with one clear line, and return that line."""
+    assert run(*arguments) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("hflfnerv: error: ")
+    assert "\n" not in error
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("model", ["hflf", "hnerv", "nerv"])
+def test_encode_decode_eval_info(model, folder, tmp_path, moving_frames, capsys):
+    coded = tmp_path / "clip.hflf"
+    report = tmp_path / "report.json"
+    assert run("encode", folder / "images", "-o", coded, "--model", model, "--json", report, *SMALL) == 0
+    report = json.loads(report.read_text())
+    pixels = np.prod(moving_frames.shape[:3])
+    assert report["bytes"] == coded.stat().st_size
+    assert report["bits_per_pixel"] == 8 * coded.stat().st_size / pixels
+    assert len(report["epochs"]) == 3
+    assert not (tmp_path / "clip.hflf.work").exists()
+
+    assert run("decode", coded, "-o", tmp_path / "out.npy") == 0
+    decoded = np.load(tmp_path / "out.npy")
+    assert decoded.shape == moving_frames.shape
+    mse = ((decoded.astype(float) - moving_frames) ** 2).mean(axis=(1, 2, 3))
+    assert report["psnr_db"] == pytest.approx(np.mean(10 * np.log10(255**2 / mse)), abs=1e-9)
+
+    capsys.readouterr()
+    assert run("eval", coded, "--reference", folder / "images", "--json") == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["psnr_db"] == pytest.approx(report["psnr_db"], abs=1e-9)
+    assert evaluation["bits_per_pixel"] == report["bits_per_pixel"]
+    assert len(evaluation["per_frame"]["psnr_db"]) == len(moving_frames)
+
+    assert run("info", coded, "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["bits_per_pixel"] == report["bits_per_pixel"]
+    assert sum(info["section_bytes"].values()) == info["bytes"] == coded.stat().st_size
+    assert info["parameters"] == report["parameters"]
+    assert run("info", coded) == 0
+    assert f"{coded.stat().st_size:,} bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.y4m", "out"])
+def test_decode_formats(name, folder, tmp_path):
+    assert run("decode", folder / "clip.hflf", "-o", tmp_path / name, "--frames", "1:4") == 0
+    video = load_video(tmp_path / name)
+    expected = Decoder(folder / "clip.hflf")[1:4]
+    assert video.frames.shape == expected.shape
+    assert video.fps == 25
+    difference = video.frames.numpy().astype(float) - expected
+    if name == "out":  # PNG
+        assert not difference.any()
+    elif name == "out.y4m":  # 8-bit YUV 4:4:4: half a level each of Y, Cb and Cr, times at most 1.8
+        assert np.abs(difference).max() <= 3
+    else:  # 4:2:0 halves the chroma, so look at the luma of BT.709; CRF 12 is visually lossless
+        assert np.abs(difference @ [0.2126, 0.7152, 0.0722]).mean() < 2
+
+
+def test_eval_knows_frames_resize_and_crop(folder, tmp_path, capsys):
+    coded = tmp_path / "part.hflf"
+    options = ["--frames", "2:5", "--resize", "24x40", "--crop", "17x31"]
+    assert run("encode", folder / "images", "-o", coded, *options, *SMALL) == 0
+    assert Decoder(coded).shape == (3, 17, 31, 3)
+    capsys.readouterr()
+    assert run("eval", coded, "--reference", folder / "images", "--json") == 0
+    implied = json.loads(capsys.readouterr().out)
+    assert run("eval", coded, "--reference", folder / "images", "--json", *options) == 0
+    assert json.loads(capsys.readouterr().out) == implied
+    assert run("decode", coded, "-o", tmp_path / "frames") == 0
+    assert run("eval", coded, "--reference", tmp_path / "frames", "--json") == 0
+
+
+def test_decode_in_a_fresh_process_without_the_original(folder, tmp_path):
+    command = [sys.executable, "-m", "hflfnerv", "decode", folder / "clip.hflf", "-o", tmp_path / "out.npy"]
+    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, capture_output=True)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), Decoder(folder / "clip.hflf")[:])
+
+
+def test_one_frame_and_tiny_frames(tmp_path, moving_frames):
+    for name, frames in (("one", moving_frames[:1]), ("tiny", moving_frames[:, :17, :31])):
+        write_frames(tmp_path / f"{name}.mkv", frames, fps=30)
+        assert run("encode", tmp_path / f"{name}.mkv", "-o", tmp_path / f"{name}.hflf", *SMALL) == 0
+        decoder = Decoder(tmp_path / f"{name}.hflf")
+        assert decoder.shape == frames.shape
+        assert decoder.fps == 30
+
+
+def test_ctrl_c_then_the_same_command_gives_the_same_file(folder, tmp_path):
+    def command(output):
+        options = ["--size", "60k", "--epochs", "40", "--checkpoint-seconds", "0", "--quiet"]
+        return [sys.executable, "-m", "hflfnerv", "encode", str(folder / "images"), "-o", str(output), *options]
+
+    whole, broken = tmp_path / "whole.hflf", tmp_path / "broken.hflf"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(whole), check=True, env=environment)
+    process = subprocess.Popen(command(broken), stderr=subprocess.PIPE, text=True, env=environment)
+    work = tmp_path / "broken.hflf.work"
+    deadline = time.monotonic() + 60
+    while not (work / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "the same command goes on from there" in error
+    assert not broken.exists()
+    subprocess.run(command(broken), check=True, env=environment)
+    assert broken.read_bytes() == whole.read_bytes()
+    assert not work.exists()
+
+
+def test_bad_input(folder, tmp_path, capsys):
+    out = tmp_path / "out.hflf"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("not a video")
+    write_frames(tmp_path / "mixed", np.zeros((1, 8, 8, 3), np.uint8), fps=25)
+    write_frames(tmp_path / "mixed2", np.zeros((1, 8, 9, 3), np.uint8), fps=25)
+    (tmp_path / "mixed2" / "frame_00000.png").rename(tmp_path / "mixed" / "frame_00001.png")
+    write_frames(tmp_path / "other", np.zeros((6, 8, 8, 3), np.uint8), fps=25)
+    images = folder / "images"
+
+    def encode(*arguments):
+        return fails(capsys, "encode", *SMALL, *arguments)
+
+    assert "missing.mp4" in encode(tmp_path / "missing.mp4", "-o", out)
+    assert "empty" in encode(tmp_path / "empty", "-o", out)
+    assert "text.mp4" in encode(tmp_path / "text.mp4", "-o", out)
+    assert "8x9" in encode(tmp_path / "mixed", "-o", out)
+    assert "size must be at least" in encode(images, "-o", out, "--size", "1k")
+    assert "crop" in encode(images, "-o", out, "--crop", "64x64")
+    assert "frames" in encode(images, "-o", out, "--frames", "9:12")
+    assert "epochs must be at least 1" in encode(images, "-o", out, "--epochs", "0")
+    assert "no/such/folder" in encode(images, "-o", tmp_path / "no/such/folder/out.hflf")
+    assert str(tmp_path) in encode(images, "-o", tmp_path)
+    assert "cuda" in encode(images, "-o", out, "--device", "cuda:99")
+    assert "missing.hflf" in fails(capsys, "decode", tmp_path / "missing.hflf", "-o", tmp_path / "o.mp4")
+    assert "--frames" in fails(capsys, "decode", folder / "clip.hflf", "-o", tmp_path / "o.mp4", "--frames", "6:")
+    assert ".xyz" in fails(capsys, "decode", folder / "clip.hflf", "-o", tmp_path / "o.xyz")
+    fails(capsys, "info", tmp_path / "text.mp4")
+    fails(capsys, "decode", tmp_path / "text.mp4", "-o", tmp_path / "o.mp4")
+    assert "decoded shape" in fails(capsys, "eval", folder / "clip.hflf", "--reference", tmp_path / "other")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"empty", "text.mp4", "mixed", "mixed2", "other"}
+
+
+def test_truncated_file_is_one_clear_line(folder, tmp_path, capsys):
+    data = (folder / "clip.hflf").read_bytes()
+    damaged = tmp_path / "damaged.hflf"
+    damaged.write_bytes(data[: len(data) // 2])
+    fails(capsys, "decode", damaged, "-o", tmp_path / "out.npy")
+    assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk(folder, capsys):
+    # Nothing can be written beside /dev/full either, so this is the unwritable-output path of a real device.
+    error = fails(capsys, "decode", folder / "clip.hflf", "-o", "/dev/full/out.npy")
+    assert "/dev/full" in error
+
+
+def test_usage_errors_exit_with_2(capsys):
+    for arguments in ([], ["encode"], ["encode", "x", "-o", "y", "--size", "big"], ["decode", "x"], ["nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert "error:" in capsys.readouterr().err
+
+
+def test_explain_lists_every_table(capsys):
+    assert run("explain") == 0
+    out = capsys.readouterr().out
+    for op in ("pixel_shuffle_gelu", "conv_pixel_shuffle_gelu", "highpass", "huffman"):
+        assert op in out
+    assert "reference" in out

@@ -1,0 +1,56 @@
+"""Every code block of the README runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hflfnerv.cli.main import build_parser
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.removeprefix("$ ").split("#")[0].strip()
+    for language, code in BLOCKS
+    if language == "console"
+    for line in code.splitlines()
+    if line.startswith("$ ")
+]
+
+
+def test_there_are_blocks():
+    assert {language for language, _ in BLOCKS} == {"console", "python", "bibtex"}
+    assert len(PYTHON) == 3
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_block(code, tmp_path):
+    shutil.copy(REPOSITORY / "hflfnerv" / "assets" / "bunny_320x640.mp4", tmp_path / "clip.mp4")
+    subprocess.run([sys.executable, "-W", "error::SyntaxWarning", "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("hflfnerv ")])
+def test_command_line_is_understood(command):
+    build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_make_targets_exist():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = [word for line in COMMANDS for word in re.findall(r"make (\w+)", line)]
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (REPOSITORY / target).exists(), target
