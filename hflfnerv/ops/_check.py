@@ -1,0 +1,39 @@
+"""Argument checks that the operations share. Messages read "`<arg>` must `<rule>`, got `<value>`", then the remedy."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["check_approximate", "check_like", "check_tensor", "check_upscale_factor"]
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a real floating-point tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with {name}.float()")
+
+
+def check_like(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise unless ``value`` is on x's device and has x's dtype; autocast mixes dtypes, so there they may differ."""
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}; move it with .to(x.device)")
+    if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name} must have x's dtype {x.dtype}, got {value.dtype}; cast one of them, or use torch.autocast"
+        )
+
+
+def check_upscale_factor(r: object) -> None:
+    """Raise unless ``r`` is an int of at least 1."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an int, got {r!r} ({type(r).__name__})")
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+
+
+def check_approximate(approximate: object) -> None:
+    """Raise ValueError unless ``approximate`` names a form of GELU."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")

@@ -1,0 +1,186 @@
+"""``pixel_shuffle_gelu``: bias, PixelShuffle and GELU in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .._impl import Implementation, ImplementationTable
+from ..reference import pixel_shuffle_gelu as reference
+from ._check import check_approximate, check_like, check_tensor, check_upscale_factor
+from ._library import register
+from ._triton import rejects_tensor, unavailable
+
+__all__ = ["PIXEL_SHUFFLE_GELU", "pixel_shuffle_gelu", "rejects_shape"]
+
+_INT32_MAX = 2**31 - 1
+_MAX_UPSCALE_FACTOR = 32
+
+
+def output_memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Return the layout that the kernels read and write: channels-last where x is that and nothing else."""
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def rejects_shape(r: int, channels: int, height: int, width: int) -> str | None:
+    """Return why the Triton kernels cannot shuffle ``channels`` by ``height`` by ``width``, or None."""
+    if r > _MAX_UPSCALE_FACTOR:
+        return f"r = {r} is more than {_MAX_UPSCALE_FACTOR}, so that one pixel does not fit a tile"
+    if channels * height * width > _INT32_MAX:
+        return f"one image of x has {channels * height * width} elements, more than {_INT32_MAX}"
+    return None
+
+
+def _triton_rejects(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> str | None:
+    return rejects_tensor(x.device, x.dtype) or rejects_shape(r, x.shape[1], x.shape[2], x.shape[3])
+
+
+def _run_reference(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+    return reference.pixel_shuffle_gelu(x, r, bias, approximate=approximate)
+
+
+def _run_triton(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.pixel_shuffle_gelu(x, r, bias, approximate, "triton")
+    return out
+
+
+PIXEL_SHUFFLE_GELU = ImplementationTable(
+    "pixel_shuffle_gelu",
+    [
+        Implementation("triton", _run_triton, unavailable, _triton_rejects),
+        Implementation("reference", _run_reference),
+    ],
+)
+
+
+def _forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str) -> torch.Tensor:
+    layout = output_memory_format(x)
+    x = x.contiguous(memory_format=layout)
+    if impl == "reference":
+        return reference.pixel_shuffle_gelu(x, r, bias, approximate=approximate).contiguous(memory_format=layout)
+    from ..triton_kernels.pixel_shuffle_gelu import pixel_shuffle_gelu_fwd
+
+    y: torch.Tensor = pixel_shuffle_gelu_fwd(x, r, bias, approximate)
+    return y
+
+
+def _forward_fake(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str) -> torch.Tensor:
+    batch, channels, height, width = x.shape
+    return torch.empty(
+        (batch, channels // (r * r), height * r, width * r),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=output_memory_format(x),
+    )
+
+
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = output_memory_format(x)
+    dy, x = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+    if impl == "reference":
+        dx, dbias = reference.pixel_shuffle_gelu_backward(dy, x, r, bias, approximate=approximate)
+        dx = dx.contiguous(memory_format=layout)
+    else:
+        from ..triton_kernels.pixel_shuffle_gelu import pixel_shuffle_gelu_bwd
+
+        dx, dbias = pixel_shuffle_gelu_bwd(dy, x, r, bias, approximate)
+    return dx, x.new_empty(0) if dbias is None else dbias
+
+
+def _backward_fake(
+    dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=output_memory_format(x))
+    return dx, x.new_empty(0 if bias is None else x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, ctx.r, bias, ctx.approximate, ctx.impl = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = torch.ops.hflfnerv.pixel_shuffle_gelu_backward(dy, x, ctx.r, bias, ctx.approximate, ctx.impl)
+    return dx, None, None if bias is None else dbias, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    raise RuntimeError("pixel_shuffle_gelu has no second derivative in its kernels; use impl='reference'")
+
+
+register(
+    "pixel_shuffle_gelu(Tensor x, int r, Tensor? bias, str approximate, str impl) -> Tensor",
+    run=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+register(
+    "pixel_shuffle_gelu_backward(Tensor dy, Tensor x, int r, Tensor? bias, str approximate, str impl)"
+    " -> (Tensor, Tensor)",
+    run=_backward,
+    fake=_backward_fake,
+    setup_context=None,
+    backward=_no_double_backward,
+)
+
+
+def pixel_shuffle_gelu(
+    x: torch.Tensor, r: int, bias: torch.Tensor | None = None, *, approximate: str = "none", impl: str = "auto"
+) -> torch.Tensor:
+    """Add a bias, shuffle channels into space, apply GELU.
+
+    ``y[b, c, h r + i, w r + j] = GELU(x[b, c r² + i r + j, h, w] + bias[c r² + i r + j])``, the second half of the
+    upsampling block of HNeRV (arXiv 2304.02633) and NeRV (arXiv 2110.13903).
+
+    Equivalent PyTorch: ``F.gelu(F.pixel_shuffle(x + bias[:, None, None], r), approximate=approximate)``.
+
+    Args:
+        x: ``[B, C r², H, W]``, floating point, any strides. Channels-last stays channels-last.
+        r: upscale factor, at least 1.
+        bias: ``[C r²]`` in x's dtype (under autocast it is cast to it), or None.
+        approximate: ``"none"`` for the exact GELU (erf), ``"tanh"`` for its tanh form.
+        impl: ``"auto"``, ``"triton"`` (CUDA; float32, float16, bfloat16) or ``"reference"`` (PyTorch, anywhere).
+
+    Returns:
+        ``[B, C, H r, W r]`` in x's dtype.
+
+    Raises:
+        TypeError: x or bias is not a floating-point tensor, their dtypes differ, or r is not an int.
+        ValueError: a shape, device, r or name is not as above.
+        BackendUnavailable: the named implementation cannot run; the message says why.
+
+    Numerics:
+        The kernels compute in float32 and round once; the reference rounds after each operation. The gradient of the
+        bias is summed in float32 in a fixed order: every implementation is deterministic. ``impl="reference"`` alone
+        has second derivatives.
+
+    Example:
+        >>> x = torch.zeros(1, 12, 2, 2)
+        >>> pixel_shuffle_gelu(x, 2).shape
+        torch.Size([1, 3, 4, 4])
+    """
+    check_tensor("x", x)
+    check_upscale_factor(r)
+    check_approximate(approximate)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C r², H, W], got shape {tuple(x.shape)}")
+    if x.shape[1] % (r * r) != 0:
+        raise ValueError(f"x must have a multiple of r² = {r * r} channels, got {x.shape[1]}")
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_like("bias", bias, x)
+        if bias.shape != (x.shape[1],):
+            raise ValueError(
+                f"bias must have shape ({x.shape[1]},), one value per channel of x, got {tuple(bias.shape)}"
+            )
+        bias = bias.to(x.dtype)
+    entry = PIXEL_SHUFFLE_GELU.select(impl, x, r, bias, approximate)
+    out: torch.Tensor = entry.run(x, r, bias, approximate)
+    return out

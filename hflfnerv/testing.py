@@ -1,0 +1,158 @@
+"""What the tests of the operations share, for this package and for those who add an operation of their own.
+
+Needs pytest (``pip install 'hflfnerv[test]'``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ._impl import ImplementationTable
+
+__all__ = [
+    "assert_close_to_reference",
+    "assert_gradient_close_to_reference",
+    "implementations",
+    "make_tensor",
+    "poisoned_empty",
+    "requires",
+]
+
+
+def requires(what: str) -> bool:
+    """Return whether ``HFLFNERV_REQUIRE`` (comma separated) names ``what``: its absence is then a failure, no skip."""
+    return what in os.environ.get("HFLFNERV_REQUIRE", "").split(",")
+
+
+def implementations(table: ImplementationTable) -> list[Any]:
+    """Return a pytest parameter ``(impl, device)`` for each entry of ``table``.
+
+    Entries that run Triton get ``"cuda"``, others ``"cpu"``. An entry that this machine cannot run is skipped with its
+    own reason, or left to fail where ``HFLFNERV_REQUIRE=cuda``.
+    """
+    parameters = []
+    for entry in table:
+        reason = entry.unavailable()
+        skip = [] if reason is None or requires("cuda") else [pytest.mark.skip(reason=f"{entry.name}: {reason}")]
+        device = "cuda" if "triton" in entry.name else "cpu"
+        parameters.append(pytest.param(entry.name, device, id=entry.name, marks=skip))
+    return parameters
+
+
+def make_tensor(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    scale: float = 1.0,
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> torch.Tensor:
+    """Return a normally distributed tensor, the same values on every device and in every layout.
+
+    Args:
+        shape: its sizes.
+        dtype: its dtype; the values are drawn in float64 and rounded once.
+        device: where it is.
+        layout: ``"contiguous"``, ``"channels_last"`` (four axes) or ``"strided"`` (every second column of a wider one).
+        scale: standard deviation.
+        seed: of its own generator.
+        requires_grad: whether it is a leaf that gradients go to.
+    """
+    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+    x = values.to(dtype).to(device)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        wide = torch.full((*shape[:-1], 2 * shape[-1]), float("nan"), dtype=dtype, device=device)
+        wide[..., ::2] = x
+        x = wide[..., ::2]
+    elif layout != "contiguous":
+        raise ValueError(f"layout must be 'contiguous', 'channels_last' or 'strided', got {layout!r}")
+    return x.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN, so that an element a kernel forgets cannot pass for a result."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _flatten(actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor) -> list[torch.Tensor]:
+    assert expected.dtype == torch.float64, "the expected values are computed in float64"
+    assert actual.dtype == same_dtype.dtype, f"dtype {actual.dtype}, expected {same_dtype.dtype}"
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.isfinite().all(), "the result is not finite"
+    return [t.detach().to("cpu", torch.float64).flatten() for t in (actual, expected, same_dtype)]
+
+
+def assert_close_to_reference(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    same_dtype: torch.Tensor,
+    *,
+    magnitude: torch.Tensor | None = None,
+) -> None:
+    """Assert that ``actual`` is as near to the truth as can be asked of its dtype.
+
+    ``max |actual - expected| <= 2 max |same_dtype - expected| + u max magnitude``, where u is the unit roundoff.
+
+    Args:
+        actual: the result under test.
+        expected: the reference's result in float64, from the same (rounded) inputs.
+        same_dtype: the reference's result in the dtype of ``actual``.
+        magnitude: what is rounded once, ``|expected|`` unless given. For sums, the sum of the absolute terms: each of
+            them is rounded, and the order of the sum is free.
+    """
+    a, e, s = _flatten(actual, expected, same_dtype)
+    if e.numel() == 0:
+        return
+    rounded = e.abs() if magnitude is None else magnitude.detach().to("cpu", torch.float64).flatten()
+    unit = torch.finfo(actual.dtype).eps / 2
+    error, allowed = (a - e).abs().max(), 2 * (s - e).abs().max() + unit * rounded.max()
+    assert error <= allowed, f"error {error:.3e} is over {allowed:.3e}, at element {int((a - e).abs().argmax())}"
+
+
+def assert_gradient_close_to_reference(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    same_dtype: torch.Tensor,
+    *,
+    magnitude: torch.Tensor | None = None,
+) -> None:
+    """Assert :func:`assert_close_to_reference`, and the same over the whole vector, where a systematic bias shows.
+
+    With ``rel(v) = ‖v - expected‖ / ‖expected‖`` and ``q = u ‖magnitude‖ / ‖expected‖``:
+    ``rel(actual) <= 2 rel(same_dtype) + q`` and, of the angles to ``expected``,
+    ``1 - cos(actual) <= 4 (1 - cos(same_dtype)) + q²``. Arguments as there.
+    """
+    assert_close_to_reference(actual, expected, same_dtype, magnitude=magnitude)
+    a, e, s = _flatten(actual, expected, same_dtype)
+    if not e.any():
+        return
+    rounded = e if magnitude is None else magnitude.detach().to("cpu", torch.float64).flatten()
+    quantum = torch.finfo(actual.dtype).eps / 2 * rounded.norm() / e.norm()
+    error, allowed = (a - e).norm() / e.norm(), 2 * (s - e).norm() / e.norm() + quantum
+    assert error <= allowed, f"relative L2 error {error:.3e} is over {allowed:.3e}"
+
+    def angle(v: torch.Tensor) -> torch.Tensor:
+        # 1 - cos as half the squared distance of the unit vectors, which does not cancel.
+        distance: torch.Tensor = v / v.norm() - e / e.norm()
+        return distance.square().sum() / 2
+
+    turn, allowed = angle(a), 4 * angle(s) + quantum**2
+    assert turn <= allowed, f"1 - cosine {turn:.3e} is over {allowed:.3e}"

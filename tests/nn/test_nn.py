@@ -1,0 +1,91 @@
+"""The modules: names, initialisation, and the PyTorch lines their docstrings give."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from hflfnerv.nn import HighPass, PixelShuffleGELU, UpsampleBlock
+from hflfnerv.ops import highpass
+from hflfnerv.testing import make_tensor
+
+
+def plain(in_channels, out_channels, r, kernel_size, approximate="none", bias=True):
+    padding = (kernel_size - 1) // 2
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels * r**2, kernel_size, padding=padding, bias=bias),
+        nn.PixelShuffle(r),
+        nn.GELU(approximate),
+    )
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("r", "kernel_size"), [(2, 1), (3, 3), (2, 5)])
+def test_upsample_block_is_the_plain_lines(r, kernel_size, bias, approximate):
+    torch.manual_seed(3)
+    block = UpsampleBlock(3, 5, r, kernel_size, bias=bias, approximate=approximate)
+    torch.manual_seed(3)
+    expected = plain(3, 5, r, kernel_size, approximate, bias)
+    assert list(block.state_dict()) == (["conv.weight", "conv.bias"] if bias else ["conv.weight"])
+    assert all(torch.equal(a, b) for a, b in zip(block.parameters(), expected.parameters(), strict=True))
+    x = make_tensor(2, 3, 4, 6)
+    assert torch.equal(block(x), expected(x))
+    block(x).square().sum().backward()
+    expected(x).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(block.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_upsample_block_compiles_and_copies(autocast):
+    block = UpsampleBlock(3, 4, 2, 3)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    x = make_tensor(1, 3, 5, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y, expected = compiled(x), block(x)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_upsample_block_through_inductor():
+    torch.manual_seed(0)
+    block = UpsampleBlock(2, 2, 2, 3)
+    x = make_tensor(1, 2, 4, 4)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+
+
+@pytest.mark.parametrize(
+    ("r", "kernel_size", "message"),
+    [
+        (2, 4, "kernel_size must be odd and at least 1, got 4"),
+        (2, 0, "kernel_size must be odd and at least 1, got 0"),
+        (0, 3, "upscale_factor must be at least 1, got 0"),
+    ],
+)
+def test_upsample_block_rejects(r, kernel_size, message):
+    with pytest.raises(ValueError, match=message):
+        UpsampleBlock(3, 4, r, kernel_size)
+
+
+def test_modules_without_parameters():
+    x = make_tensor(2, 12, 3, 5)
+    assert torch.equal(PixelShuffleGELU(2)(x), nn.Sequential(nn.PixelShuffle(2), nn.GELU())(x))
+    assert torch.equal(
+        PixelShuffleGELU(2, approximate="tanh")(x), nn.Sequential(nn.PixelShuffle(2), nn.GELU("tanh"))(x)
+    )
+    assert torch.equal(HighPass(0.5)(x), highpass(x, 0.5))
+    assert not PixelShuffleGELU(2).state_dict()
+    assert not HighPass().state_dict()
+
+
+def test_repr_shows_the_settings():
+    assert "upscale_factor=2, approximate='tanh', impl='auto'" in repr(UpsampleBlock(3, 4, 2, 3, approximate="tanh"))
+    assert repr(PixelShuffleGELU(2)) == "PixelShuffleGELU(2, approximate='none', impl='auto')"
+    assert repr(HighPass()) == "HighPass(removed=0.8, impl='auto')"
