@@ -95,7 +95,9 @@ def test_decode_formats(name, folder, tmp_path):
 def test_eval_knows_frames_resize_and_crop(folder, tmp_path, capsys):
     coded = tmp_path / "part.hflf"
     options = ["--frames", "2:5", "--resize", "24x40", "--crop", "17x31"]
-    assert run("encode", folder / "images", "-o", coded, *options, *SMALL) == 0
+    report = tmp_path / "report.json"
+    assert run("encode", folder / "images", "-o", coded, "--json", report, *options, *SMALL) == 0
+    assert json.loads(report.read_text())["config"]["frames"] == "2:5"
     assert Decoder(coded).shape == (3, 17, 31, 3)
     capsys.readouterr()
     assert run("eval", coded, "--reference", folder / "images", "--json") == 0
