@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
-from . import decode, demo, encode, evaluate, explain, info
+from . import decode, demo, encode, evaluate, explain, import_checkpoint, info
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = (encode, decode, info, evaluate, demo, explain)
+_COMMANDS = (encode, decode, info, evaluate, import_checkpoint, demo, explain)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,162 @@
+"""Frames from a bitstream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .._device import autocast_dtype, resolve_device
+from ..errors import InvalidBitstream
+from ..models import ModelSpec, VideoNetwork, build_model
+from .bitstream import Bitstream
+from .quantization import dequantize
+
+__all__ = ["Decoder", "load_model"]
+
+
+def load_model(bitstream: Bitstream) -> VideoNetwork:
+    """Rebuild the decoder network of a bitstream, on the CPU in float32.
+
+    Raises:
+        BitstreamError: the header describes no network, or the weights do not fit it.
+    """
+    try:
+        spec = ModelSpec.from_dict(bitstream.header.model)
+        # Without storage until the weights are there: a header alone allocates nothing.
+        with torch.device("meta"):
+            model = build_model(spec, with_encoder=False)
+    except ValueError as error:
+        raise InvalidBitstream(f"the header describes no network: {error}") from error
+    header = bitstream.header
+    if (spec.frames, spec.height, spec.width) != (header.frames, header.height, header.width):
+        raise InvalidBitstream(
+            f"the network is made for {spec.frames} frames of {spec.height} x {spec.width}, "
+            f"the video has {header.frames} of {header.height} x {header.width}"
+        )
+    if spec.embedding_shape != bitstream.embedding_shape:
+        raise InvalidBitstream(
+            f"the network takes embeddings of shape {spec.embedding_shape}, the file has {bitstream.embedding_shape}"
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.coded_parameters().items()}
+    weights = bitstream.read_weights(shapes)
+    tensors = {name: torch.from_numpy(dequantize(tensor)) for name, tensor in weights.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+class Decoder:
+    """Decodes any frame of a ``.hflf`` file on its own.
+
+    Frames are decoded one at a time, so a frame is the same, bit for bit on one device, whether it is asked for alone
+    or with others.
+
+    Args:
+        source: path of a file, or its bytes.
+        device: ``"auto"`` (CUDA where there is a device), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        precision: ``"auto"`` and ``"fp32"`` compute in float32, ``"bf16"`` and ``"fp16"`` in these where it is safe.
+
+    Attributes:
+        header: what the file says about the video.
+        fps: frame rate.
+
+    Raises:
+        BitstreamError: the data cannot be decoded; the subclass and the message name the cause.
+        BackendUnavailable: the device is not there.
+
+    Example:
+        >>> dec = Decoder("clip.hflf")  # doctest: +SKIP
+        >>> dec[17].shape  # doctest: +SKIP
+        (640, 1280, 3)
+    """
+
+    def __init__(
+        self, source: str | os.PathLike[str] | bytes, device: str | torch.device = "auto", precision: str = "auto"
+    ) -> None:
+        self.device = resolve_device(device)
+        self._dtype = None if precision == "auto" else autocast_dtype(precision)
+        self.bitstream = Bitstream.open(source)
+        self.header = self.bitstream.header
+        self.fps: Fraction = self.header.fps
+        model = load_model(self.bitstream)
+        self.model: VideoNetwork = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return self.header.frames
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the decoded video, ``(T, H, W, 3)``."""
+        return self.header.frames, self.header.height, self.header.width, 3
+
+    def __getitem__(self, key: int | slice) -> NDArray[np.uint8]:
+        """Return frame ``key`` as uint8 ``[H, W, 3]``, or the frames of a slice as ``[n, H, W, 3]``."""
+        if isinstance(key, slice):
+            return self.frames(range(*key.indices(len(self))))
+        frame: NDArray[np.uint8] = self.frames([key])[0]
+        return frame
+
+    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames of ``indices``, in that order, as uint8 ``[n, H, W, 3]``.
+
+        Raises:
+            IndexError: an index is outside ``-T..T-1``.
+            TypeError: an index is not an integer.
+        """
+        wanted = [self._index(index) for index in indices]
+        out = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
+        for row, frame in zip(out, self._decode(wanted), strict=True):
+            row[...] = frame
+        return out
+
+    def float_frames(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return the frames of ``indices`` as the network makes them: neither clamped nor rounded to 8 bits.
+
+        The NeRV papers report the PSNR of these. Rounding costs ``10 log10(1 + 1 / (12 * 255^2 * MSE))`` dB of it: 0.012
+        at 33 dB, 0.05 at 40 dB.
+
+        Returns:
+            float32 ``[n, 3, H, W]`` on the CPU, nominally in [0, 1].
+
+        Raises:
+            IndexError: an index is outside ``-T..T-1``.
+            TypeError: an index is not an integer.
+        """
+        images = [image.float().cpu() for image in self._images([self._index(index) for index in indices])]
+        return torch.cat(images) if images else torch.empty(0, 3, *self.shape[1:3])
+
+    def iter_frames(self, start: int | None = None, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
+        """Yield the frames of ``start:stop`` as uint8 ``[H, W, 3]``, one at a time."""
+        yield from self._decode(range(*slice(start, stop).indices(len(self))))
+
+    def _index(self, index: int) -> int:
+        try:
+            position = index.__index__()
+        except AttributeError:
+            raise TypeError(f"frame index must be an integer, got {index!r}") from None
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"frame index must be in {-len(self)}..{len(self) - 1}, got {position}")
+        return position % len(self)
+
+    def _decode(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        for image in self._images(indices):
+            yield to_uint8(image)[0].cpu().numpy()
+
+    @torch.inference_mode()
+    def _images(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        for index in indices:
+            embedding = None
+            if self.bitstream.embedding_shape is not None:
+                embedding = torch.from_numpy(self.bitstream.read_embeddings([index])).to(self.device)
+            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+                image = self.model.decode(embedding, torch.tensor([index], device=self.device))
+            yield image
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """Turn float ``[B, 3, H, W]`` into uint8 ``[B, H, W, 3]``: clamp to [0, 1], scale by 255, round half to even."""
+    return image.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,262 @@
+"""From a video to a bitstream: load, fit, quantise, code, check."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._atomic import atomic_path
+from .._device import resolve_device
+from .._version import __version__
+from ..config import EncodeConfig
+from ..data import Video, centre_offset, load_video
+from ..data.selection import as_frame_slice, format_frames
+from ..errors import BackendUnavailable
+from ..metrics import psnr
+from ..models import MODELS, VideoNetwork, build_model
+from ..train import Clip, TrainConfig, Trainer, prepare_clip
+from .bitstream import Bitstream, Color, Header, Source, write_bitstream
+from .decoder import Decoder, to_uint8
+from .entropy import entropy_coder
+from .evaluation import evaluate
+from .quantization import quantize, quantize_tensors
+
+__all__ = ["EncodeObserver", "EncodeResult", "embed_all", "encode"]
+
+
+class EncodeObserver(Protocol):
+    """Is told how far an encode has come."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins: ``load``, ``train``, ``code`` or ``check``."""
+
+    def step(self, trainer: Trainer) -> None:
+        """A training step ended."""
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """A coded video.
+
+    Attributes:
+        bitstream: the bytes of the ``.hflf`` file.
+        report: JSON-ready account of the run: sizes, quality, times, configuration.
+    """
+
+    bitstream: bytes
+    report: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all."""
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(self.bitstream)
+
+
+class _Silent:
+    def stage(self, name: str) -> None:
+        pass
+
+    def step(self, trainer: Trainer) -> None:
+        pass
+
+
+class _Stages:
+    """Times the stages of a run and passes them on."""
+
+    def __init__(self, observer: EncodeObserver) -> None:
+        self.observer = observer
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.observer.stage(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def encode(
+    source: str | os.PathLike[str] | NDArray[np.uint8] | Tensor,
+    config: EncodeConfig | None = None,
+    *,
+    fps: Fraction | float | None = None,
+    observer: EncodeObserver | None = None,
+) -> EncodeResult:
+    """Fit a network to a video and code it.
+
+    Whole frames are resized, high-pass filtered and cropped, in this order (the filter of the paper runs before the
+    crop). The network is trained, its weights and all frames' embeddings are quantised and entropy coded, and the
+    bytes are decoded again: the quality in the report is that of the decoded file.
+
+    Args:
+        source: a video file, a folder of images (sorted naturally), or uint8 frames ``[T, H, W, 3]``.
+        config: everything that can be chosen; None for the defaults.
+        fps: frame rate for a source that has none of its own, instead of 25.
+        observer: told of every stage and training step.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        MediaError: the source cannot be read, or does not fit in memory.
+        ValueError: the configuration is impossible for this video.
+        CheckpointError: ``config.workdir`` holds another run's checkpoint.
+        TrainingInterrupted: stopped by a signal; the same call goes on if there is a ``workdir``.
+    """
+    config = (config or EncodeConfig()).resolved()
+    device = resolve_device(config.device)
+    stages = _Stages(observer or _Silent())
+    entropy_coder(config.entropy)  # an optional package that is missing is better missed before training
+
+    with stages("load"):
+        network = MODELS[config.model]
+        video = load_video(source, frames=config.frames, resize=config.resize, fps=fps)
+        count = len(video)
+        height, width = config.crop or video.frames.shape[1:3]
+        spec = network.plan(config.parameters, count, height, width)
+        clip = prepare_clip(video.frames, network.encoder_input, crop=config.crop, removed=config.highpass_removed)
+
+    with stages("train"):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(config.seed)
+            model = build_model(spec)
+        trainer = _train(model, clip, config, device, stages.observer)
+
+    with stages("code"):
+        embeddings = embed_all(model, trainer.clip)
+        psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip)]
+        header = _header(video, config, model, (height, width))
+        tensors = {name: p.detach().cpu().contiguous().numpy() for name, p in model.coded_parameters().items()}
+        weights = quantize_tensors(tensors, config.weight_bits)
+        quantised = None if embeddings is None else quantize(embeddings.numpy(), config.embedding_bits)
+        data = write_bitstream(header, weights, quantised, entropy=config.entropy)
+
+    with stages("check"):
+        quality = evaluate(Decoder(data, device=device), clip.frames)
+
+    report = {
+        "model": config.model,
+        "preset": config.preset,
+        "frames": count,
+        "height": height,
+        "width": width,
+        "fps": float(video.fps),
+        "parameters": model.parameter_counts(),
+        "bytes": len(data),
+        "section_bytes": Bitstream.open(data).section_bytes,
+        **{name: quality[name] for name in ("bits_per_pixel", "psnr_db", "ms_ssim")},
+        "psnr_db_before_quantization": float(np.mean(psnr_before)),
+        "seconds": stages.seconds,
+        "epochs": [vars(result) for result in trainer.history],
+        "device": str(device),
+        "config": _json_config(config),
+        "version": __version__,
+    }
+    return EncodeResult(data, report)
+
+
+def _train(
+    model: VideoNetwork, clip: Clip, config: EncodeConfig, device: torch.device, observer: EncodeObserver
+) -> Trainer:
+    assert config.lr is not None
+    assert config.batch_size is not None
+    trainer = Trainer(
+        model,
+        clip,
+        TrainConfig(config.epochs, config.lr, config.batch_size, config.seed, config.precision),
+        device=device,
+        workdir=None if config.workdir is None else Path(config.workdir),
+        checkpoint_seconds=config.checkpoint_seconds,
+    )
+    with _tensorboard(config) as log:
+
+        def on_step(trainer: Trainer) -> None:
+            observer.step(trainer)
+            log(trainer)
+
+        trainer.run(on_step)
+    return trainer
+
+
+@torch.inference_mode()
+def embed_all(model: VideoNetwork, clip: Clip) -> Tensor | None:
+    """Embeddings of all frames, float32 ``[T, C, h, w]`` on the CPU, or None."""
+    if model.encoder is None:
+        return None
+    device = clip.frames.device
+    rows = []
+    for index in torch.arange(len(clip), device=device).split(1):
+        inputs = clip.inputs(index)
+        assert inputs is not None
+        rows.append(model.embed(inputs).float().cpu())
+    return torch.cat(rows).contiguous()
+
+
+@torch.inference_mode()
+def _predictions(model: VideoNetwork, clip: Clip) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each frame as the network makes it before quantisation, and the original, both uint8 on the CPU."""
+    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
+        yield to_uint8(model(clip.inputs(index), index))[0].cpu(), clip.frames[index][0].cpu()
+
+
+def _header(video: Video, config: EncodeConfig, model: VideoNetwork, size: tuple[int, int]) -> Header:
+    color = video.color
+    full_height, full_width = video.shape[1:3]
+    crop = None
+    if config.crop is not None:
+        crop = (centre_offset(full_height, size[0]), centre_offset(full_width, size[1]), *size)
+    return Header(
+        model=model.spec.to_dict(),
+        frames=len(video),
+        height=size[0],
+        width=size[1],
+        fps=video.fps,
+        preset=config.preset,
+        writer=f"hflfnerv {__version__}",
+        sample_aspect_ratio=video.sample_aspect_ratio,
+        color=Color(color.matrix, color.range, color.primaries, color.transfer),
+        source=Source(*video.source_size, first_frame=video.first_frame, resize=config.resize, crop=crop),
+        training={"epochs": config.epochs, "seed": config.seed, "lr": config.lr, "batch_size": config.batch_size},
+    )
+
+
+def _json_config(config: EncodeConfig) -> dict[str, Any]:
+    values = dict(vars(config))
+    if config.frames is not None:
+        values["frames"] = format_frames(as_frame_slice(config.frames))
+    return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
+
+
+@contextmanager
+def _tensorboard(config: EncodeConfig) -> Iterator[Callable[[Trainer], None]]:
+    """Yield a function that logs each finished epoch, or does nothing where no log was asked for."""
+    if config.tensorboard is None:
+        yield lambda trainer: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"TensorBoard logs need the package tensorboard ({error}): pip install 'hflfnerv[tensorboard]'"
+        ) from error
+    logged = 0
+    with SummaryWriter(os.fspath(config.tensorboard)) as writer:
+
+        def log(trainer: Trainer) -> None:
+            nonlocal logged
+            for result in trainer.history[logged:]:
+                writer.add_scalar("train/psnr_db", result.psnr_db, result.epoch)
+                writer.add_scalar("train/lr", result.lr, result.epoch)
+                writer.add_scalar("train/epoch_seconds", result.seconds, result.epoch)
+            logged = len(trainer.history)
+
+        yield log

@@ -1,0 +1,95 @@
+"""How good a decoded video is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import load_video, probe_video
+from ..errors import BackendUnavailable
+from ..metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, lpips, ms_ssim, psnr
+from .decoder import Decoder
+
+__all__ = ["evaluate", "load_reference"]
+
+
+def evaluate(decoder: Decoder, reference: Tensor, *, with_lpips: bool = False) -> dict[str, Any]:
+    """Compare a decoded video with its original, frame by frame.
+
+    Args:
+        decoder: the coded video.
+        reference: uint8 ``[T, H, W, 3]`` of the decoded shape.
+        with_lpips: compute LPIPS (VGG) too, where its package and weights are there.
+
+    Returns:
+        ``bits_per_pixel`` of the whole file; ``psnr_db``, ``ms_ssim`` and, if asked for, ``lpips``, means over the
+        frames; and under ``per_frame`` their values for each frame. ``ms_ssim`` is None for frames too small for its
+        five scales, ``lpips`` where it cannot be computed, with the reason under ``lpips_unavailable``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if tuple(reference.shape) != decoder.shape:
+        raise ValueError(
+            f"reference must have the decoded shape {decoder.shape}, got {tuple(reference.shape)}: "
+            "give the frames, resize and crop with which it was encoded"
+        )
+    metrics = {"psnr_db": psnr}
+    if min(decoder.shape[1:3]) >= MS_SSIM_MIN_SIDE:
+        metrics["ms_ssim"] = ms_ssim
+    report: dict[str, Any] = {
+        "bits_per_pixel": bits_per_pixel(decoder.bitstream.size, decoder.shape),
+        "psnr_db": None,
+        "ms_ssim": None,
+    }
+    if with_lpips:
+        report["lpips"] = None
+        try:
+            lpips(reference[:1], reference[:1])
+            metrics["lpips"] = lpips
+        except (BackendUnavailable, ValueError) as error:
+            report["lpips_unavailable"] = str(error)
+    values: dict[str, list[float]] = {name: [] for name in metrics}
+    for frame, original in zip(decoder.iter_frames(), reference, strict=True):
+        decoded = torch.from_numpy(frame)
+        for name, metric in metrics.items():
+            values[name].append(float(metric(decoded, original)))
+    for name, per_frame in values.items():
+        report[name] = float(np.mean(per_frame))
+    return {**report, "per_frame": values}
+
+
+def load_reference(
+    decoder: Decoder,
+    source: str | os.PathLike[str],
+    *,
+    frames: slice | None = None,
+    resize: tuple[int, int] | None = None,
+    crop: tuple[int, int] | None = None,
+) -> Tensor:
+    """Read the original of a coded video, prepared as it was for coding.
+
+    What is not given is taken from the file, which knows the frames, the resize and the crop it was made with. A source
+    that already has the coded size is neither resized nor cropped, and one of the coded length is taken whole.
+
+    Returns:
+        uint8 ``[T, H, W, 3]``.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        MediaError: it cannot be read.
+        ValueError: the crop does not fit.
+    """
+    count, height, width, _ = decoder.shape
+    made = decoder.header.source
+    info = probe_video(source)
+    if (info.height, info.width) != (height, width) and made is not None:
+        resize = made.resize if resize is None else resize
+        crop = made.crop[2:] if crop is None and made.crop is not None else crop
+    if frames is None and made is not None and info.num_frames != count:
+        frames = slice(made.first_frame, made.first_frame + count)
+    return load_video(source, frames=frames, resize=resize, crop=crop).frames

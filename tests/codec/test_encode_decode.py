@@ -1,0 +1,246 @@
+"""The codec from frames to frames: what is promised of a file and of its decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from hflfnerv import Decoder, EncodeConfig, encode
+from hflfnerv.codec import Bitstream, evaluate, load_model, write_bitstream
+from hflfnerv.errors import BackendUnavailable, BitstreamError, CheckpointError, InvalidBitstream
+from hflfnerv.models import MODELS
+
+CONFIG = EncodeConfig(size="60k", epochs=2)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def coded(request, moving_frames):
+    return encode(moving_frames, dataclasses.replace(CONFIG, model=request.param), fps=Fraction(30000, 1001))
+
+
+def test_decoder_is_a_sequence_of_frames(coded, moving_frames):
+    dec = Decoder(coded.bitstream)
+    assert len(dec) == len(moving_frames)
+    assert dec.shape == moving_frames.shape
+    assert dec.fps == Fraction(30000, 1001)
+    assert dec[0].dtype == np.uint8
+    assert dec[0].shape == moving_frames.shape[1:]
+    assert dec[1:3].shape == (2, *moving_frames.shape[1:])
+    assert dec[4:4].shape == (0, *moving_frames.shape[1:])
+
+
+def test_any_frame_alone_is_that_frame_of_the_whole(coded):
+    whole = Decoder(coded.bitstream)[:]
+    for index in range(len(whole)):
+        assert np.array_equal(Decoder(coded.bitstream)[index], whole[index])
+    dec = Decoder(coded.bitstream)
+    assert np.array_equal(dec[-1], whole[-1])
+    assert np.array_equal(dec[::-2], whole[::-2])
+    assert np.array_equal(dec.frames([3, 0, 3]), whole[[3, 0, 3]])
+    assert np.array_equal(dec.frames(np.array([2, 1])), whole[[2, 1]])
+    assert np.array_equal(np.stack(list(dec.iter_frames(1, 4))), whole[1:4])
+
+
+def test_float_frames_are_what_is_rounded(coded):
+    dec = Decoder(coded.bitstream)
+    images = dec.float_frames([4, -6])
+    assert images.dtype == torch.float32
+    expected = images.clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(dec.frames([4, 0]), expected)
+    assert dec.float_frames([]).shape == (0, 3, *dec.shape[1:3])
+
+
+def test_decoder_rejects(coded):
+    dec = Decoder(coded.bitstream)
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=r"in -6\.\.5"):
+            dec[index]
+    with pytest.raises(TypeError, match="integer"):
+        dec.frames([1.5])
+    with pytest.raises(ValueError, match="precision"):
+        Decoder(coded.bitstream, precision="fp8")
+    with pytest.raises(ValueError, match="device"):
+        Decoder(coded.bitstream, device="tpu")
+    with pytest.raises((BackendUnavailable, RuntimeError), match="cuda"):
+        Decoder(coded.bitstream, device="cuda:99")
+
+
+def test_file_and_bytes_decode_alike(coded, tmp_path):
+    coded.save(tmp_path / "clip.hflf")
+    assert (tmp_path / "clip.hflf").read_bytes() == coded.bitstream
+    assert np.array_equal(Decoder(tmp_path / "clip.hflf")[:], Decoder(coded.bitstream)[:])
+
+
+def test_report_is_of_the_decoded_file(coded, moving_frames):
+    report = coded.report
+    dec = Decoder(coded.bitstream)
+    quality = evaluate(dec, torch.from_numpy(moving_frames))
+    mse = ((dec[:].astype(float) - moving_frames) ** 2).mean(axis=(1, 2, 3))
+    assert report["psnr_db"] == quality["psnr_db"] == pytest.approx(np.mean(10 * np.log10(255**2 / mse)), abs=1e-9)
+    assert report["bytes"] == len(coded.bitstream) == sum(report["section_bytes"].values())
+    assert report["bits_per_pixel"] == 8 * len(coded.bitstream) / np.prod(moving_frames.shape[:3])
+    assert report["ms_ssim"] is None  # 48 rows are too few for five scales
+    assert set(report["seconds"]) == {"load", "train", "code", "check"}
+
+
+def test_header_tells_how_it_was_made(coded, moving_frames):
+    header = Bitstream.open(coded.bitstream).header
+    assert (header.frames, header.height, header.width) == moving_frames.shape[:3]
+    assert header.training["epochs"] == 2
+    assert header.preset == "paper"
+    assert header.writer.startswith("hflfnerv ")
+    assert header.source.crop is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_is_close(coded, precision):
+    exact = Decoder(coded.bitstream)[:].astype(int)
+    # A unit roundoff of 2^-8 (bf16) in a few layers moves a sample in [0, 1] by some hundredths at the most.
+    assert np.abs(Decoder(coded.bitstream, precision=precision)[:] - exact).max() <= 255 * 0.04
+
+
+def test_weights_are_quantised_as_asked(moving_frames):
+    for bits in ((8, 6), (4, 3)):
+        config = dataclasses.replace(CONFIG, weight_bits=bits[0], embedding_bits=bits[1])
+        stream = Bitstream.open(encode(moving_frames, config).bitstream)
+        assert all(int(tensor.symbols.max()) < 2 ** bits[0] for tensor in stream.read_weights().values())
+        assert int(stream.read_quantized_embeddings().symbols.max()) < 2 ** bits[1]
+
+
+def test_coders_give_the_same_frames(moving_frames):
+    pytest.importorskip("constriction")
+    files = [
+        encode(moving_frames, dataclasses.replace(CONFIG, entropy=name)).bitstream for name in ("huffman", "range")
+    ]
+    assert Bitstream.open(files[1]).entropy == "range"
+    assert np.array_equal(Decoder(files[0])[:], Decoder(files[1])[:])
+
+
+def test_selection(moving_frames):
+    config = dataclasses.replace(CONFIG, frames=(1, 5), resize=(24, 40), crop=(17, 31))
+    dec = Decoder(encode(moving_frames, config).bitstream)
+    assert dec.shape == (4, 17, 31, 3)
+    source = dec.header.source
+    assert (source.height, source.width, source.first_frame) == (48, 64, 1)
+    assert source.resize == (24, 40)
+    assert source.crop == (4, 4, 17, 31)
+
+
+def test_same_seed_same_file(moving_frames):
+    assert encode(moving_frames, CONFIG).bitstream == encode(moving_frames, CONFIG).bitstream
+    other = encode(moving_frames, dataclasses.replace(CONFIG, seed=2))
+    assert other.bitstream != encode(moving_frames, CONFIG).bitstream
+
+
+def test_workdir_resumes_and_guards(moving_frames, tmp_path):
+    config = dataclasses.replace(CONFIG, workdir=tmp_path / "work")
+    first = encode(moving_frames, config)
+    assert encode(moving_frames, config).bitstream == first.bitstream
+    with pytest.raises(CheckpointError, match="another run"):
+        encode(moving_frames, dataclasses.replace(config, epochs=3))
+
+
+def test_tensorboard(moving_frames, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = encode(moving_frames, dataclasses.replace(CONFIG, tensorboard=tmp_path))
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/psnr_db")]
+    expected = [(epoch["epoch"], pytest.approx(epoch["psnr_db"], rel=1e-6)) for epoch in result.report["epochs"]]
+    assert logged == expected
+
+
+def rewritten(data, **changes):
+    """The same file with another header."""
+    stream = Bitstream.open(data)
+    header = dataclasses.replace(stream.header, **changes)
+    embeddings = None if stream.embedding_shape is None else stream.read_quantized_embeddings()
+    return write_bitstream(header, stream.read_weights(), embeddings)
+
+
+def test_a_header_that_does_not_fit_is_refused(coded):
+    header = Bitstream.open(coded.bitstream).header
+    spec = dict(header.model)
+    bad_specs = [
+        {"model": "unknown"},
+        spec | {"model": "hnerv" if spec["model"] == "hflf" else "hflf"},
+        spec | {"height": spec["height"] + 1},
+        spec | {"frames": 10**9},
+        spec | {"streams": {}},
+    ]
+    for bad in bad_specs:
+        with pytest.raises(InvalidBitstream, match="network"):
+            Decoder(rewritten(coded.bitstream, model=bad))
+    wider = {name: dict(stream) for name, stream in spec["streams"].items()}
+    name = next(iter(wider))
+    wider[name]["widths"] = [width + 1 for width in wider[name]["widths"]]
+    with pytest.raises(InvalidBitstream, match="shape"):
+        Decoder(rewritten(coded.bitstream, model=spec | {"streams": wider}))
+
+
+def test_a_huge_claim_allocates_nothing(coded):
+    import tracemalloc
+
+    spec = dict(Bitstream.open(coded.bitstream).header.model)
+    streams = {name: dict(stream) for name, stream in spec["streams"].items()}
+    for stream in streams.values():
+        stream["widths"] = [1500] * len(stream["widths"])
+    data = rewritten(coded.bitstream, model=spec | {"streams": streams})
+    tracemalloc.start()
+    with pytest.raises(BitstreamError):
+        load_model(Bitstream.open(data))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    trained = []
+
+    class Observer:
+        def stage(self, name):
+            trained.append(name)
+
+        def step(self, trainer):
+            pass
+
+    with pytest.raises(BackendUnavailable, match="constriction"):
+        encode(moving_frames, dataclasses.replace(CONFIG, entropy="range"), observer=Observer())
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "x"}, "model must be one of"),
+        ({"preset": "x"}, "preset must be one of"),
+        ({"size": "big"}, "size must be"),
+        ({"size": 0}, "size must be"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"lr": 0.0}, "lr must be"),
+        ({"lr": float("nan")}, "lr must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"weight_bits": 9}, "weight_bits must be"),
+        ({"embedding_bits": 1}, "embedding_bits must be"),
+        ({"crop": (0, 4)}, "crop must be"),
+        ({"resize": (4,)}, "resize must be"),
+        ({"highpass_removed": 1.5}, "highpass_removed must be"),
+        ({"entropy": "zip"}, "entropy must be one of"),
+        ({"precision": "fp8"}, "precision must be one of"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_config_rejects(change, message):
+    with pytest.raises(ValueError, match=message):
+        EncodeConfig(**change)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1.5M", 1_500_000), ("300k", 300_000), ("42", 42), (0.5e6, 500_000)])
+def test_sizes(text, value):
+    assert EncodeConfig(size=text).parameters == value

@@ -1,0 +1,109 @@
+"""Importing checkpoints: from the file that others published to frames."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hflfnerv import Decoder
+from hflfnerv.cli import main
+from hflfnerv.codec import convert_checkpoint
+from hflfnerv.data import load_video, write_frames
+from hflfnerv.errors import CheckpointError
+from hflfnerv.metrics import psnr
+from hflfnerv.models import MODELS, build_model
+from hflfnerv.train import prepare_clip
+
+
+@pytest.mark.shared_data
+@pytest.mark.slow
+@pytest.mark.parametrize(("entropy", "limit"), [("huffman", 1_456_000), ("range", 1_449_000)])
+def test_published_hnerv_decodes_at_its_published_quality(shared_data, tmp_path, capsys, entropy, limit):
+    if entropy == "range":
+        pytest.importorskip("constriction")
+    coded = tmp_path / "bunny.hflf"
+    checkpoint = shared_data / "hnerv_bunny_1.5m.pth"
+    assert main(["import", str(checkpoint), "-o", str(coded), "--entropy", entropy]) == 0
+    assert coded.stat().st_size <= limit
+    decoder = Decoder(coded)
+    assert decoder.shape == (132, 640, 1280, 3)
+    if entropy == "range":  # the same symbols, so the same frames: one is enough
+        return
+    original = load_video(shared_data / "bunny.mp4", crop=(640, 1280)).frames
+    made, rounded = [], []
+    for i in range(0, 132, 12):
+        frame = original[i].permute(2, 0, 1)[None].float() / 255
+        made.append(float(psnr(decoder.float_frames([i]), frame)))
+        rounded.append(float(psnr(torch.from_numpy(decoder[i]), original[i])))
+    assert np.mean(made) == pytest.approx(33.43, abs=0.01)
+    # Rounding to 8 bits adds a mean squared error of 1/12 level^2.
+    loss = [10 * np.log10(1 + 1 / (12 * 255**2) * 10 ** (value / 10)) for value in made]
+    assert np.mean(rounded) == pytest.approx(np.mean(made) - np.mean(loss), abs=0.002)
+    capsys.readouterr()
+    assert main(["info", str(coded), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    # The published file holds 8-bit symbols in pickled arrays: entropy coding must pay at least what order 0 says.
+    symbols = info["parameters"]["total"]
+    assert checkpoint.stat().st_size - info["bytes"] >= symbols - info["paper_symbol_bits"] / 8
+
+
+@pytest.fixture(params=["hnerv", "hflf"])
+def training_checkpoint(request, tmp_path):
+    """A training checkpoint in the names of the published code, its network and its clip."""
+    torch.manual_seed(0)
+    network = MODELS[request.param]
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (3, 160, 320, 3), dtype=np.uint8)
+    write_frames(tmp_path / "images", frames, fps=25)
+    model = build_model(network.plan(150_000, 3, 160, 320))
+    if request.param == "hflf":
+        model.time.spec = type(model.time.spec)(1.25, 30, 0)  # the published code's index / T
+        model.time.table = model.time._rows(np.arange(3))
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] in ("decoder", "hfd"):
+            name = {
+                "stem": f"decoder.0.conv.downconv.{parts[-1]}",
+                "head": f"head_layer.{parts[-1]}",
+            }.get(parts[1]) or f"decoder.{int(parts[2]) + 1}.conv.upconv.0.{parts[-1]}"
+        elif parts[0] in ("lfd1", "lfd2"):
+            number = parts[0][-1]
+            name = {
+                "stem": f"lr_decoder{number}.0.0.{parts[-1]}",
+                "head": f"lr_head_layer{number}.{parts[-1]}",
+            }.get(parts[1]) or f"lr_decoder{number}.{int(parts[2]) + 1}.conv.upconv.0.{parts[-1]}"
+        renamed[name] = tensor
+    path = tmp_path / "model_latest.pth"
+    torch.save({"epoch": 7, "state_dict": renamed, "optimizer": {"state": {}}}, path)
+    return path, model, frames, tmp_path / "images"
+
+
+def test_training_checkpoint_decodes_to_its_own_frames(training_checkpoint, tmp_path):
+    path, model, frames, images = training_checkpoint
+    data = convert_checkpoint(path, reference=images)
+    decoder = Decoder(data)
+    assert decoder.header.training == {"epochs": 7}
+    clip = prepare_clip(torch.from_numpy(frames), model.encoder_input, crop=None, removed=0.8)
+    with torch.inference_mode():
+        index = torch.arange(3)
+        expected = model(clip.inputs(index), index).clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()
+    # 8-bit weights and 6-bit embeddings move an untrained network's samples by a few levels at most.
+    assert np.abs(decoder[:] - expected).mean() < 3
+    exact = convert_checkpoint(path, reference=images, weight_bits=8, embedding_bits=8)
+    assert np.abs(Decoder(exact)[:] - expected).mean() <= np.abs(decoder[:] - expected).mean() + 0.5
+
+
+def test_training_checkpoint_needs_its_video(training_checkpoint):
+    with pytest.raises(CheckpointError, match="--reference"):
+        convert_checkpoint(training_checkpoint[0])
+
+
+def test_import_rejects(tmp_path, capsys):
+    (tmp_path / "x.pth").write_bytes(b"nothing")
+    assert main(["import", str(tmp_path / "x.pth"), "-o", str(tmp_path / "x.hflf")]) == 1
+    assert capsys.readouterr().err.startswith("hflfnerv: error: ")
+    assert not (tmp_path / "x.hflf").exists()
