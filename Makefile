@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/hflfnerv demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 bench: $(READY)
 	$(BIN)/python -m bench.run

@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--resize", metavar="HxW", type=argument(_size_hw), default="160x320", help="(default: 160x320)"
     )
     parser.add_argument("--size", default="0.15M", help="parameters (default: 0.15M)")
-    parser.add_argument("--epochs", type=int, default=80, help="(default: 80)")
+    parser.add_argument("--epochs", type=int, default=120, help="(default: 120)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.set_defaults(run=run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from ._options import add_device, add_selection, argument, write_json
@@ -86,9 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with progress_observer(quiet=arguments.quiet) as observer:
             result = encode(arguments.input, config, observer=observer)
+        result.save(output)
     except TrainingInterrupted as error:
         raise TrainingInterrupted(f"{error}; the same command goes on from there") from None
-    result.save(output)
+    finally:
+        # Without a checkpoint in it the folder is of no use; with one it stays until the file is written.
+        with suppress(OSError):
+            workdir.rmdir()
     if arguments.json is not None:
         write_json(arguments.json, result.report)
     if arguments.workdir is None:

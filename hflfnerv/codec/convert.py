@@ -36,9 +36,9 @@ def convert_checkpoint(
 ) -> bytes:
     """Read a checkpoint and return a ``.hflf`` file that decodes to the frames its own code would make.
 
-    A coded video (HNeRV's ``quant_vid.pth``) keeps its symbols, minima and scales bit for bit. A training checkpoint has
-    no embeddings, so its encoder is run on the original video, and weights and embeddings are quantised between their
-    extremes as its own evaluation does.
+    A coded video (HNeRV's ``quant_vid.pth``) keeps its symbols, minima and scales bit for bit. A training checkpoint
+    has no embeddings, so its encoder is run on the original video, and weights and embeddings are quantised between
+    their extremes as its own evaluation does.
 
     Args:
         path: ``quant_vid.pth``, or a training checkpoint of HNeRV or NVR-RRCP.
@@ -63,8 +63,8 @@ def convert_checkpoint(
     else:
         if video is None:
             raise CheckpointError(
-                f"{os.fspath(path)} is a training checkpoint, which has no embeddings: name the video it was trained on "
-                "(--reference, with its --frames, --resize and --crop), so that its encoder can make them"
+                f"{os.fspath(path)} is a training checkpoint, which has no embeddings: name the video it was "
+                "trained on (--reference, with its --frames, --resize and --crop), so that its encoder can make them"
             )
         height, width = crop or video.shape[1:]
         spec = imported.spec(frames=len(video), height=height, width=width)

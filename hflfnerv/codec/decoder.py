@@ -116,8 +116,8 @@ class Decoder:
     def float_frames(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the frames of ``indices`` as the network makes them: neither clamped nor rounded to 8 bits.
 
-        The NeRV papers report the PSNR of these. Rounding costs ``10 log10(1 + 1 / (12 * 255^2 * MSE))`` dB of it: 0.012
-        at 33 dB, 0.05 at 40 dB.
+        The NeRV papers report the PSNR of these. Rounding costs ``10 log10(1 + 1 / (12 * 255^2 * MSE))`` dB of it:
+        0.012 at 33 dB, 0.05 at 40 dB.
 
         Returns:
             float32 ``[n, 3, H, W]`` on the CPU, nominally in [0, 1].

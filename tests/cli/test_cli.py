@@ -188,11 +188,26 @@ def test_truncated_file_is_one_clear_line(folder, tmp_path, capsys):
     assert not (tmp_path / "out.npy").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk(folder, capsys):
-    # Nothing can be written beside /dev/full either, so this is the unwritable-output path of a real device.
-    error = fails(capsys, "decode", folder / "clip.hflf", "-o", "/dev/full/out.npy")
-    assert "/dev/full" in error
+def test_full_disk(folder, tmp_path):
+    resource = pytest.importorskip("resource")
+
+    def limit_file_size():
+        # The nearest thing to a full disk that needs no privileges: writes beyond 10 kB fail.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    for command in (
+        ["encode", folder / "images", "-o", tmp_path / "x.hflf", *SMALL],
+        ["decode", folder / "clip.hflf", "-o", tmp_path / "x.npy"],
+        ["decode", folder / "clip.hflf", "-o", tmp_path / "x.y4m"],
+        ["import", folder / "clip.hflf", "-o", tmp_path / "x.hflf"],
+    ):
+        arguments = [sys.executable, "-m", "hflfnerv", *map(str, command)]
+        result = subprocess.run(arguments, preexec_fn=limit_file_size, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("hflfnerv: error: ")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_usage_errors_exit_with_2(capsys):
