@@ -8,8 +8,8 @@ from pathlib import Path
 # Tests run side by side (pytest -n), and threads that wait for each other on busy cores are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

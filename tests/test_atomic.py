@@ -26,9 +26,14 @@ def test_replaces_at_the_end(tmp_path):
 def test_an_error_leaves_everything_as_it_was(tmp_path, error):
     target = tmp_path / "out.txt"
     target.write_text("old")
-    with pytest.raises(type(error)), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write():
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -45,8 +50,13 @@ def test_errors_name_the_target(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "no" / "out.txt"):
         pass
     assert caught.value.filename == str(tmp_path / "no" / "out.txt")
-    with pytest.raises(OSError, match="No space") as caught, atomic_path(tmp_path / "out.txt"):
-        raise OSError(28, "No space left on device")
+
+    def fill():
+        with atomic_path(tmp_path / "out.txt"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        fill()
     assert caught.value.filename == str(tmp_path / "out.txt")
 
 
