@@ -16,6 +16,12 @@ from ..train import Trainer
 
 __all__ = ["progress_observer"]
 
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.fields[detail]}"),
+    TimeRemainingColumn(elapsed_when_finished=True),
+)
 _STAGES = {"load": "reading frames", "train": "training", "code": "coding", "check": "decoding to check"}
 
 
@@ -89,11 +95,5 @@ def progress_observer(*, quiet: bool) -> Iterator[EncodeObserver]:
     if not console.is_terminal:
         yield _Lines()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*COLUMNS, console=console, transient=True) as progress:
         yield _Bar(progress)

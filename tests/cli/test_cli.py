@@ -224,3 +224,51 @@ def test_explain_lists_every_table(capsys):
     for op in ("pixel_shuffle_gelu", "conv_pixel_shuffle_gelu", "highpass", "huffman"):
         assert op in out
     assert "reference" in out
+
+
+def test_demo(tmp_path, capsys):
+    from PIL import Image
+
+    output = tmp_path / "demo"
+    assert run("demo", "-o", output, "--epochs", "1", "--size", "60k", "--resize", "48x96") == 0
+    printed = capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert f"{report['bits_per_pixel']:.4f} bits per pixel" in printed
+    assert f"{report['psnr_db']:.2f} dB" in printed
+    assert report["bytes"] == (output / "bunny.hflf").stat().st_size
+    assert load_video(output / "decoded.mp4").frames.shape == (24, 48, 96, 3)
+    with Image.open(output / "comparison.png") as picture:
+        assert picture.size[0] == 3 * 96
+        sheet = np.asarray(picture)
+    decoded = Decoder(output / "bunny.hflf")[12]
+    margin = sheet.shape[0] // 2 - 48
+    assert np.array_equal(sheet[margin : margin + 48, 96:192], decoded)
+
+
+def test_progress_is_lines_where_there_is_no_terminal(moving_frames, capsys, monkeypatch):
+    from hflfnerv import EncodeConfig, encode
+    from hflfnerv.cli import _progress
+
+    monkeypatch.setattr(_progress._Lines, "seconds", 0.0)
+    with _progress.progress_observer(quiet=False) as observer:
+        encode(moving_frames, EncodeConfig(size="60k", epochs=2), observer=observer)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.endswith(" ...")] == [f"{name} ..." for name in _progress._STAGES.values()]
+    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == ["1/2", "2/2"]
+
+
+def test_progress_bar_on_a_terminal(moving_frames):
+    import io
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hflfnerv import EncodeConfig, encode
+    from hflfnerv.cli import _progress
+
+    screen = io.StringIO()
+    with Progress(*_progress.COLUMNS, console=Console(file=screen, force_terminal=True, width=100)) as progress:
+        encode(moving_frames, EncodeConfig(size="60k", epochs=2), observer=_progress._Bar(progress))
+        progress.refresh()
+    assert "epoch 2/2" in screen.getvalue()
+    assert "dB" in screen.getvalue()
