@@ -55,7 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         resize=arguments.resize,
         device=arguments.device,
-        workdir=folder / "work",
     )
     with resources.as_file(resources.files("hflfnerv") / "assets" / CLIP) as clip:
         original = load_video(clip, resize=config.resize)

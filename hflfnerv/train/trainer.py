@@ -219,7 +219,7 @@ class Trainer:
         if differences:
             raise CheckpointError(
                 f"{self._path} belongs to another run ({'; '.join(differences)}): "
-                "repeat that run's options, or choose another --workdir"
+                "repeat that run's options to go on with it, delete it, or choose another --workdir"
             )
         try:
             self.model.load_state_dict(_take(tensors, "model."))
