@@ -1,0 +1,197 @@
+// The Python module hflfnerv._C, and the only file that knows pybind11: it checks arguments, takes pointers, releases
+// the GIL and calls the core. The public functions, their validation and their documentation are in hflfnerv/*.py.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "core/cpu.h"
+#include "core/huffman.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using hflfnerv::SimdLevel;
+using hflfnerv::StatusCode;
+
+void raise_unless_ok(const hflfnerv::Status& status) {
+  const char* name = nullptr;
+  switch (status.code) {
+    case StatusCode::ok:
+      return;
+    case StatusCode::bad_magic:
+      name = "BadMagic";
+      break;
+    case StatusCode::unsupported_version:
+      name = "UnsupportedVersion";
+      break;
+    case StatusCode::truncated:
+      name = "TruncatedBitstream";
+      break;
+    case StatusCode::checksum_mismatch:
+      name = "ChecksumMismatch";
+      break;
+    case StatusCode::invalid_code:
+      name = "InvalidCode";
+      break;
+    case StatusCode::invalid_bitstream:
+      name = "InvalidBitstream";
+      break;
+  }
+  const py::object error = py::module_::import("hflfnerv.errors").attr(name);
+  PyErr_SetString(error.ptr(), status.message);
+  throw py::error_already_set();
+}
+
+const char* const kLevelNames[] = {"scalar", "avx2", "avx512"};
+
+std::vector<std::string> simd_levels() {
+  return {kLevelNames, kLevelNames + static_cast<int>(hflfnerv::best_simd_level()) + 1};
+}
+
+SimdLevel level_of(const std::string& name) {
+  const int best = static_cast<int>(hflfnerv::best_simd_level());
+  if (name == "auto") return static_cast<SimdLevel>(best);
+  for (int level = 0; level <= best; ++level) {
+    if (name == kLevelNames[level]) return static_cast<SimdLevel>(level);
+  }
+  throw py::value_error("simd must be 'auto' or one of simd_levels(), got '" + name + "'");
+}
+
+// A view of contiguous bytes that keeps its owner's memory in place.
+struct Bytes {
+  explicit Bytes(const py::buffer& owner) {
+    if (PyObject_GetBuffer(owner.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~Bytes() { PyBuffer_Release(&view); }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+  const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(view.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view.len); }
+  Py_buffer view{};
+};
+
+py::bytes huffman_encode(const std::vector<py::array>& arrays, const std::vector<std::uint32_t>& groups, bool list,
+                         std::uint64_t chunk_symbols, const std::string& simd) {
+  if (groups.size() != arrays.size()) throw py::value_error("groups must name one group for each array");
+  if (!list && arrays.size() != 1) throw py::value_error("arrays must hold one array unless list is true");
+  if (chunk_symbols < 1 || chunk_symbols > hflfnerv::kHuffmanMaxChunkSymbols) {
+    throw py::value_error("chunk_symbols must be in [1, 2**28]");
+  }
+  hflfnerv::HuffmanEncoder encoder(level_of(simd));
+  std::vector<hflfnerv::SymbolType> types;
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    const py::array& array = arrays[i];
+    const bool u8 = py::isinstance<py::array_t<std::uint8_t>>(array);
+    if (!u8 && !py::isinstance<py::array_t<std::int16_t>>(array)) throw py::type_error("arrays must be uint8 or int16");
+    if (!(array.flags() & py::array::c_style)) throw py::value_error("arrays must be contiguous");
+    const auto type = u8 ? hflfnerv::SymbolType::u8 : hflfnerv::SymbolType::i16;
+    if (groups[i] == types.size()) types.push_back(type);
+    if (groups[i] >= types.size() || types[groups[i]] != type) {
+      throw py::value_error("groups must be numbered as they first occur, with one symbol type each");
+    }
+    encoder.add(type, std::vector<std::uint64_t>(array.shape(), array.shape() + array.ndim()), array.data(), groups[i]);
+  }
+  {
+    const py::gil_scoped_release release;
+    encoder.plan(list, chunk_symbols);
+  }
+  PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(encoder.bound()));
+  if (bytes == nullptr) throw py::error_already_set();
+  std::size_t size = 0;
+  {
+    const py::gil_scoped_release release;
+    size = encoder.write(reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(bytes)));
+  }
+  if (_PyBytes_Resize(&bytes, static_cast<Py_ssize_t>(size)) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(bytes);
+}
+
+py::array new_array(hflfnerv::SymbolType type, const std::vector<std::uint64_t>& dims) {
+  const std::vector<py::ssize_t> shape(dims.begin(), dims.end());
+  if (type == hflfnerv::SymbolType::u8) return py::array_t<std::uint8_t>(shape);
+  return py::array_t<std::int16_t>(shape);
+}
+
+py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_symbols, const std::string& simd) {
+  const Bytes bytes(data);
+  hflfnerv::HuffmanDecoder decoder(level_of(simd));
+  hflfnerv::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = decoder.open(bytes.data(), bytes.size(), max_symbols);
+  }
+  raise_unless_ok(status);
+  if (decoder.list() && !list) {
+    raise_unless_ok({StatusCode::invalid_bitstream, "the data holds a list of arrays; use decode_many"});
+  }
+  py::list arrays;
+  std::vector<void*> pointers;
+  for (const hflfnerv::ArrayShape& shape : decoder.arrays()) {
+    py::array array = new_array(shape.type, shape.dims);
+    pointers.push_back(array.mutable_data());
+    arrays.append(std::move(array));
+  }
+  {
+    const py::gil_scoped_release release;
+    status = decoder.decode_all(pointers.data());
+  }
+  raise_unless_ok(status);
+  return arrays;
+}
+
+py::array huffman_decode_rows(const py::buffer& data, std::uint64_t start, std::uint64_t stop,
+                              std::uint64_t max_symbols, const std::string& simd) {
+  const Bytes bytes(data);
+  hflfnerv::HuffmanDecoder decoder(level_of(simd));
+  hflfnerv::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = decoder.open(bytes.data(), bytes.size(), max_symbols);
+  }
+  raise_unless_ok(status);
+  if (decoder.list())
+    raise_unless_ok({StatusCode::invalid_bitstream, "the data holds a list of arrays; use decode_many"});
+  const hflfnerv::ArrayShape& shape = decoder.arrays().front();
+  if (shape.dims.empty()) throw py::value_error("data must hold an array with at least one dimension, got a 0-d array");
+  const std::uint64_t rows = shape.dims.front();
+  if (start > stop || stop > rows) {
+    throw py::value_error("start and stop must satisfy 0 <= start <= stop <= " + std::to_string(rows) + ", got " +
+                          std::to_string(start) + " and " + std::to_string(stop));
+  }
+  const std::uint64_t row_symbols = rows == 0 ? 0 : shape.count / rows;
+  std::vector<std::uint64_t> dims = shape.dims;
+  dims.front() = stop - start;
+  py::array array = new_array(shape.type, dims);
+  void* const out = array.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    status = decoder.decode(0, start * row_symbols, stop * row_symbols, out);
+  }
+  raise_unless_ok(status);
+  return array;
+}
+
+py::array huffman_code_lengths(const py::array_t<std::uint64_t, py::array::c_style>& counts, unsigned max_bits) {
+  py::array_t<std::uint8_t> lengths(counts.size());
+  hflfnerv::huffman_code_lengths(counts.data(), static_cast<std::size_t>(counts.size()), max_bits,
+                                 lengths.mutable_data());
+  return lengths;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled parts of hflfnerv; use them through the Python modules that wrap them.";
+  module.def("simd_levels", &simd_levels);
+  module.def("huffman_encode", &huffman_encode, py::arg("arrays"), py::arg("groups"), py::arg("list"),
+             py::arg("chunk_symbols"), py::arg("simd") = "auto");
+  module.def("huffman_decode", &huffman_decode, py::arg("data"), py::arg("list"), py::arg("max_symbols"),
+             py::arg("simd") = "auto");
+  module.def("huffman_decode_rows", &huffman_decode_rows, py::arg("data"), py::arg("start"), py::arg("stop"),
+             py::arg("max_symbols"), py::arg("simd") = "auto");
+  module.def("huffman_code_lengths", &huffman_code_lengths, py::arg("counts"), py::arg("max_bits"));
+}

@@ -1,0 +1,11 @@
+// Which instruction sets this processor and operating system offer, found out once at run time.
+#pragma once
+
+namespace hflfnerv {
+
+enum class SimdLevel { scalar = 0, avx2 = 1, avx512 = 2 };
+
+// The best level that this machine can run and that this build contains.
+SimdLevel best_simd_level();
+
+}  // namespace hflfnerv

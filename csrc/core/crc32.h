@@ -1,0 +1,22 @@
+// CRC-32 as in zlib, PNG and gzip: reflected polynomial 0xEDB88320, initial and final value inverted.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu.h"
+
+namespace hflfnerv {
+
+// `crc` is the value of the bytes before `data`, 0 at the start.
+std::uint32_t crc32(std::uint32_t crc, const std::uint8_t* data, std::size_t size, SimdLevel level);
+
+namespace detail {
+// `state` is the inverted value. Both fold as many bytes as they can and return how many they took.
+std::size_t crc32_fold_avx2(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
+std::size_t crc32_fold_avx512(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
+// Advances the inverted value over bytes, by table.
+std::uint32_t crc32_update(std::uint32_t state, const std::uint8_t* data, std::size_t size);
+}  // namespace detail
+
+}  // namespace hflfnerv

@@ -1,0 +1,149 @@
+// Tests of csrc/core without Python, meant to be built with -fsanitize=address,undefined (see csrc/Makefile).
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "core/crc32.h"
+#include "core/huffman.h"
+
+namespace {
+
+using namespace hflfnerv;
+
+#define CHECK(condition)                                                            \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                 \
+    }                                                                               \
+  } while (false)
+
+std::vector<SimdLevel> levels() {
+  std::vector<SimdLevel> all;
+  for (int level = 0; level <= static_cast<int>(best_simd_level()); ++level)
+    all.push_back(static_cast<SimdLevel>(level));
+  return all;
+}
+
+template <class T>
+std::vector<std::uint8_t> encode(const std::vector<T>& symbols, std::uint64_t chunk_symbols, SimdLevel level) {
+  HuffmanEncoder encoder(level);
+  encoder.add(sizeof(T) == 1 ? SymbolType::u8 : SymbolType::i16, {symbols.size()}, symbols.data(), 0);
+  encoder.plan(false, chunk_symbols);
+  const std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[encoder.bound()]);
+  const std::size_t size = encoder.write(out.get());
+  CHECK(size <= encoder.bound());
+  return {out.get(), out.get() + size};
+}
+
+template <class T>
+void round_trip(const std::vector<T>& symbols, std::uint64_t chunk_symbols) {
+  const std::vector<std::uint8_t> expected = encode(symbols, chunk_symbols, SimdLevel::scalar);
+  for (const SimdLevel level : levels()) {
+    CHECK(encode(symbols, chunk_symbols, level) == expected);
+    HuffmanDecoder decoder(level);
+    CHECK(decoder.open(expected.data(), expected.size(), symbols.size()).ok());
+    CHECK(decoder.arrays().size() == 1 && decoder.arrays()[0].count == symbols.size());
+    std::vector<T> back(symbols.size());
+    void* pointer = back.data();
+    CHECK(decoder.decode_all(&pointer).ok());
+    CHECK(back == symbols);
+    const std::size_t begin = symbols.size() / 3, end = symbols.size() - symbols.size() / 7;
+    std::vector<T> part(end - begin);
+    CHECK(decoder.decode(0, begin, end, part.data()).ok());
+    CHECK(std::vector<T>(symbols.begin() + static_cast<std::ptrdiff_t>(begin),
+                         symbols.begin() + static_cast<std::ptrdiff_t>(end)) == part);
+    if (!symbols.empty()) {
+      HuffmanDecoder limited(level);
+      CHECK(limited.open(expected.data(), expected.size(), symbols.size() - 1).code == StatusCode::invalid_bitstream);
+    }
+  }
+}
+
+void test_crc() {
+  const std::uint8_t digits[] = {'1', '2', '3', '4', '5', '6', '7', '8', '9'};
+  std::vector<std::uint8_t> bytes(5000);
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::uint8_t>(i * i >> 3);
+  for (const SimdLevel level : levels()) {
+    CHECK(crc32(0, digits, 9, level) == 0xCBF43926);
+    for (std::size_t size = 0; size < bytes.size(); size += 1 + size / 16) {
+      CHECK(crc32(7, bytes.data(), size, level) == crc32(7, bytes.data(), size, SimdLevel::scalar));
+    }
+  }
+}
+
+void test_round_trips() {
+  std::mt19937_64 random(1);
+  const double widths[] = {0.0, 0.2, 1.0, 3.0, 40.0};
+  const std::size_t sizes[] = {0, 1, 2, 3, 7, 100, 4097, 30011, 140003};
+  for (const double width : widths) {
+    std::normal_distribution<double> normal(0.0, width + 1e-9);
+    for (const std::size_t size : sizes) {
+      std::vector<std::uint8_t> bytes(size);
+      std::vector<std::int16_t> words(size);
+      for (std::uint8_t& b : bytes) b = static_cast<std::uint8_t>(static_cast<int>(normal(random)) + 128);
+      for (std::int16_t& w : words) w = static_cast<std::int16_t>(100 * normal(random));
+      for (const std::uint64_t chunk :
+           {std::uint64_t{1}, std::uint64_t{37}, std::uint64_t{128}, std::uint64_t{1920}, std::uint64_t{1} << 28}) {
+        round_trip(bytes, chunk);
+        round_trip(words, chunk);
+      }
+    }
+  }
+}
+
+// Counts like Fibonacci numbers make an unlimited code as long as it gets.
+void test_length_limit() {
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::int16_t> words;
+  std::uint64_t a = 1, b = 1;
+  for (int symbol = 0; symbol < 24; ++symbol) {
+    for (std::uint64_t i = 0; i < a; ++i) {
+      bytes.push_back(static_cast<std::uint8_t>(symbol));
+      words.push_back(static_cast<std::int16_t>(-9 * symbol));
+    }
+    const std::uint64_t next = a + b;
+    a = b;
+    b = next;
+  }
+  std::shuffle(bytes.begin(), bytes.end(), std::mt19937(2));
+  std::shuffle(words.begin(), words.end(), std::mt19937(3));
+  round_trip(bytes, 1920);
+  round_trip(words, 1920);
+}
+
+void test_damage() {
+  std::mt19937_64 random(4);
+  std::vector<std::uint8_t> symbols(3000);
+  for (std::uint8_t& s : symbols) s = static_cast<std::uint8_t>(__builtin_popcountll(random()) / 3);
+  const std::vector<std::uint8_t> whole = encode(symbols, 128, SimdLevel::scalar);
+  const auto refused = [&](const std::vector<std::uint8_t>& data) {
+    const std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[data.size()]);
+    std::copy(data.begin(), data.end(), exact.get());
+    for (const SimdLevel level : levels()) {
+      HuffmanDecoder decoder(level);
+      CHECK(!decoder.open(exact.get(), data.size(), 1 << 20).ok());
+    }
+  };
+  for (std::size_t size = 0; size < whole.size(); ++size) {
+    refused({whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)});
+  }
+  for (std::size_t bit = 0; bit < whole.size() * 8; ++bit) {
+    std::vector<std::uint8_t> damaged = whole;
+    damaged[bit / 8] = static_cast<std::uint8_t>(damaged[bit / 8] ^ 1 << bit % 8);
+    refused(damaged);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_crc();
+  test_round_trips();
+  test_length_limit();
+  test_damage();
+  std::printf("csrc/tests: %zu instruction-set levels, all good\n", levels().size());
+}

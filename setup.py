@@ -1,0 +1,149 @@
+"""Builds the extension module hflfnerv._C with ninja; everything else about the package is in pyproject.toml.
+
+Environment:
+    CXX: the C++ compiler; otherwise the first of c++, g++ and clang++.
+    HFLFNERV_REQUIRE_EXT=1: a build that fails is an error. Without it the package installs with its Python
+        implementations only, and hflfnerv/_build.json keeps the reason.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ["csrc/bindings.cpp", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/core/*.cpp"))]
+HEADERS = sorted(p.relative_to(ROOT).as_posix() for ext in ("h", "inl") for p in ROOT.glob(f"csrc/core/*.{ext}"))
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall"]
+# Sources named *_<key>.cpp get these flags, and are left out where the compiler does not take them. Which of them runs
+# is decided at run time, so the module stays portable.
+X86_FLAGS = {
+    "avx2": ["-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul"],
+    "avx512": [
+        *("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *("-mavx512cd", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni", "-mvpclmulqdq", "-mprefer-vector-width=512"),
+    ],
+}
+
+
+class BuildError(Exception):
+    """Why the extension cannot be built, in one line."""
+
+
+def run(command):
+    """Run a command and raise BuildError with the end of its output if it fails."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if result.returncode != 0:
+        lines = [line for line in result.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no output"]
+        sys.stderr.write(result.stdout)
+        raise BuildError(f"{Path(command[0]).name} failed: {errors[0].strip()}")
+
+
+def find_compiler():
+    """Return the C++ compiler's command, having compiled a C++17 program with it."""
+    named = os.environ.get("CXX")
+    candidates = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
+    for command in candidates:
+        if shutil.which(command[0]):
+            if not takes(command, FLAGS):
+                raise BuildError(f"the C++ compiler {command[0]!r} cannot compile C++17")
+            return command
+    raise BuildError(f"no C++ compiler found (tried {', '.join(c[0] for c in candidates)})")
+
+
+def takes(compiler, flags):
+    """Return whether the compiler compiles a small program with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "try.cpp")
+        source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
+        command = [*compiler, *flags, "-Werror", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def find_ninja():
+    """Return the path of the ninja program."""
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+    else:
+        found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja not found (pip install ninja)")
+    return found
+
+
+def quoted(words):
+    """Return words as a shell command line in the notation of a ninja file."""
+    return " ".join(shlex.quote(str(word)).replace("$", "$$") for word in words)
+
+
+def path(value):
+    """Return a path in the notation of a ninja build line."""
+    return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles the sources with ninja, and records how that went beside the module."""
+
+    def run(self):
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                record = {"built": True, "reason": None} | self.build(extension.sources, target)
+            except BuildError as error:
+                if os.environ.get("HFLFNERV_REQUIRE_EXT") == "1":
+                    raise SystemExit(f"error: {extension.name} was not built: {error}") from None
+                target.unlink(missing_ok=True)
+                record = {"built": False, "reason": str(error)}
+                print(f"warning: {extension.name} was not built: {error}", file=sys.stderr)
+            target.with_name("_build.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def build(self, sources, target):
+        """Write build.ninja, run it, and return what went into the module."""
+        compiler, ninja = find_compiler(), find_ninja()
+        import pybind11
+
+        simd = []
+        if platform.machine() in ("x86_64", "AMD64"):
+            simd = [name for name, flags in X86_FLAGS.items() if takes(compiler, flags)]
+        folder = Path(self.build_temp, "hflfnerv._C").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        python = sysconfig.get_paths()
+        includes = [ROOT / "csrc", pybind11.get_include(), *{python["include"], python["platinclude"]}]
+        common = [*FLAGS, *(f"-I{p}" for p in includes), *(f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd)]
+        link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        lines = [
+            "ninja_required_version = 1.5",
+            f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {quoted(common)} $arch -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = $in",
+            f"rule link\n  command = {quoted(compiler)} {quoted(link)} $in -o $out\n  description = link",
+        ]
+        objects = []
+        for source in sources:
+            name = next((key for key in X86_FLAGS if source.endswith(f"_{key}.cpp")), None)
+            if name is None or name in simd:
+                objects.append(path(folder / source.replace("/", ".")) + ".o")
+                lines.append(f"build {objects[-1]}: cxx {path(ROOT / source)}")
+                lines.append(f"  arch = {quoted(X86_FLAGS.get(name, []))}")
+        lines.append(f"build {path(target)}: link {' '.join(objects)}\n")
+        Path(folder, "build.ninja").write_text("\n".join(lines))
+        run([ninja, "-C", str(folder), *([f"-j{self.parallel}"] if self.parallel else [])])
+        return {"compiler": compiler, "simd": simd}
+
+
+setup(
+    ext_modules=[Extension("hflfnerv._C", SOURCES, depends=HEADERS)],
+    cmdclass={"build_ext": NinjaBuildExt},
+)

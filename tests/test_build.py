@@ -1,0 +1,109 @@
+"""The build of the extension: with a compiler, without one, and what the package says about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytest.importorskip("pybind11")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the extension is built from; its core is cut down so that a build takes seconds."""
+    root = tmp_path / "with space" / "checkout"
+    (root / "hflfnerv").mkdir(parents=True)
+    (root / "csrc" / "core").mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", root)
+    for name in ("__init__.py", "_version.py", "errors.py", "_ext.py"):
+        shutil.copy(ROOT / "hflfnerv" / name, root / "hflfnerv")
+    (root / "pyproject.toml").write_text(
+        '[project]\nname = "hflfnerv"\nversion = "0"\n[tool.setuptools]\npackages = ["hflfnerv"]\n'
+    )
+    (root / "csrc" / "bindings.cpp").write_text(
+        "#include <pybind11/pybind11.h>\n"
+        "int portable(); int avx2();\n"
+        "#ifndef HFLFNERV_HAVE_AVX2\nint avx2() { return 2; }\n#endif\n"
+        'PYBIND11_MODULE(_C, module) { module.def("answer", [] { return portable() + avx2(); }); }\n'
+    )
+    (root / "csrc" / "core" / "some.cpp").write_text("int portable() { return 1; }\n")
+    (root / "csrc" / "core" / "some_avx2.cpp").write_text(
+        "#ifndef __AVX2__\n#error flags\n#endif\nint avx2() { return 2; }\n"
+    )
+    return root
+
+
+def build(checkout, *arguments, **environment):
+    env = {key: value for key, value in os.environ.items() if key not in ("CXX", "HFLFNERV_REQUIRE_EXT", "PYTHONPATH")}
+    command = [sys.executable, "setup.py", "-q", *(arguments or ("build_ext", "--inplace"))]
+    return subprocess.run(command, cwd=checkout, env=env | environment, capture_output=True, text=True)
+
+
+def python(checkout, code):
+    """Run code on the copy; -S keeps an installed hflfnerv out of the way."""
+    env = os.environ | {"PYTHONPATH": str(checkout)}
+    return subprocess.run([sys.executable, "-S", "-c", code], cwd=checkout, env=env, capture_output=True, text=True)
+
+
+def record(checkout):
+    return json.loads((checkout / "hflfnerv" / "_build.json").read_text())
+
+
+def test_build_in_place_and_again(checkout):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    result = build(checkout)
+    assert result.returncode == 0, result.stderr
+    assert record(checkout)["built"] is True
+    answer = python(checkout, "from hflfnerv import _ext; print(_ext.load().answer(), _ext.unavailable())")
+    assert answer.stdout == "3 None\n", answer.stderr
+
+    # What was built before does not outlive a build that fails.
+    result = build(checkout, CXX="no-such-compiler")
+    assert result.returncode == 0
+    assert not list((checkout / "hflfnerv").glob("_C*"))
+
+
+def test_without_a_compiler_the_package_says_why(checkout):
+    result = build(checkout, CXX="no-such-compiler")
+    assert result.returncode == 0
+    assert "no-such-compiler" in result.stderr
+    assert record(checkout)["built"] is False
+    answer = python(checkout, "from hflfnerv import _ext; _ext.load()")
+    last = answer.stderr.strip().splitlines()[-1]
+    assert last.startswith("hflfnerv.errors.BackendUnavailable: ")
+    assert "no C++ compiler found (tried no-such-compiler)" in last
+    assert "build_ext --inplace" in last
+
+
+def test_a_source_that_does_not_compile_is_named(checkout):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    (checkout / "csrc" / "core" / "some.cpp").write_text("int portable() { return missing; }\n")
+    assert build(checkout).returncode == 0
+    assert "missing" in record(checkout)["reason"]
+    assert "some.cpp" in record(checkout)["reason"]
+
+
+def test_required_extension_fails_the_build(checkout):
+    result = build(checkout, CXX="no-such-compiler", HFLFNERV_REQUIRE_EXT="1")
+    assert result.returncode != 0
+    assert "no C++ compiler found" in result.stderr
+
+
+def test_never_built_is_named(checkout):
+    answer = python(checkout, "from hflfnerv import _ext; print(_ext.unavailable())")
+    assert "it was never built" in answer.stdout
+
+
+def test_record_and_module_go_into_the_build_folder(checkout):
+    assert build(checkout, "build_ext", "--build-lib", "out", CXX="no-such-compiler").returncode == 0
+    assert (checkout / "out" / "hflfnerv" / "_build.json").is_file()
+    assert not (checkout / "hflfnerv" / "_build.json").exists()
