@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 CLIP = "bunny_320x640.mp4"
-_HIGHPASS_GAIN = 4
+_HIGHPASS_GAIN = 8
 _ERROR_GAIN = 4
 
 
@@ -33,10 +33,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("demo", help="encode, decode and score a bundled clip; minutes on two CPU cores")
     parser.add_argument("-o", "--output", type=Path, default=Path("demo-output"), help="folder (default: demo-output)")
     parser.add_argument(
-        "--resize", metavar="HxW", type=argument(_size_hw), default="160x320", help="(default: 160x320)"
+        "--resize", metavar="HxW", type=argument(_size_hw), default="180x360", help="(default: 180x360)"
     )
     parser.add_argument("--size", default="0.15M", help="parameters (default: 0.15M)")
-    parser.add_argument("--epochs", type=int, default=120, help="(default: 120)")
+    parser.add_argument("--epochs", type=int, default=100, help="(default: 100)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.set_defaults(run=run)
 

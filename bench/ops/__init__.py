@@ -1,0 +1,1 @@
+"""One module for each operation; each registers its points when it is imported."""

@@ -1,0 +1,175 @@
+"""Runs benchmarks: ``python -m bench.run [suite ...]``; all suites if none is named.
+
+Each point is checked before it is timed. Its contenders then run in turn, round after round, so that a change of the
+machine's load meets all of them alike. The table shows the median, and its ratio to the baseline's; every contender of
+every point becomes one line in ``bench/results/<suite>.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import pkgutil
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from . import ops
+from .registry import SUITES, Contender, Point, Skipped
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+FAST_SECONDS = 0.005
+FAST_RUNS = 8
+PACKAGES = ("numpy", "torch", "triton", "zstandard", "dahuffman", "constriction")
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    if "model name" not in named:
+        return platform.processor()
+    return f"{named['model name']} (family {named.get('cpu family')}, model {named.get('model')})"
+
+
+def git(*arguments: str) -> str | None:
+    """Return the output of a git command in the checkout, or None where there is no git or no commit."""
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def environment() -> dict[str, Any]:
+    """Return what a figure depends on besides the code under test."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    status = git("status", "--porcelain")
+    return {
+        "device": processor(),
+        "driver": None,  # of a GPU
+        "versions": versions,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def seconds_of(point: Point, budget: float) -> dict[str, list[float]]:
+    """Time the contenders in turn until the budget in seconds is spent; each runs three times at least."""
+    times: dict[str, list[float]] = {contender.name: [] for contender in point.contenders}
+    for contender in point.contenders:
+        contender.run()
+    deadline = time.perf_counter() + budget
+    while True:
+        for contender in point.contenders:
+            spent = times[contender.name]
+            # A slow baseline does not take the time of the others.
+            if len(spent) >= 3 and sum(spent) > budget / len(point.contenders):
+                continue
+            # A slow contender leaves cold caches to the next; so a fast one warms up first, then runs several times.
+            fast = min(spent, default=0.0) < FAST_SECONDS
+            if fast:
+                contender.run()
+            for _ in range(FAST_RUNS if fast else 1):
+                begin = time.perf_counter()
+                contender.run()
+                spent.append(time.perf_counter() - begin)
+        if min(map(len, times.values())) >= 3 and time.perf_counter() > deadline:
+            return times
+
+
+def line(point: Point, contender: Contender, seconds: list[float]) -> dict[str, Any]:
+    """Return the result of one contender, without the environment."""
+    p20, p50, p80 = statistics.quantiles(seconds, n=5, method="inclusive")[0], statistics.median(seconds), 0.0
+    p80 = statistics.quantiles(seconds, n=5, method="inclusive")[3]
+    speed = contender.units / point.scale
+    return {
+        "what": point.what,
+        "implementation": contender.name,
+        "baseline": point.baseline,
+        "data": point.data,
+        "dtype": point.dtype,
+        "shape": list(point.shape),
+        "metric": "throughput",
+        "unit": point.unit,
+        "p20": round(speed / p80, 4),
+        "p50": round(speed / p50, 4),
+        "p80": round(speed / p20, 4),
+        "best": round(speed / min(seconds), 4),
+        "runs": len(seconds),
+        "note": contender.note,
+        **point.facts,
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print one table for each operation."""
+    for what in dict.fromkeys(result["what"] for result in results):
+        rows = [result for result in results if result["what"] == what]
+        print(f"\n{what} ({rows[0]['unit']}; ratio to {rows[0]['baseline']})")
+        for data in dict.fromkeys(row["data"] for row in rows):
+            print(f"  {data}")
+            of = {row["implementation"]: row for row in rows if row["data"] == data}
+            base = of[rows[0]["baseline"]]
+            for name, row in of.items():
+                print(
+                    f"    {name:28s} p50 {row['p50']:10.2f}   p20..p80 {row['p20']:10.2f} ..{row['p80']:10.2f}   "
+                    f"ratio {row['p50'] / base['p50']:8.3f}   best/best {row['best'] / base['best']:8.3f}"
+                )
+
+
+def main() -> int:
+    """Run the suites named on the command line."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"{ops.__name__}.{module.name}")
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "suites", nargs="*", metavar="suite", help=f"of {', '.join(sorted(SUITES))}; all if none is named"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each point (default: %(default)s)")
+    parser.add_argument("--no-write", action="store_true", help="leave bench/results as it is")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.suites) - set(SUITES))
+    if unknown:
+        parser.error(f"suite must be one of {', '.join(sorted(SUITES))}, got {', '.join(unknown)}")
+    for name in arguments.suites or sorted(SUITES):
+        results = []
+        try:
+            for point in SUITES[name]():
+                point.check()
+                times = seconds_of(point, arguments.seconds)
+                now = environment()
+                results += [line(point, contender, times[contender.name]) | now for contender in point.contenders]
+                print(f"{point.what} on {point.data}: done", file=sys.stderr)
+        except Skipped as reason:
+            print(f"{name}: skipped: {reason}", file=sys.stderr)
+        if results:
+            show(results)
+            if not arguments.no_write:
+                RESULTS.mkdir(exist_ok=True)
+                (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
