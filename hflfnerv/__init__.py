@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .codec import Decoder, EncodeResult, encode, evaluate
     from .config import EncodeConfig
     from .errors import BackendUnavailable, BitstreamError, HflfnervError
+    from .fusion import FuseReport, fuse, unfuse
 
 __all__ = [
     "BackendUnavailable",
@@ -22,15 +23,18 @@ __all__ = [
     "Decoder",
     "EncodeConfig",
     "EncodeResult",
+    "FuseReport",
     "HflfnervError",
     "__version__",
     "encode",
     "evaluate",
+    "fuse",
     "huffman",
     "metrics",
     "models",
     "nn",
     "ops",
+    "unfuse",
 ]
 
 _MODULES = ("huffman", "metrics", "models", "nn", "ops")
@@ -43,6 +47,9 @@ _NAMES = {
     "BackendUnavailable": "errors",
     "BitstreamError": "errors",
     "HflfnervError": "errors",
+    "FuseReport": "fusion",
+    "fuse": "fusion",
+    "unfuse": "fusion",
 }
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"_impl", "_ext", "_device", "_atomic", "config", "reference", "triton_kernels"},
     {"ops", "huffman", "data", "metrics", "testing"},
     {"nn"},
-    {"models"},
+    {"models", "fusion"},
     {"train"},
     {"codec"},
     {"cli"},

@@ -28,7 +28,7 @@ COMMANDS = [
 
 def test_there_are_blocks():
     assert {language for language, _ in BLOCKS} == {"console", "python", "bibtex"}
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
 
 
 @pytest.mark.parametrize("code", PYTHON)

@@ -36,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
-    # Before torch is loaded: OpenMP threads that spin while they wait make a step twenty times slower as soon as another
-    # program wants one of the cores; sleeping costs nothing that can be measured on idle ones.
+    # Before torch is loaded: OpenMP threads that spin while they wait make a training step many times slower as soon
+    # as another program wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = build_parser().parse_args(argv)
     # Imported late: --help and usage errors need no torch.
