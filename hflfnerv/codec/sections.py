@@ -212,20 +212,27 @@ class TensorSection:
         raw.finish()
         return tuple(steps)
 
+    def read_symbols(self) -> list[Array]:
+        """Decode the symbols of every tensor, one-dimensional, in file order.
+
+        Raises:
+            BitstreamError: they are invalid.
+        """
+        return self.coder.decode_arrays(
+            self._symbols,
+            [record.elements for record in self.records],
+            [symbol_dtype(record.bits) for record in self.records],
+        )
+
     def read(self) -> dict[str, QuantizedTensor]:
         """Decode every tensor.
 
         Raises:
             BitstreamError: they are invalid.
         """
-        symbols = self.coder.decode_arrays(
-            self._symbols,
-            [record.elements for record in self.records],
-            [symbol_dtype(record.bits) for record in self.records],
-        )
         return {
             record.name: self._tensor(record, array.reshape(record.shape), step)
-            for record, array, step in zip(self.records, symbols, self.steps, strict=True)
+            for record, array, step in zip(self.records, self.read_symbols(), self.steps, strict=True)
         }
 
     def read_rows(self, indices: Sequence[int] | Array) -> QuantizedTensor:
