@@ -122,7 +122,7 @@ py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_sym
   hflfnerv::Status status;
   {
     const py::gil_scoped_release release;
-    status = decoder.open(bytes.data(), bytes.size(), max_symbols);
+    status = decoder.open(bytes.data(), bytes.size(), max_symbols, true);
   }
   raise_unless_ok(status);
   if (decoder.list() && !list) {

@@ -412,3 +412,20 @@ def test_core_with_sanitizers(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all good" in result.stdout
+
+
+@pytest.mark.parametrize("offset", [0, 1, 17])
+def test_large_raw_arrays_are_checked_while_they_are_copied(offset):
+    # Above 1 MiB the AVX-512 path computes the checksum during the copy; any size, any alignment, any damage.
+    rng = np.random.default_rng(3)
+    symbols = rng.integers(0, 256, (1 << 20) + offset).astype(np.uint8)
+    data = huffman.encode(symbols)
+    assert len(data) > symbols.size  # stored as it is
+    assert np.array_equal(huffman.decode(data), symbols)
+    for array in (huffman.decode_many(huffman.encode_many([symbols[:0], symbols])),):
+        assert np.array_equal(array[1], symbols)
+    for at in [0, 5, 8, len(data) // 2, len(data) - 1, *rng.integers(0, len(data), 20).tolist()]:
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        with pytest.raises(BitstreamError):
+            huffman.decode(bytes(damaged))

@@ -1,6 +1,7 @@
 #include "crc32.h"
 
 #include <array>
+#include <cstring>
 
 namespace hflfnerv {
 namespace {
@@ -58,6 +59,25 @@ std::uint32_t crc32(std::uint32_t crc, const std::uint8_t* data, std::size_t siz
 #endif
   (void)level;
   return ~detail::crc32_update(state, data + taken, size - taken);
+}
+
+std::uint32_t crc32_copy(std::uint32_t crc, std::uint8_t* out, const std::uint8_t* data, std::size_t size,
+                         SimdLevel level) {
+  std::size_t taken = 0;
+#if defined(HFLFNERV_HAVE_AVX512)
+  // Writing large copies past the caches saves reading the lines that are overwritten.
+  constexpr std::size_t kLarge = 1 << 20;
+  if (level >= SimdLevel::avx512 && size >= kLarge) {
+    std::uint32_t state = ~crc;
+    taken = (64 - reinterpret_cast<std::uintptr_t>(out) % 64) % 64;
+    std::memcpy(out, data, taken);
+    state = detail::crc32_update(state, data, taken);
+    taken += detail::crc32_fold_stream_avx512(&state, out + taken, data + taken, size - taken);
+    crc = ~state;
+  }
+#endif
+  std::memcpy(out + taken, data + taken, size - taken);
+  return crc32(crc, data + taken, size - taken, level);
 }
 
 }  // namespace hflfnerv

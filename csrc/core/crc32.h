@@ -11,10 +11,17 @@ namespace hflfnerv {
 // `crc` is the value of the bytes before `data`, 0 at the start.
 std::uint32_t crc32(std::uint32_t crc, const std::uint8_t* data, std::size_t size, SimdLevel level);
 
+// The same, and copies the bytes to `out`.
+std::uint32_t crc32_copy(std::uint32_t crc, std::uint8_t* out, const std::uint8_t* data, std::size_t size,
+                         SimdLevel level);
+
 namespace detail {
 // `state` is the inverted value. Both fold as many bytes as they can and return how many they took.
 std::size_t crc32_fold_avx2(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
 std::size_t crc32_fold_avx512(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
+// The same, and copies what it took past the caches to `out`, which is aligned to 64 bytes.
+std::size_t crc32_fold_stream_avx512(std::uint32_t* state, std::uint8_t* out, const std::uint8_t* data,
+                                     std::size_t size);
 // Advances the inverted value over bytes, by table.
 std::uint32_t crc32_update(std::uint32_t state, const std::uint8_t* data, std::size_t size);
 }  // namespace detail

@@ -593,12 +593,24 @@ void DecodeTables::build_multi() {
   table.multi_yield = static_cast<unsigned>(yield);
 }
 
+bool is_one_raw_array(const std::vector<std::unique_ptr<HuffmanGroup>>& groups) {
+  return groups.size() == 1 && groups[0]->mode == kRaw && groups[0]->type == SymbolType::u8 &&
+         groups[0]->members.size() == 1;
+}
+
 }  // namespace
 
-Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols) {
-  const Status invalid_code{StatusCode::invalid_code, "the code lengths are not those of a complete prefix code"};
-  const auto invalid = [](const char* message) { return Status{StatusCode::invalid_bitstream, message}; };
+std::uint32_t HuffmanDecoder::checksum() const {
+  const std::uint32_t crc = crc32(0, data_, kCrcAt, level_);
+  return crc32(crc, data_ + kBodySizeAt, size_ - kBodySizeAt, level_);
+}
 
+Status HuffmanDecoder::check(std::uint32_t crc) const {
+  if (crc != get_little(data_ + kCrcAt, 4)) return {StatusCode::checksum_mismatch, "the CRC-32 does not match"};
+  return {};
+}
+
+Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, bool all_at_once) {
   if (size > 0 && std::memcmp(data, kMagic, std::min<std::size_t>(size, 4)) != 0) {
     return {StatusCode::bad_magic, "the data does not begin with 'HFLH'"};
   }
@@ -606,12 +618,31 @@ Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uin
   if (size < kBodyAt) return {StatusCode::truncated, "the data ends within the header"};
   const std::uint64_t body_bytes = get_little(data + kBodySizeAt, 6);
   if (body_bytes > size - kBodyAt) return {StatusCode::truncated, "the data is shorter than its header says"};
-  if (body_bytes < size - kBodyAt) return invalid("the data is longer than its header says");
-  std::uint32_t crc = crc32(0, data, kCrcAt, level_);
-  crc = crc32(crc, data + kBodySizeAt, size - kBodySizeAt, level_);
-  if (crc != get_little(data + kCrcAt, 4)) return {StatusCode::checksum_mismatch, "the CRC-32 does not match"};
+  if (body_bytes < size - kBodyAt) {
+    return {StatusCode::invalid_bitstream, "the data is longer than its header says"};
+  }
+  data_ = data;
+  size_ = size;
+  checked_ = !all_at_once;
+  if (checked_) {
+    const Status status = check(checksum());
+    if (!status.ok()) return status;
+  }
+  const Status status = parse(max_symbols);
+  if (!checked_ && !(status.ok() && is_one_raw_array(groups_))) {
+    // Damaged data is called damaged, whatever the damage looks like.
+    const Status damage = check(checksum());
+    if (!damage.ok()) return damage;
+    checked_ = true;
+  }
+  return status;
+}
 
-  Reader in{data + kBodyAt, data + size};
+Status HuffmanDecoder::parse(std::uint64_t max_symbols) {
+  const Status invalid_code{StatusCode::invalid_code, "the code lengths are not those of a complete prefix code"};
+  const auto invalid = [](const char* message) { return Status{StatusCode::invalid_bitstream, message}; };
+
+  Reader in{data_ + kBodyAt, data_ + size_};
   const std::uint8_t kind = in.byte();
   if (!in.good || kind > 1) return invalid("the kind must be 0 or 1");
   list_ = kind == 1;
@@ -791,6 +822,14 @@ Status HuffmanDecoder::decode(std::size_t array, std::uint64_t begin, std::uint6
 }
 
 Status HuffmanDecoder::decode_all(void* const* out) const {
+  if (!checked_) {
+    const HuffmanGroup& group = *groups_[0];
+    const std::uint8_t* end = group.payload + group.count;
+    std::uint32_t crc = crc32(0, data_, kCrcAt, level_);
+    crc = crc32(crc, data_ + kBodySizeAt, static_cast<std::size_t>(group.payload - data_) - kBodySizeAt, level_);
+    crc = crc32_copy(crc, static_cast<std::uint8_t*>(out[group.members.front()]), group.payload, group.count, level_);
+    return check(crc32(crc, end, static_cast<std::size_t>(data_ + size_ - end), level_));
+  }
   std::vector<std::uint8_t> joined;
   for (const std::unique_ptr<HuffmanGroup>& owner : groups_) {
     const HuffmanGroup& group = *owner;

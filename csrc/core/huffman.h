@@ -58,12 +58,14 @@ class HuffmanEncoder {
 };
 
 // Decodes arrays. `open` checks everything that can be checked without decoding; the data must outlive the decoder.
+// With `all_at_once`, `decode_all` must be called next: where the data is one array stored as it is, the checksum is
+// then left to that call, which computes it while it copies.
 class HuffmanDecoder {
  public:
   explicit HuffmanDecoder(SimdLevel level);
   ~HuffmanDecoder();
 
-  Status open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols);
+  Status open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, bool all_at_once = false);
   bool list() const { return list_; }
   const std::vector<ArrayShape>& arrays() const { return arrays_; }
 
@@ -73,7 +75,14 @@ class HuffmanDecoder {
   Status decode_all(void* const* out) const;
 
  private:
+  Status parse(std::uint64_t max_symbols);
+  Status check(std::uint32_t crc) const;
+  std::uint32_t checksum() const;
+
   SimdLevel level_;
+  const std::uint8_t* data_ = nullptr;
+  std::size_t size_ = 0;
+  bool checked_ = false;
   bool list_ = false;
   std::vector<ArrayShape> arrays_;
   std::vector<std::unique_ptr<HuffmanGroup>> groups_;

@@ -138,6 +138,33 @@ void test_damage() {
   }
 }
 
+// Stored arrays, whose checksum `decode_all` computes while it copies, past the caches if they are large.
+void test_stored() {
+  std::mt19937_64 random(5);
+  for (const std::size_t size : {std::size_t{300}, std::size_t{1} << 20, (std::size_t{1} << 20) + 4321}) {
+    std::vector<std::uint8_t> symbols(size);
+    for (std::uint8_t& s : symbols) s = static_cast<std::uint8_t>(random());
+    const std::vector<std::uint8_t> data = encode(symbols, 2048, SimdLevel::scalar);
+    CHECK(data.size() > size);
+    for (const SimdLevel level : levels()) {
+      for (std::size_t shift = 0; shift < 65; shift += 13) {
+        const std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[size + shift]);
+        void* pointer = out.get() + shift;
+        for (const std::size_t flip : {data.size(), data.size() - 1, data.size() / 2, std::size_t{6}}) {
+          const std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[data.size()]);
+          std::copy(data.begin(), data.end(), exact.get());
+          if (flip < data.size()) exact[flip] ^= 4;
+          HuffmanDecoder decoder(level);
+          CHECK(decoder.open(exact.get(), data.size(), size, true).ok());
+          const Status status = decoder.decode_all(&pointer);
+          CHECK(status.code == (flip < data.size() ? StatusCode::checksum_mismatch : StatusCode::ok));
+          CHECK(flip < data.size() || std::equal(symbols.begin(), symbols.end(), out.get() + shift));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -145,5 +172,6 @@ int main() {
   test_round_trips();
   test_length_limit();
   test_damage();
+  test_stored();
   std::printf("csrc/tests: %zu instruction-set levels, all good\n", levels().size());
 }
