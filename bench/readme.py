@@ -1,0 +1,96 @@
+"""Writes the README's tables from ``bench/results``: ``python -m bench.readme``. A test holds the README to them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .run import RESULTS, ROOT
+
+__all__ = ["TABLES", "filled"]
+
+Row = dict[str, Any]
+README = ROOT / "README.md"
+
+
+def rows_of(suite: str) -> list[Row]:
+    """Return the results of a suite."""
+    return [json.loads(text) for text in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+
+
+def source_of(suite: str, rows: list[Row]) -> str:
+    """Say where figures come from."""
+    row = rows[0]
+    return (
+        f"`python -m bench.run {suite}` on {row['device']}, one thread, at commit {row['commit'][:10]}; "
+        f"rows in `bench/results/{suite}.jsonl`."
+    )
+
+
+def huffman_table() -> str:
+    """Speed on the weights of the published HNeRV 1.5M, median, and its ratio to zstandard's."""
+    rows = [row for row in rows_of("huffman") if row["data"].startswith("real")]
+    of = {(row["what"], row["implementation"]): row for row in rows}
+    lines = [
+        "| 1.5 M 8-bit weights of the published HNeRV | decode | encode |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        cells = []
+        for what in ("huffman.decode", "huffman.encode"):
+            row = of[what, name]
+            ratio = row["p50"] / of[what, row["baseline"]]["p50"]
+            cells.append(f"{row['p50']:,.{0 if row['p50'] >= 10 else 2}f} MB/s ({ratio:.{2 if ratio >= 0.1 else 4}f})")
+        ours = f"**{name}**" if name.startswith("cpp") else name
+        lines.append(f"| {ours} | {' | '.join(cells)} |")
+    sizes = rows[0]
+    lines += [
+        "",
+        f"Ratios to zstandard level 1 in the same run. Size: {sizes['bytes']:,} bytes with tables and chunk directory, "
+        f"{100 * (sizes['bytes'] / sizes['payload_bytes'] - 1):.2f} % over the optimal code's payload. "
+        + source_of("huffman", rows),
+    ]
+    return "\n".join(lines)
+
+
+def open_table() -> str:
+    """Time from the bytes of a file to a network ready to decode."""
+    rows = rows_of("open")
+    names = {
+        "hflf, huffman": "`.hflf`, Huffman",
+        "hflf, range": "`.hflf`, range coder",
+        rows[0]["baseline"]: "the published file, `torch.load` and dequantise",
+    }
+    sizes = {"hflf, huffman": "huffman_bytes", "hflf, range": "range_bytes", rows[0]["baseline"]: "published_bytes"}
+    lines = ["| published HNeRV 1.5 M, Bunny | file | open |", "|---|---|---|"]
+    for row in rows:
+        name = row["implementation"]
+        if name in names:
+            lines.append(f"| {names[name]} | {row[sizes[name]]:,} bytes | {1000 / row['p50']:.1f} ms |")
+    return "\n".join([*lines, "", source_of("open", rows)])
+
+
+TABLES: dict[str, Callable[[], str]] = {"huffman": huffman_table, "open": open_table}
+
+
+def filled(text: str) -> str:
+    """Return the README's text with every marked table made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda m, t=table: m[1] + t() + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"{README.name} must have one place marked {name}, got {count}")
+    return text
+
+
+def main() -> int:
+    """Rewrite the README."""
+    README.write_text(filled(README.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
