@@ -62,7 +62,8 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    status = git("status", "--porcelain")
+    # Results that a run before this one wrote do not change what is measured.
+    status = git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": processor(),
         "driver": None,  # of a GPU
@@ -100,8 +101,8 @@ def seconds_of(point: Point, budget: float) -> dict[str, list[float]]:
 
 def line(point: Point, contender: Contender, seconds: list[float]) -> dict[str, Any]:
     """Return the result of one contender, without the environment."""
-    p20, p50, p80 = statistics.quantiles(seconds, n=5, method="inclusive")[0], statistics.median(seconds), 0.0
-    p80 = statistics.quantiles(seconds, n=5, method="inclusive")[3]
+    p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
+    p50 = statistics.median(seconds)
     speed = contender.units / point.scale
     return {
         "what": point.what,

@@ -54,3 +54,10 @@ def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (REPOSITORY / target).exists(), target
+
+
+def test_tables_are_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from bench.readme import filled
+
+    assert filled(README) == README
