@@ -27,12 +27,18 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall
 # Sources named *_<key>.cpp get these flags, and are left out where the compiler does not take them. Which of them runs
 # is decided at run time, so the module stays portable.
 X86_FLAGS = {
-    "avx2": ["-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul"],
+    "avx2": [*("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul"), "-mfma", "-mf16c"],
     "avx512": [
         *("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *("-mavx512cd", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni", "-mvpclmulqdq", "-mprefer-vector-width=512"),
     ],
+    "amx": [
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mamx-tile"),
+        *("-mamx-bf16", "-mprefer-vector-width=512"),
+    ],
 }
+# With it the kernels use PyTorch's threads (both share libgomp); without it they run in the calling thread.
+OPENMP = ["-fopenmp"]
 
 
 class BuildError(Exception):
@@ -61,12 +67,13 @@ def find_compiler():
     raise BuildError(f"no C++ compiler found (tried {', '.join(c[0] for c in candidates)})")
 
 
-def takes(compiler, flags):
-    """Return whether the compiler compiles a small program with these flags."""
+def takes(compiler, flags, *, link=False):
+    """Return whether the compiler compiles a small program with these flags, and links it if that is asked for."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "try.cpp")
         source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
-        command = [*compiler, *flags, "-Werror", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        only = [] if link else ["-c"]
+        command = [*compiler, *flags, "-Werror", *only, str(source), "-o", str(source.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -122,13 +129,15 @@ class NinjaBuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         python = sysconfig.get_paths()
         includes = [ROOT / "csrc", pybind11.get_include(), *{python["include"], python["platinclude"]}]
-        common = [*FLAGS, *(f"-I{p}" for p in includes), *(f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd)]
+        openmp = OPENMP if takes(compiler, [*FLAGS, *OPENMP], link=True) else []
+        defines = [f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd]
+        common = [*FLAGS, *openmp, *(f"-I{p}" for p in includes), *defines]
         link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         lines = [
             "ninja_required_version = 1.5",
             f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {quoted(common)} $arch -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $in",
-            f"rule link\n  command = {quoted(compiler)} {quoted(link)} $in -o $out\n  description = link",
+            f"rule link\n  command = {quoted([*compiler, *openmp, *link])} $in -o $out\n  description = link",
         ]
         objects = []
         for source in sources:
@@ -140,7 +149,7 @@ class NinjaBuildExt(build_ext):
         lines.append(f"build {path(target)}: link {' '.join(objects)}\n")
         Path(folder, "build.ninja").write_text("\n".join(lines))
         run([ninja, "-C", str(folder), *([f"-j{self.parallel}"] if self.parallel else [])])
-        return {"compiler": compiler, "simd": simd}
+        return {"compiler": compiler, "simd": simd, "openmp": bool(openmp)}
 
 
 setup(

@@ -4,11 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "core/conv_pixel_shuffle_gelu.h"
 #include "core/cpu.h"
 #include "core/huffman.h"
+#include "core/pixel_shuffle_gelu.h"
 
 namespace py = pybind11;
 
@@ -182,6 +187,71 @@ py::array huffman_code_lengths(const py::array_t<std::uint64_t, py::array::c_sty
   return lengths;
 }
 
+// Tensors arrive as addresses of contiguous memory; the operations in hflfnerv/ops have checked them.
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+hflfnerv::FloatType float_type_of(const std::string& name) {
+  if (name == "float32") return hflfnerv::FloatType::f32;
+  if (name == "float16") return hflfnerv::FloatType::f16;
+  if (name == "bfloat16") return hflfnerv::FloatType::bf16;
+  throw py::value_error("dtype must be 'float32', 'float16' or 'bfloat16', got '" + name + "'");
+}
+
+SimdLevel pixel_shuffle_gelu_level(const std::string& simd) {
+  const SimdLevel level = simd == "auto" ? hflfnerv::pixel_shuffle_gelu_level() : level_of(simd);
+  if (level == SimdLevel::scalar) throw py::value_error("simd must be 'avx2' or 'avx512' here, got '" + simd + "'");
+  return level;
+}
+
+// batch, channels of y, r, height and width of x.
+using Shape5 = std::array<std::int64_t, 5>;
+
+hflfnerv::PixelShuffleShape pixel_shuffle_shape(const Shape5& shape, bool channels_last) {
+  for (const std::int64_t size : shape) {
+    if (size < 1) throw py::value_error("shape must have positive sizes, got " + std::to_string(size));
+  }
+  return {shape[0], shape[1], shape[2], shape[3], shape[4], channels_last};
+}
+
+void pixel_shuffle_gelu_fwd(const Shape5& shape, bool channels_last, const std::string& dtype, bool tanh_form,
+                            std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, int threads, const std::string& simd) {
+  const auto sizes = pixel_shuffle_shape(shape, channels_last);
+  const hflfnerv::GeluForm form{float_type_of(dtype), tanh_form};
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::pixel_shuffle_gelu_fwd(sizes, form, pointer<void>(x), pointer<float>(bias), pointer<void>(y), threads, level);
+}
+
+void pixel_shuffle_gelu_bwd(const Shape5& shape, bool channels_last, const std::string& dtype, bool tanh_form,
+                            std::uintptr_t dy, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t dx,
+                            std::uintptr_t dbias, int threads, const std::string& simd) {
+  const auto sizes = pixel_shuffle_shape(shape, channels_last);
+  const hflfnerv::GeluForm form{float_type_of(dtype), tanh_form};
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::pixel_shuffle_gelu_bwd(sizes, form, pointer<void>(dy), pointer<void>(x), pointer<float>(bias),
+                                   pointer<void>(dx), pointer<float>(dbias), threads, level);
+}
+
+// batch, input channels, height, width, channels of y, r, kernel height and width, padding of rows and columns.
+using Shape10 = std::array<std::int64_t, 10>;
+
+void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uintptr_t x, std::uintptr_t weight,
+                                 std::uintptr_t bias, std::uintptr_t y, int threads) {
+  if (const char* reason = hflfnerv::conv_pixel_shuffle_gelu_unavailable()) throw py::value_error(reason);
+  const auto& n = sizes;
+  const hflfnerv::ConvPixelShuffleShape shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
+  const bool positive = *std::min_element(n.begin(), n.begin() + 8) > 0 && shape.out_height() > 0 && shape.out_width() > 0;
+  if (!positive || n[8] < 0 || n[9] < 0) throw py::value_error("sizes must be positive, paddings at least 0");
+  const py::gil_scoped_release release;
+  hflfnerv::conv_pixel_shuffle_gelu_fwd(shape, tanh_form, pointer<hflfnerv::BFloat16>(x),
+                                        pointer<hflfnerv::BFloat16>(weight), pointer<float>(bias),
+                                        pointer<hflfnerv::BFloat16>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -194,4 +264,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("huffman_decode_rows", &huffman_decode_rows, py::arg("data"), py::arg("start"), py::arg("stop"),
              py::arg("max_symbols"), py::arg("simd") = "auto");
   module.def("huffman_code_lengths", &huffman_code_lengths, py::arg("counts"), py::arg("max_bits"));
+  module.def("pixel_shuffle_gelu_simd", [] { return kLevelNames[static_cast<int>(hflfnerv::pixel_shuffle_gelu_level())]; });
+  module.def("pixel_shuffle_gelu_fwd", &pixel_shuffle_gelu_fwd, py::arg("shape"), py::arg("channels_last"),
+             py::arg("dtype"), py::arg("tanh_form"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"),
+             py::arg("simd") = "auto");
+  module.def("pixel_shuffle_gelu_bwd", &pixel_shuffle_gelu_bwd, py::arg("shape"), py::arg("channels_last"),
+             py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"),
+             py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("conv_pixel_shuffle_gelu_unavailable", &hflfnerv::conv_pixel_shuffle_gelu_unavailable);
+  module.def("conv_pixel_shuffle_gelu_fwd", &conv_pixel_shuffle_gelu_fwd, py::arg("sizes"), py::arg("tanh_form"),
+             py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("threads"));
 }

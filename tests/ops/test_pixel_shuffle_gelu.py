@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hflfnerv import ops
+from hflfnerv import _ext, ops
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.ops import PIXEL_SHUFFLE_GELU
 from hflfnerv.ops._triton import rejects_tensor
@@ -23,8 +24,12 @@ from hflfnerv.testing import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD_SHAPES = [(2, 3, 2, 5, 7), (1, 33, 2, 3, 9), (1, 5, 3, 4, 5), (2, 2, 5, 3, 1), (1, 4, 1, 3, 3), (1, 1, 4, 1, 1)]
+# Rows and channels that just fill vectors of 8 and 16, or do not; several blocks of rows; rows of several pieces.
+VECTOR_SHAPES = [(2, 9, 2, 17, 40), (1, 16, 4, 3, 16), (1, 20, 2, 5, 23), (1, 12, 4, 9, 19), (2, 3, 3, 9, 700)]
 BY_IMPL = pytest.mark.parametrize(("impl", "device"), implementations(PIXEL_SHUFFLE_GELU))
 OP = torch.ops.hflfnerv.pixel_shuffle_gelu
+CPP = next(entry for entry in PIXEL_SHUFFLE_GELU if entry.name == "cpp")
+needs_cpp = pytest.mark.skipif(CPP.unavailable() is not None, reason=f"cpp: {CPP.unavailable()}")
 
 
 def run(x, r, bias, dy, approximate, dtype=None, impl=None):
@@ -79,6 +84,14 @@ def test_odd_shapes(impl, device, shape, layout):
     compare(shape, torch.float32, device, layout, "none", impl)
 
 
+@needs_cpp
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", VECTOR_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors(dtype, shape, layout):
+    compare(shape, dtype, "cpu", layout, "none", "cpp")
+
+
 @BY_IMPL
 def test_noncontiguous(impl, device):
     compare((2, 3, 2, 5, 7), torch.float32, device, "strided", "none", impl)
@@ -113,6 +126,92 @@ def test_deterministic(impl, device, layout):
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+@needs_cpp
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_threads_and_batches_change_nothing(layout):
+    x, bias = make_tensor(3, 60, 41, 67, layout=layout), make_tensor(60, seed=1)
+    dy = make_tensor(3, 15, 82, 134, seed=2)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            y, (dx, dbias) = run(x, 2, bias, dy, "none", impl="cpp")
+            results.append((y, dx, dbias))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for image in range(3):
+        alone, (dx, _) = run(x[image : image + 1], 2, bias, dy[image : image + 1], "none", impl="cpp")
+        assert torch.equal(alone[0], results[0][0][image])
+        assert torch.equal(dx[0], results[0][1][image])
+
+
+@needs_cpp
+def test_every_instruction_set_gives_the_same(monkeypatch):
+    module = _ext.load()
+    levels = [level for level in module.simd_levels() if level != "scalar"]
+    for shape, dtype, layout in (
+        ((2, 17, 2, 5, 19), torch.bfloat16, "contiguous"),
+        (
+            (1, 19, 4, 3, 21),
+            torch.float32,
+            "channels_last",
+        ),
+    ):
+        batch, channels, r, height, width = shape
+        x = make_tensor(batch, channels * r * r, height, width, dtype=dtype, layout=layout, scale=3)
+        dy = make_tensor(batch, channels, height * r, width * r, dtype=dtype, seed=1)
+        results = []
+        for level in levels:
+            for name in ("pixel_shuffle_gelu_fwd", "pixel_shuffle_gelu_bwd"):
+                monkeypatch.setattr(module, name, functools.partial(getattr(module, name), simd=level))
+            y, (dx,) = run(x, r, None, dy, "none", impl="cpp")
+            monkeypatch.undo()
+            results.append((y, dx))
+        for other in results[1:]:
+            assert torch.equal(other[0], results[0][0])
+            assert torch.equal(other[1], results[0][1])
+
+
+@needs_cpp
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_as_exact_as_promised(approximate):
+    x = torch.cat([torch.linspace(-9, 9, 65520), torch.logspace(-30, 38, 8), -torch.logspace(-30, 38, 8)])
+    x = x.view(1, 1, 64, 1024)
+    y, (dx,) = run(x, 1, None, torch.ones_like(x), approximate, impl="cpp")
+    expected, (slope,) = run(x, 1, None, torch.ones_like(x), approximate, dtype=torch.float64)
+    assert ((y - expected).abs() <= 1e-7 + 1.2e-7 * expected.abs()).all()
+    assert (dx - slope).abs().max() <= 2e-7
+    special = torch.tensor([float("nan"), float("inf"), 0.0, -0.0]).repeat(8).view(1, 1, 1, 32)
+    y, (dx,) = run(special, 1, None, torch.ones_like(special), approximate, impl="cpp")
+    assert y[..., ::4].isnan().all()
+    assert dx[..., ::4].isnan().all()
+    assert (y[..., 1::4] == float("inf")).all()
+    assert (y[..., 2:4] == 0).all()
+    assert (dx[..., 2:4] == 0.5).all()
+
+
+@needs_cpp
+def test_auto_depends_on_the_size_of_one_image():
+    small, large = make_tensor(64, 8, 8, 8), make_tensor(1, 8, 64, 64)
+    for x, name in (small, "reference"), (large, "cpp"):
+        y = ops.pixel_shuffle_gelu(x, 2)
+        assert torch.equal(y, ops.pixel_shuffle_gelu(x, 2, impl=name))
+        assert not torch.equal(y, ops.pixel_shuffle_gelu(x, 2, impl="reference" if name == "cpp" else "cpp"))
+
+
+def test_cpp_says_why_not(monkeypatch):
+    assert "the tensors are on meta" in CPP.rejects(X.to("meta"), 2, None, "none")
+    assert "dtype torch.float64 is not one of" in CPP.rejects(X.double(), 2, None, "none")
+    monkeypatch.setattr("hflfnerv.ops._cpp._machine", lambda: "needs AVX2: this CPU has none")
+    with pytest.raises(BackendUnavailable, match="impl='cpp' cannot run: needs AVX2: this CPU has none"):
+        ops.pixel_shuffle_gelu(X, 2, impl="cpp")
+    x = make_tensor(1, 8, 64, 64)
+    assert torch.equal(ops.pixel_shuffle_gelu(x, 2), ops.pixel_shuffle_gelu(x, 2, impl="reference"))
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck(layout, approximate):
@@ -125,14 +224,15 @@ def test_gradcheck(layout, approximate):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_opcheck(layout, with_bias):
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])
+def test_opcheck(impl, layout, with_bias):
     x = make_tensor(2, 12, 3, 5, layout=layout, requires_grad=True)
     bias = make_tensor(12, seed=1, requires_grad=True) if with_bias else None
-    torch.library.opcheck(OP.default, (x, 2, bias, "none", "reference"))
+    torch.library.opcheck(OP.default, (x, 2, bias, "none", impl))
     dy = make_tensor(2, 3, 6, 10, seed=2)
     # Second derivatives are refused, see test_double_backward.
     backward = torch.ops.hflfnerv.pixel_shuffle_gelu_backward.default
-    torch.library.opcheck(backward, (dy, x.detach(), 2, None if bias is None else bias.detach(), "none", "reference"))
+    torch.library.opcheck(backward, (dy, x.detach(), 2, None if bias is None else bias.detach(), "none", impl))
 
 
 def test_double_backward():
@@ -198,7 +298,12 @@ X = torch.zeros(1, 8, 2, 2)
         ((X, 2, torch.zeros(8).half()), {}, TypeError, "bias must have x's dtype torch.float32, got torch.float16"),
         ((X, 2, torch.zeros(8, device="meta")), {}, ValueError, "bias must be on x's device cpu, got meta"),
         ((X, 2), {"approximate": "erf"}, ValueError, "approximate must be 'none' or 'tanh', got 'erf'"),
-        ((X, 2), {"impl": "cuda"}, ValueError, "impl must be one of ('auto', 'triton', 'reference'), got 'cuda'"),
+        (
+            (X, 2),
+            {"impl": "cuda"},
+            ValueError,
+            f"impl must be one of {('auto', *PIXEL_SHUFFLE_GELU.names)}, got 'cuda'",
+        ),
     ],
 )
 def test_rejects(args, kwargs, error, message):

@@ -1,0 +1,147 @@
+"""The upsampling block on the CPU: AMX in bfloat16, and convolution plus fused kernel, against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from hflfnerv import ops
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
+from hflfnerv.testing import assert_close_to_reference
+
+from ..registry import Contender, Point, Skipped, suite
+
+# Input and output channels, r, kernel, height and width: the blocks of the 1.5 M network at 640x1280, other odd widths,
+# and a small grid.
+SHAPES = [
+    (33, 28, 2, 5, 320, 640),
+    (40, 33, 2, 5, 160, 320),
+    (48, 40, 4, 5, 40, 80),
+    (57, 48, 4, 3, 10, 20),
+    (29, 24, 2, 5, 160, 320),
+    (24, 24, 2, 3, 320, 640),
+    (28, 3, 1, 3, 640, 1280),
+    (64, 64, 2, 1, 80, 160),
+    (50, 42, 5, 3, 2, 4),
+]
+BASELINE = "PyTorch, three operations"
+
+
+@suite("conv_pixel_shuffle_gelu_cpu")
+def points() -> Iterable[Point]:
+    """Yield inference in bfloat16 at every shape, and training at the largest."""
+    entry = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "conv2d+cpp")
+    if entry.unavailable() is not None:
+        raise Skipped(str(entry.unavailable()))
+    for shape in SHAPES:
+        yield from inference(*shape)
+    for shape in SHAPES[:2]:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield training(*shape, dtype)
+
+
+def operands(
+    in_channels: int, channels: int, r: int, kernel: int, height: int, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x, weight and bias, channels-last."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    weight = random(channels * r * r, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5)
+    x = random(1, in_channels, height, width)
+    return (
+        x.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(memory_format=torch.channels_last),
+        random(channels * r * r),
+    )
+
+
+def describe(in_channels: int, channels: int, r: int, kernel: int, height: int, width: int) -> tuple[str, float]:
+    """Return the shape in words, and the floating-point operations of the convolution."""
+    text = f"{in_channels} -> {channels}*{r * r}, k = {kernel}, {height} x {width}"
+    return text, 2.0 * in_channels * kernel**2 * channels * r * r * height * width
+
+
+def inference(in_channels: int, channels: int, r: int, kernel: int, height: int, width: int) -> Iterator[Point]:
+    """Yield the block in bfloat16."""
+    shape = (in_channels, channels, r, kernel, height, width)
+    x, weight, bias = operands(*shape, torch.bfloat16)
+    text, operations = describe(*shape)
+
+    def run(impl: str) -> torch.Tensor:
+        with torch.inference_mode():
+            return ops.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=kernel // 2, impl=impl)
+
+    names = [
+        name
+        for name in ("cpp", "conv2d+cpp")
+        if next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == name).why_not(
+            x, weight, bias, r, (kernel // 2, kernel // 2), "none"
+        )
+        is None
+    ]
+
+    def check() -> None:
+        exact = ops.conv_pixel_shuffle_gelu(
+            x.double(), weight.double(), bias.double(), r, padding=kernel // 2, impl="reference"
+        )
+        for name in names:
+            assert_close_to_reference(run(name), exact, run("reference"))
+
+    threads = f"{torch.get_num_threads()} threads, channels-last"
+    yield Point(
+        what="conv_pixel_shuffle_gelu.inference",
+        data=f"{text}, bfloat16",
+        dtype="bfloat16",
+        shape=x.shape,
+        unit="TFLOP/s",
+        scale=1e12,
+        contenders=[
+            *(Contender(name, lambda name=name: run(name), operations, threads) for name in names),
+            Contender(BASELINE, lambda: run("reference"), operations, threads),
+        ],
+        baseline=BASELINE,
+        check=check,
+        facts={"threads": torch.get_num_threads()},
+    )
+
+
+def training(
+    in_channels: int, channels: int, r: int, kernel: int, height: int, width: int, dtype: torch.dtype
+) -> Point:
+    """Return the block's forward and backward pass."""
+    shape = (in_channels, channels, r, kernel, height, width)
+    leaves = [t.requires_grad_() for t in operands(*shape, dtype)]
+    text, operations = describe(*shape)
+    dy = torch.randn(1, channels, height * r, width * r, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+
+    def run(impl: str) -> tuple[Any, ...]:
+        y = ops.conv_pixel_shuffle_gelu(*leaves, r, padding=kernel // 2, impl=impl)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    def check() -> None:
+        tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+        for actual, expected in zip(run("conv2d+cpp"), run("reference"), strict=True):
+            assert (actual - expected).float().norm() <= tolerance * expected.float().norm()
+
+    name, threads = str(dtype).removeprefix("torch."), f"{torch.get_num_threads()} threads, channels-last"
+    return Point(
+        what="conv_pixel_shuffle_gelu.training",
+        data=f"{text}, {name}",
+        dtype=name,
+        shape=leaves[0].shape,
+        unit="TFLOP/s",
+        scale=1e12,
+        contenders=[
+            Contender("conv2d+cpp", lambda: run("conv2d+cpp"), 3 * operations, threads),
+            Contender(BASELINE, lambda: run("reference"), 3 * operations, threads),
+        ],
+        baseline=BASELINE,
+        check=check,
+        facts={"threads": torch.get_num_threads()},
+    )

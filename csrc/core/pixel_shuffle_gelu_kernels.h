@@ -1,0 +1,43 @@
+// What pixel_shuffle_gelu.cpp hands to the code compiled for one instruction set.
+#pragma once
+
+#include "gelu_table.h"
+#include "pixel_shuffle_gelu.h"
+
+namespace hflfnerv {
+
+constexpr std::int64_t kRowsPerItem = 8;      // rows of x, of one plane (contiguous) or of all channels (channels-last)
+constexpr std::int64_t kBufferElements = 2048;  // of a piece of a row that stays in the first cache
+
+// One call, cut into items that can run in any order.
+struct PixelShuffleTask {
+  PixelShuffleShape shape;
+  FloatType type;
+  const GeluTable* table;
+  const void* x;
+  const float* bias;  // of all channels of x
+  const void* dy;     // backward only
+  void* out;          // y or dx
+  double* sums;       // backward only: item_sums() of each item, or null
+
+  std::int64_t row_blocks() const { return (shape.height + kRowsPerItem - 1) / kRowsPerItem; }
+  std::int64_t items() const { return shape.batch * (shape.channels_last ? 1 : shape.channels) * row_blocks(); }
+  std::int64_t item_sums() const { return shape.channels_last ? shape.in_channels() : shape.r * shape.r; }
+  // Pixels (channels-last) or columns (contiguous) handled at once where the general code runs.
+  std::int64_t piece() const {
+    const std::int64_t most = shape.channels_last ? kBufferElements / shape.in_channels() : kBufferElements / 4;
+    return most < 1 ? 1 : (most < shape.width ? most : shape.width);
+  }
+  // Floats of scratch that each thread needs: elements, biases and sums of a piece.
+  std::int64_t scratch_floats() const {
+    const std::int64_t elements = piece() * (shape.channels_last ? shape.in_channels() : 1);
+    return 3 * (elements + 64);
+  }
+};
+
+void pixel_shuffle_gelu_fwd_avx2(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch);
+void pixel_shuffle_gelu_bwd_avx2(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch);
+void pixel_shuffle_gelu_fwd_avx512(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch);
+void pixel_shuffle_gelu_bwd_avx512(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch);
+
+}  // namespace hflfnerv

@@ -1,0 +1,412 @@
+// The loops of pixel_shuffle_gelu, compiled once for each instruction set: the including file defines Simd.
+//
+// r = 2 and 4 shuffle in registers: r columns interleave (contiguous), or r² channels part (channels-last); where the last
+// vector would overrun, it starts earlier and computes some elements again. Any other case goes through a buffer in the
+// first cache: vectors on its one side, single elements on the other.
+#include <cstring>
+
+#include "pixel_shuffle_gelu_kernels.h"
+
+namespace hflfnerv {
+namespace {
+
+using F = Simd::F;
+constexpr int L = Simd::kLanes;
+using Gelu = Simd::Gelu;
+using GeluGradient = Simd::GeluGradient;
+
+template <class T>
+F load_some(const T* p, std::int64_t n) {
+  if (n >= L) return Simd::load(p);
+  T some[L] = {};
+  std::memcpy(some, p, static_cast<std::size_t>(n) * sizeof(T));
+  return Simd::load(some);
+}
+
+template <class T>
+void store_some(T* p, F v, std::int64_t n) {
+  if (n >= L) return Simd::store(p, v);
+  T some[L];
+  Simd::store(some, v);
+  std::memcpy(p, some, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// n vectors of consecutive elements become those of residue 0, 1, ... n - 1 modulo n, for n = 2, 4, 16.
+template <int n>
+inline __attribute__((always_inline)) void part(F* v) {
+  if constexpr (n == 2) {
+    Simd::unzip(v[0], v[1]);
+  } else {
+    F even[n / 2], odd[n / 2];
+    for (int i = 0; i < n / 2; ++i) {
+      even[i] = v[2 * i];
+      odd[i] = v[2 * i + 1];
+      Simd::unzip(even[i], odd[i]);
+    }
+    part<n / 2>(even);
+    part<n / 2>(odd);
+    for (int i = 0; i < n / 2; ++i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
+// The inverse of part.
+template <int n>
+inline __attribute__((always_inline)) void merge(F* v) {
+  if constexpr (n == 2) {
+    Simd::zip(v[0], v[1]);
+  } else {
+    F even[n / 2], odd[n / 2];
+    for (int i = 0; i < n / 2; ++i) {
+      even[i] = v[2 * i];
+      odd[i] = v[2 * i + 1];
+    }
+    merge<n / 2>(even);
+    merge<n / 2>(odd);
+    for (int i = 0; i < n / 2; ++i) {
+      Simd::zip(even[i], odd[i]);
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
+// Asks for what a loop will read soon; these loops advance too slowly for the processor to look far enough ahead itself.
+// Reading ahead of the end does no harm.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 2048, _MM_HINT_T0); }
+
+template <class T>
+struct Kernel {
+  const PixelShuffleTask& task;
+  float* scratch;
+  const PixelShuffleShape& s = task.shape;
+  const std::int64_t r = s.r, C = s.channels, K = s.in_channels(), H = s.height, W = s.width;
+  const T* x = static_cast<const T*>(task.x);
+  const T* dy = static_cast<const T*>(task.dy);
+  T* out = static_cast<T*>(task.out);
+
+  // Of contiguous tensors: row h of channel k of x (and dx), and row h r + i of channel c of y (and dy).
+  std::int64_t in_row(std::int64_t b, std::int64_t k, std::int64_t h) const { return ((b * K + k) * H + h) * W; }
+  std::int64_t out_row(std::int64_t b, std::int64_t c, std::int64_t row) const {
+    return ((b * C + c) * H * r + row) * W * r;
+  }
+  // Of channels-last tensors: the first pixel of a row.
+  std::int64_t in_pixels(std::int64_t b, std::int64_t h) const { return (b * H + h) * W * K; }
+  std::int64_t out_pixels(std::int64_t b, std::int64_t row) const { return (b * H * r + row) * W * r * C; }
+
+  bool in_registers() const { return (r == 2 || r == 4) && (s.channels_last ? C : W) >= L; }
+
+  // Row h of the channels from `first` on becomes one row of y.
+  template <int R>
+  void fwd_plane_row_fixed(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
+    const T* rows[R];
+    F biases[R];
+    for (int j = 0; j < R; ++j) {
+      rows[j] = x + in_row(b, first + j, h);
+      biases[j] = Simd::set(task.bias[first + j]);
+    }
+    for (std::int64_t w = 0; w < W; w += L) {
+      if (w > W - L) w = W - L;
+      F v[R];
+      for (int j = 0; j < R; ++j) {
+        prefetch(rows[j] + w);
+        v[j] = gelu(Simd::add(Simd::load(rows[j] + w), biases[j]));
+      }
+      merge<R>(v);
+      for (int j = 0; j < R; ++j) Simd::store(y + R * w + j * L, v[j]);
+    }
+  }
+
+  void fwd_plane_row(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
+    T* buffer = reinterpret_cast<T*>(scratch);
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece();
+      for (std::int64_t j = 0; j < r; ++j) {
+        const T* from = x + in_row(b, first + j, h) + w0;
+        const F bias = Simd::set(task.bias[first + j]);
+        for (std::int64_t w = 0; w < n; w += L) {
+          Simd::store(buffer + w, gelu(Simd::add(load_some(from + w, n - w), bias)));
+        }
+        T* to = y + w0 * r + j;
+        for (std::int64_t w = 0; w < n; ++w) to[w * r] = buffer[w];
+      }
+    }
+  }
+
+  template <int R>
+  void fwd_pixels_fixed(const Gelu& gelu, const T* from, T* y) const {
+    const std::int64_t row = W * R * C;
+    for (std::int64_t w = 0; w < W; ++w, from += R * R * C, y += R * C) {
+      for (std::int64_t c = 0; c < C; c += L) {
+        if (c > C - L) c = C - L;
+        F v[R * R];
+        for (int m = 0; m < R * R; ++m) {
+          const std::int64_t k = R * R * c + m * L;
+          prefetch(from + k);
+          v[m] = gelu(Simd::add(Simd::load(from + k), Simd::load(task.bias + k)));
+        }
+        part<R * R>(v);
+        for (int m = 0; m < R * R; ++m) Simd::store(y + m / R * row + m % R * C + c, v[m]);
+      }
+    }
+  }
+
+  // Repeats the biases for the pixels of a piece.
+  float* repeated_biases() const {
+    float* biases = scratch + task.piece() * K + 64;
+    for (std::int64_t p = 0; p < task.piece(); ++p) {
+      std::memcpy(biases + p * K, task.bias, static_cast<std::size_t>(K) * sizeof(float));
+    }
+    return biases;
+  }
+
+  // The same where a good part of the last vector would be computed again: GELU first, of whole pieces. Only for 16 bits:
+  // float32 waits for memory rather than for arithmetic.
+  template <int R>
+  void fwd_pieces_fixed(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+    float* buffer = scratch;
+    const std::int64_t row = W * R * C;
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+      for (std::int64_t k = 0; k < n; k += L) {
+        prefetch(from + k);
+        Simd::store(buffer + k, gelu(Simd::add(load_some(from + k, n - k), Simd::load(biases + k))));
+      }
+      from += n;
+      for (std::int64_t p = 0; p < pixels; ++p, y += R * C) {
+        for (std::int64_t c = 0; c < C; c += L) {
+          if (c > C - L) c = C - L;
+          F v[R * R];
+          for (int m = 0; m < R * R; ++m) v[m] = Simd::load(buffer + p * K + R * R * c + m * L);
+          part<R * R>(v);
+          for (int m = 0; m < R * R; ++m) Simd::store(y + m / R * row + m % R * C + c, v[m]);
+        }
+      }
+    }
+  }
+
+  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+    T* buffer = reinterpret_cast<T*>(scratch);
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+      for (std::int64_t k = 0; k < n; k += L) {
+        const F v = Simd::add(load_some(from + w0 * K + k, n - k), load_some(biases + k, n - k));
+        Simd::store(buffer + k, gelu(v));
+      }
+      for (std::int64_t i = 0; i < r; ++i) {
+        T* to = y + i * W * r * C + w0 * r * C;
+        for (std::int64_t p = 0; p < pixels; ++p) {
+          for (std::int64_t j = 0; j < r; ++j, to += C) {
+            const T* part = buffer + p * K + i * r + j;
+            for (std::int64_t c = 0; c < C; ++c) to[c] = part[c * r * r];
+          }
+        }
+      }
+    }
+  }
+
+  void fwd(std::int64_t begin, std::int64_t end) const {
+    const Gelu gelu(*task.table);
+    const float* biases = s.channels_last ? repeated_biases() : nullptr;
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
+      const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
+      for (std::int64_t h = block * kRowsPerItem; h < last; ++h) {
+        if (s.channels_last) {
+          T* y = out + out_pixels(plane, h * r);
+          const T* from = x + in_pixels(plane, h);
+          if (!in_registers()) {
+            fwd_pixels(gelu, biases, from, y);
+          } else if (sizeof(T) == 2 && (C + L - 1) / L * L * 6 >= C * 7) {
+            r == 2 ? fwd_pieces_fixed<2>(gelu, biases, from, y) : fwd_pieces_fixed<4>(gelu, biases, from, y);
+          } else {
+            r == 2 ? fwd_pixels_fixed<2>(gelu, from, y) : fwd_pixels_fixed<4>(gelu, from, y);
+          }
+          continue;
+        }
+        const std::int64_t b = plane / C, c = plane % C;
+        for (std::int64_t i = 0; i < r; ++i) {
+          const std::int64_t k = (c * r + i) * r;
+          T* y = out + out_row(b, c, h * r + i);
+          if (!in_registers()) {
+            fwd_plane_row(gelu, b, k, h, y);
+          } else if (r == 2) {
+            fwd_plane_row_fixed<2>(gelu, b, k, h, y);
+          } else {
+            fwd_plane_row_fixed<4>(gelu, b, k, h, y);
+          }
+        }
+      }
+    }
+  }
+
+  // One row of dy becomes row h of the channels from `first` on; sums has one place for each of these.
+  template <int R>
+  void bwd_plane_row_fixed(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
+                           double* sums) const {
+    std::int64_t rows[R];
+    F biases[R], row_sums[R];
+    for (int j = 0; j < R; ++j) {
+      rows[j] = in_row(b, first + j, h);
+      biases[j] = Simd::set(task.bias[first + j]);
+      row_sums[j] = Simd::zero();
+    }
+    for (std::int64_t w = 0; w < W; w += L) {
+      int again = 0;
+      if (w > W - L) {
+        again = static_cast<int>(w - (W - L));
+        w = W - L;
+      }
+      F v[R];
+      for (int j = 0; j < R; ++j) {
+        prefetch(from + R * w + j * L);
+        v[j] = Simd::load(from + R * w + j * L);
+      }
+      part<R>(v);
+      for (int j = 0; j < R; ++j) {
+        prefetch(x + rows[j] + w);
+        v[j] = Simd::mul(v[j], slope(Simd::add(Simd::load(x + rows[j] + w), biases[j])));
+        Simd::store(out + rows[j] + w, v[j]);
+        row_sums[j] = Simd::add(row_sums[j], again ? Simd::drop(v[j], again) : v[j]);
+      }
+    }
+    for (int j = 0; j < R; ++j) sums[j] += Simd::sum(row_sums[j]);
+  }
+
+  void bwd_plane_row(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
+                     double* sums) const {
+    T* buffer = reinterpret_cast<T*>(scratch);
+    for (std::int64_t j = 0; j < r; ++j) {
+      F sum = Simd::zero();
+      const std::int64_t row = in_row(b, first + j, h);
+      const F bias = Simd::set(task.bias[first + j]);
+      for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+        const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece();
+        for (std::int64_t w = 0; w < n; ++w) buffer[w] = from[(w0 + w) * r + j];
+        for (std::int64_t w = 0; w < n; w += L) {
+          const std::int64_t at = row + w0 + w;
+          const F v = Simd::mul(load_some(buffer + w, n - w), slope(Simd::add(load_some(x + at, n - w), bias)));
+          store_some(out + at, v, n - w);
+          sum = Simd::add(sum, v);  // beyond n there are zeros
+        }
+      }
+      sums[j] += Simd::sum(sum);
+    }
+  }
+
+  template <int R>
+  void bwd_pixels_fixed(const GeluGradient& slope, std::int64_t at, const T* from, float* sums) const {
+    const std::int64_t row = W * R * C;
+    for (std::int64_t w = 0; w < W; ++w, at += K, from += R * C) {
+      for (std::int64_t c = 0; c < C; c += L) {
+        std::int64_t again = 0;
+        if (c > C - L) {
+          again = R * R * (c - (C - L));
+          c = C - L;
+        }
+        F v[R * R];
+        for (int m = 0; m < R * R; ++m) {
+          const T* part = from + m / R * row + m % R * C + c;
+          prefetch(part);
+          v[m] = Simd::load(part);
+        }
+        merge<R * R>(v);
+        for (int m = 0; m < R * R; ++m) {
+          const std::int64_t k = R * R * c + m * L;
+          prefetch(x + at + k);
+          v[m] = Simd::mul(v[m], slope(Simd::add(Simd::load(x + at + k), Simd::load(task.bias + k))));
+          Simd::store(out + at + k, v[m]);
+          if (again >= (m + 1) * L) continue;
+          const F fresh = again > m * L ? Simd::drop(v[m], static_cast<int>(again - m * L)) : v[m];
+          Simd::store(sums + k, Simd::add(Simd::load(sums + k), fresh));
+        }
+      }
+    }
+  }
+
+  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+    T* buffer = reinterpret_cast<T*>(scratch);
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+      for (std::int64_t i = 0; i < r; ++i) {
+        const T* row = from + i * W * r * C + w0 * r * C;
+        for (std::int64_t p = 0; p < pixels; ++p) {
+          for (std::int64_t j = 0; j < r; ++j, row += C) {
+            T* part = buffer + p * K + i * r + j;
+            for (std::int64_t c = 0; c < C; ++c) part[c * r * r] = row[c];
+          }
+        }
+      }
+      for (std::int64_t k = 0; k < n; k += L) {
+        const std::int64_t here = at + w0 * K + k;
+        const F z = Simd::add(load_some(x + here, n - k), load_some(biases + k, n - k));
+        const F v = Simd::mul(load_some(buffer + k, n - k), slope(z));
+        store_some(out + here, v, n - k);
+        Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
+      }
+    }
+  }
+
+  void bwd(std::int64_t begin, std::int64_t end) const {
+    const GeluGradient slope(*task.table);
+    const float* biases = s.channels_last ? repeated_biases() : nullptr;
+    const std::int64_t row_sums = s.channels_last ? task.piece() * K : 0;
+    float* pixel_sums = scratch + 2 * (row_sums + 64);
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
+      const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
+      double* sums = task.sums + item * task.item_sums();
+      for (std::int64_t h = block * kRowsPerItem; h < last; ++h) {
+        if (s.channels_last) {
+          std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + 64) * sizeof(float));
+          const T* from = dy + out_pixels(plane, h * r);
+          if (!in_registers()) {
+            bwd_pixels(slope, biases, in_pixels(plane, h), from, pixel_sums);
+          } else if (r == 2) {
+            bwd_pixels_fixed<2>(slope, in_pixels(plane, h), from, pixel_sums);
+          } else {
+            bwd_pixels_fixed<4>(slope, in_pixels(plane, h), from, pixel_sums);
+          }
+          for (std::int64_t at = 0; at < (in_registers() ? K : row_sums); at += K) {
+            for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
+          }
+          continue;
+        }
+        const std::int64_t b = plane / C, c = plane % C;
+        for (std::int64_t i = 0; i < r; ++i) {
+          const std::int64_t k = (c * r + i) * r;
+          const T* from = dy + out_row(b, c, h * r + i);
+          if (!in_registers()) {
+            bwd_plane_row(slope, b, k, h, from, sums + i * r);
+          } else if (r == 2) {
+            bwd_plane_row_fixed<2>(slope, b, k, h, from, sums + i * r);
+          } else {
+            bwd_plane_row_fixed<4>(slope, b, k, h, from, sums + i * r);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class Run>
+void with_type(FloatType type, const Run& run) {
+  switch (type) {
+    case FloatType::f32: return run(float{});
+    case FloatType::f16: return run(Half{});
+    case FloatType::bf16: return run(BFloat16{});
+  }
+}
+
+void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
+  with_type(task.type, [&](auto zero) { Kernel<decltype(zero)>{task, scratch}.fwd(begin, end); });
+}
+
+void bwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
+  with_type(task.type, [&](auto zero) { Kernel<decltype(zero)>{task, scratch}.bwd(begin, end); });
+}
+
+}  // namespace
+}  // namespace hflfnerv

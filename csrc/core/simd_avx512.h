@@ -1,0 +1,110 @@
+// Vectors of 16 floats for code that is compiled for AVX-512; simd_avx2.h has the same names with 8.
+#pragma once
+
+#include <immintrin.h>
+
+#include "float_types.h"
+#include "gelu_table.h"
+
+namespace hflfnerv {
+namespace {
+
+struct Simd {
+  using F = __m512;
+  static constexpr int kLanes = 16;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(Half* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store(BFloat16* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v)); }
+
+  // Rounds to the nearest, ties to even. NaNs made from 16-bit inputs have no low bits that could carry over.
+  // A permutation drops the low halves: a narrowing store would be slow where it crosses cache lines.
+  static __m256i to_bfloat16(F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i high = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0, 0,
+                                           0, 0, 0, 0, 0, 0);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high, rounded));
+  }
+
+  // a, b = the even and the odd elements of the 32 in a, b.
+  static void unzip(F& a, F& b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const F evens = _mm512_permutex2var_ps(a, even, b);
+    b = _mm512_permutex2var_ps(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b);
+    a = evens;
+  }
+  // The inverse.
+  static void zip(F& a, F& b) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const F lower = _mm512_permutex2var_ps(a, low, b);
+    b = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+    a = lower;
+  }
+
+  // v with its first n lanes zeroed.
+  static F drop(F v, int n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(0xffffu << n), v); }
+
+  static float sum(F v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+
+  // A table's polynomial at a = min(|x|, limit), coefficients in registers. A NaN stays one.
+  template <int kTerms>
+  struct Polynomial {
+    explicit Polynomial(const GeluTable& table) {
+      for (int i = 0; i < kTerms; ++i) c[i] = _mm512_load_ps(table.coefficients[i]);
+    }
+    F operator()(F a) const {
+      const F rounded = _mm512_fmadd_ps(a, _mm512_set1_ps(1 / kGeluStep), _mm512_set1_ps(kGeluRound));
+      const __m512i piece = _mm512_castps_si512(rounded);
+      const F d = _mm512_fnmadd_ps(_mm512_sub_ps(rounded, _mm512_set1_ps(kGeluRound)), _mm512_set1_ps(kGeluStep), a);
+      F value = _mm512_permutexvar_ps(piece, c[kTerms - 1]);
+      for (int i = kTerms - 2; i >= 0; --i) value = _mm512_fmadd_ps(value, d, _mm512_permutexvar_ps(piece, c[i]));
+      return value;
+    }
+    F c[kTerms];
+  };
+
+  static F limited_abs(F x) { return _mm512_min_ps(_mm512_set1_ps(kGeluLimit), _mm512_abs_ps(x)); }
+
+  struct Gelu {
+    explicit Gelu(const GeluTable& table) : t(table) {}
+    F operator()(F x) const {
+      const F a = limited_abs(x);
+      return _mm512_fnmadd_ps(a, t(a), _mm512_max_ps(zero(), x));
+    }
+    Polynomial<kGeluTerms> t;
+  };
+
+  struct GeluGradient {
+    explicit GeluGradient(const GeluTable& table) : d(table) {}
+    F operator()(F x) const {
+      const F value = d(limited_abs(x));
+      const __mmask16 positive = _mm512_cmp_ps_mask(x, zero(), _CMP_GE_OQ);
+      return _mm512_mask_sub_ps(value, positive, set(1), value);
+    }
+    Polynomial<kGeluGradientTerms> d;
+  };
+};
+
+}  // namespace
+}  // namespace hflfnerv

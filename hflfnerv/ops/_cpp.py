@@ -1,0 +1,63 @@
+"""Why the compiled kernels cannot run here, or on a tensor, in words; and what calling them takes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .. import _ext
+
+__all__ = ["address", "float_bias", "load", "rejects_tensor", "unavailable", "unavailable_amx"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+load = _ext.load
+
+
+@functools.cache
+def _machine() -> str | None:
+    reason = _ext.unavailable()
+    if reason is None and load().pixel_shuffle_gelu_simd() == "scalar":
+        return "needs AVX2 with FMA and F16C, or AVX-512: this CPU, or this build, has neither"
+    return reason
+
+
+@functools.cache
+def _amx() -> str | None:
+    reason: str | None = _ext.unavailable() or load().conv_pixel_shuffle_gelu_unavailable()
+    return reason
+
+
+# torch.compile takes the answers of these two as constants instead of tracing into the extension.
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def unavailable() -> str | None:
+    """Return why this machine cannot run the vector kernels, or None."""
+    return _machine()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def unavailable_amx() -> str | None:
+    """Return why this machine cannot run the matrix kernels, or None."""
+    return _amx()
+
+
+def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot take a tensor of ``dtype`` on ``device``, or None."""
+    if device.type != "cpu":
+        return f"the tensors are on {device}, and the C++ kernels run on the CPU"
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, _DTYPES))}"
+    return None
+
+
+def float_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the biases as the kernels take them: contiguous, float32."""
+    return None if bias is None else bias.detach().float().contiguous()
+
+
+def address(t: torch.Tensor | None) -> Any:
+    """Return where a tensor's data is, 0 for None. The caller keeps the tensor."""
+    return 0 if t is None else t.data_ptr()
