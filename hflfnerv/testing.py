@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ._impl import ImplementationTable
 
 __all__ = [
     "assert_close_to_reference",
     "assert_gradient_close_to_reference",
+    "convolution_magnitudes",
     "implementations",
     "make_tensor",
     "poisoned_empty",
@@ -76,6 +78,22 @@ def make_tensor(
     elif layout != "contiguous":
         raise ValueError(f"layout must be 'contiguous', 'channels_last' or 'strided', got {layout!r}")
     return x.requires_grad_(requires_grad)
+
+
+def convolution_magnitudes(
+    x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, r: int, padding: tuple[int, int]
+) -> tuple[torch.Tensor, ...]:
+    """Return the sums of absolute terms behind y, dx, dweight and dbias of ``conv_pixel_shuffle_gelu``, in float64.
+
+    They are the ``magnitude`` of the assertions below for a kernel that sums in an order of its own. GELU is not larger
+    than its argument, and its derivative is about 1 at most; the bias is left out.
+    """
+    size, terms, slopes = (t.detach().double().abs() for t in (x, weight, F.pixel_unshuffle(dy, r)))
+    y = F.pixel_shuffle(F.conv2d(size, terms, padding=padding), r)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        slopes, size, terms, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    return y, dx, dweight, slopes.sum(dim=(0, 2, 3))
 
 
 @contextlib.contextmanager

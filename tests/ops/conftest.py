@@ -26,6 +26,8 @@ class Compiled(NamedTuple):
     registers: int
     stack_bytes: int
     local_bytes: int
+    matrix_instructions: frozenset[str]  # of PTX: "mma.sync" (from sm_80), "wgmma" (sm_90), "tcgen05.mma" (sm_100)
+    async_copy_bytes: frozenset[int]  # widths of the copies from global to shared memory
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +90,16 @@ def compile_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Compil
         source = ASTSource(kernel, signature, constants, attributes)
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kwargs)
         resources = usage(binary.asm["cubin"])
-        return Compiled(kernel.__name__, blocks, resources["REG"], resources["STACK"], resources["LOCAL"])
+        ptx = binary.asm["ptx"]
+        return Compiled(
+            kernel.__name__,
+            blocks,
+            resources["REG"],
+            resources["STACK"],
+            resources["LOCAL"],
+            frozenset(re.findall(r"\b(mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma)\b", ptx)),
+            frozenset(int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], (\w+)", ptx)),
+        )
 
     def run(module: ModuleType, launch: Callable[[], Any], capability: int, **options: Any) -> list[Compiled]:
         recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from hflfnerv import ops
+from hflfnerv.reference import conv_pixel_shuffle_gelu as conv_reference
 from hflfnerv.reference import highpass as highpass_reference
 from hflfnerv.reference import pixel_shuffle_gelu as reference
 from hflfnerv.testing import (
     assert_close_to_reference,
     assert_gradient_close_to_reference,
+    convolution_magnitudes,
     make_tensor,
     poisoned_empty,
 )
@@ -106,3 +108,132 @@ def test_highpass_keeps_half_precision():
     x = make_tensor(3, 6, 9, dtype=torch.float16)
     y = torch.ops.hflfnerv.highpass(x, 0.8, "triton")
     assert_close_to_reference(y, highpass_reference.highpass(x.double()), ops.highpass(x, impl="reference"))
+
+
+# B, C_in, C_out, r, (K_h, K_w), H, W: channels that are no multiple of 8, columns of one and of two accumulators and of
+# several programs, tiles that end inside a row and that hold several images.
+CONV_SHAPES = [
+    (2, 33, 3, 2, (5, 5), 5, 7),
+    (1, 57, 6, 5, (3, 3), 3, 5),
+    (2, 24, 33, 2, (1, 1), 5, 9),
+    (1, 60, 7, 1, (3, 1), 9, 1),
+    (1, 8, 17, 4, (1, 3), 1, 11),
+    (3, 3, 28, 2, (7, 7), 2, 3),
+]
+
+
+def conv_operands(shape, dtype, layout="channels_last", requires_grad=True):
+    batch, channels, out_channels, r, kernel, height, width = shape
+    n = out_channels * r * r
+    x = make_tensor(batch, channels, height, width, dtype=dtype, layout=layout, requires_grad=requires_grad)
+    scale = (channels * kernel[0] * kernel[1]) ** -0.5
+    weight = make_tensor(n, channels, *kernel, dtype=dtype, scale=scale, seed=1, requires_grad=requires_grad)
+    bias = make_tensor(n, dtype=dtype, seed=2, requires_grad=requires_grad)
+    return x, weight, bias
+
+
+def run_conv_reference(tensors, dy, shape, approximate, dtype):
+    r, kernel = shape[3], shape[4]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    x, weight, bias = [*leaves, None][:3]
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    y = conv_reference.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=padding, approximate=approximate)
+    return y, torch.autograd.grad(y, leaves, dy.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "approximate", "layout", "with_bias"),
+    [
+        (CONV_SHAPES[0], "none", "channels_last", True),
+        (CONV_SHAPES[0], "tanh", "strided", False),
+        (CONV_SHAPES[1], "none", "contiguous", True),
+        (CONV_SHAPES[2], "none", "channels_last", True),
+        (CONV_SHAPES[3], "tanh", "contiguous", True),
+        (CONV_SHAPES[4], "none", "channels_last", False),
+        (CONV_SHAPES[5], "none", "channels_last", True),
+    ],
+)
+def test_conv_shuffle(shape, approximate, layout, with_bias, dtype):
+    x, weight, bias = conv_operands(shape, dtype, layout)
+    tensors = (x, weight, bias) if with_bias else (x, weight)
+    batch, _, out_channels, r, _, height, width = shape
+    dy = make_tensor(batch, out_channels, height * r, width * r, dtype=dtype, seed=3)
+    with poisoned_empty():
+        y, z = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+            x, weight, bias if with_bias else None, None, r, approximate, True, "triton"
+        )
+        gradients = torch.autograd.grad(y, tensors, dy)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    expected, expected_gradients = run_conv_reference(tensors, dy, shape, approximate, torch.float64)
+    same, same_gradients = run_conv_reference(tensors, dy, shape, approximate, dtype)
+    kernel = shape[4]
+    size, *sizes = convolution_magnitudes(x, weight, dy, r, (kernel[0] // 2, kernel[1] // 2))
+    assert_close_to_reference(y, expected, same, magnitude=size)
+    for actual, true, rounded, size in zip(gradients, expected_gradients, same_gradients, sizes, strict=False):
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
+
+
+@pytest.mark.parametrize("keep_z", [False, True])
+def test_conv_shuffle_every_tile(keep_z):
+    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+
+    # More pixels than the largest tile holds, in rows that it does not divide, and one group of channels.
+    for n, dtype in ((12, torch.float16), (132, torch.float16), (260, torch.float16), (132, torch.float32)):
+        shape = (2, 5, n // 4, 2, (1, 1), 3, 61)
+        x, weight, bias = conv_operands(shape, dtype, requires_grad=False)
+        dy = make_tensor(2, n // 4, 6, 122, dtype=dtype)
+        (expected, _), (same, _) = (
+            run_conv_reference((x, weight, bias), dy, shape, "none", d) for d in (torch.float64, dtype)
+        )
+        packed = kernels.pack_weight(weight, 2)
+        for tile in kernels.tiles(10**6, n, dtype, (9, 0), 232448):
+            with poisoned_empty():
+                y, z = kernels.conv_pixel_shuffle_gelu_fwd(
+                    x, packed, bias, n, (1, 1), 2, "none", keep_z=keep_z, tile=tile
+                )
+            assert_close_to_reference(y, expected, same)
+            if not keep_z:
+                assert z is None
+                continue
+            spread, rounded = (
+                torch.nn.functional.conv2d(x.to(d), weight.to(d), bias.to(d))
+                .view(2, n // 4, 2, 2, 3, 61)
+                .permute(0, 2, 3, 1, 4, 5)
+                .reshape(2, n, 3, 61)
+                for d in (torch.float64, dtype)
+            )
+            assert_close_to_reference(z, spread, rounded)
+
+
+def test_conv_shuffle_takes_a_kept_weight():
+    from hflfnerv.triton_kernels.conv_pixel_shuffle_gelu import pack_weight
+
+    x, weight, bias = conv_operands((1, 9, 3, 2, (3, 3), 4, 5), torch.float32, requires_grad=False)
+    op = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
+    y, z = op(x, weight, bias, None, 2, "none", False, "triton")
+    assert torch.equal(op(x, weight, bias, pack_weight(weight, 2), 2, "none", False, "triton")[0], y)
+    assert z.numel() == 0
+
+
+def test_conv_shuffle_reads_nothing_outside_its_window():
+    # The rows of the packed weight beyond K are zero, but zero times infinity is not: nothing may be read for them.
+    x, weight, _ = conv_operands((1, 5, 1, 2, (3, 3), 7, 9), torch.float32, requires_grad=False)
+    x[0, 0, 3, 4] = float("inf")
+    x[0, 1, 0, 0] = float("nan")
+    y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(x, weight, None, None, 2, "none", False, "triton")
+    expected = conv_reference.conv_pixel_shuffle_gelu(x.double(), weight.double(), None, 2, padding=1)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+
+
+def test_conv_shuffle_empty():
+    x = torch.empty(0, 5, 3, 4, requires_grad=True)
+    _, weight, bias = conv_operands((1, 5, 2, 2, (3, 3), 3, 4), torch.float32)
+    y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(x, weight, bias, None, 2, "none", True, "triton")
+    y.sum().backward()
+    assert y.shape == (0, 2, 6, 8)
+    assert x.grad.shape == x.shape
+    assert torch.equal(bias.grad, torch.zeros(8))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))

@@ -12,9 +12,18 @@ from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
-from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, implementations, make_tensor
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    convolution_magnitudes,
+    implementations,
+    make_tensor,
+)
 
-BY_IMPL = pytest.mark.parametrize(("impl", "device"), implementations(CONV_PIXEL_SHUFFLE_GELU))
+# "cpp" computes in bfloat16 and for inference alone: see test_conv_pixel_shuffle_gelu_cpp.py.
+BY_IMPL = pytest.mark.parametrize(
+    ("impl", "device"), [case for case in implementations(CONV_PIXEL_SHUFFLE_GELU) if case.id != "cpp"]
+)
 # B, C_in, C_out, r, H, W, kernel, padding
 ODD_SHAPES = [
     (1, 3, 5, 2, 5, 7, (1, 1), 0),
@@ -23,6 +32,12 @@ ODD_SHAPES = [
     (1, 2, 4, 1, 5, 4, (3, 1), (1, 0)),
     (1, 2, 3, 2, 6, 5, (5, 3), (0, 2)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch):
+    """Float32 without TF32, whose rounding is not that of the dtype the tolerances are made of."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def run(tensors, dy, r, padding, approximate, dtype=None, impl=None):
@@ -43,12 +58,23 @@ def compare(shape, dtype, device, layout, approximate, impl, with_bias=True):
     dy = make_tensor(batch, channels, rows * r, columns * r, dtype=dtype, device=device, seed=3)
 
     tensors = (x, weight, bias)
+    entry = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == impl)
+    if entry.rejects(x, weight, bias, r, pad, approximate) is not None:
+        # The one thing that a kernel may refuse here: a padding that is not half of an odd kernel.
+        assert impl == "triton"
+        assert pad != tuple(size // 2 for size in kernel)
+        with pytest.raises(BackendUnavailable, match="changes the size of the image"):
+            run(tensors, dy, r, padding, approximate, impl=impl)
+        return
     y, gradients = run(tensors, dy, r, padding, approximate, impl=impl)
     expected, expected_gradients = run(tensors, dy, r, padding, approximate, dtype=torch.float64)
     same, same_gradients = run(tensors, dy, r, padding, approximate, dtype=dtype)
-    assert_close_to_reference(y, expected, same)
-    # The gradient of the bias is a sum of dy GELU', and GELU' is about 1 at most.
-    magnitudes = [None, None, F.pixel_unshuffle(dy, r).double().abs().sum(dim=(0, 2, 3))][: len(gradients)]
+    size, *magnitudes = convolution_magnitudes(x, weight, dy, r, pad)
+    if impl != "triton":
+        # The convolutions are those that the rounded reference runs; the gradient of the bias alone is not.
+        size, magnitudes[:2] = None, [None, None]
+    assert_close_to_reference(y, expected, same, magnitude=size)
+    magnitudes = magnitudes[: len(gradients)]
     for actual, true, rounded, size in zip(gradients, expected_gradients, same_gradients, magnitudes, strict=True):
         assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
 
@@ -148,15 +174,22 @@ X, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 3, 3)
         ((X, WEIGHT, None, 2), {"approximate": "fast"}, ValueError, "approximate must be 'none' or 'tanh', got 'fast'"),
         (
             (X, WEIGHT, None, 2),
-            {"impl": "triton"},
+            {"impl": "cuda"},
             ValueError,
-            "impl must be one of ('auto', 'conv2d+triton', 'reference')",
+            f"impl must be one of {('auto', *CONV_PIXEL_SHUFFLE_GELU.names)}, got 'cuda'",
         ),
     ],
 )
 def test_rejects(args, kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
         ops.conv_pixel_shuffle_gelu(*args, **{"padding": 1, **kwargs})
+
+
+def test_conv2d_cpp_says_why_not():
+    entry = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "conv2d+cpp")
+    assert "dtype torch.float64 is not one of" in entry.rejects(X.double(), WEIGHT.double(), None, 2, (1, 1), "none")
+    assert "the tensors are on meta" in entry.rejects(X.to("meta"), WEIGHT.to("meta"), None, 2, (1, 1), "none")
+    assert ops.conv_pixel_shuffle_gelu(X.to("meta"), WEIGHT.to("meta"), None, 2, padding=1).shape == (1, 2, 8, 8)
 
 
 def test_triton_says_why_not():

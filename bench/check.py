@@ -1,0 +1,140 @@
+"""Every operation against its float64 reference on the device, forward and backward; nothing is timed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from hflfnerv import ops
+from hflfnerv.reference import conv_pixel_shuffle_gelu as conv_reference
+from hflfnerv.reference import highpass as highpass_reference
+from hflfnerv.reference import pixel_shuffle_gelu as shuffle_reference
+
+from .device import Machine, require_close
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+# C_in, C_out, r, kernel, H, W
+BLOCKS = [(33, 28, 2, 5, 65, 127), (40, 33, 2, 5, 40, 81), (48, 40, 4, 5, 20, 33), (57, 48, 4, 3, 10, 20)]
+BLOCKS += [(24, 24, 2, 3, 33, 17), (60, 7, 3, 1, 5, 9), (12, 5, 1, 7, 19, 23), (16, 64, 5, 1, 2, 4)]
+
+
+class CheckFailed(Exception):
+    """Some results were wrong; the message names them."""
+
+
+def points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Compare every operation, implementation, dtype and layout; raise at the end if one was wrong."""
+    failures = []
+    # Float32 products in float32, where an error of a kernel cannot hide in TF32's rounding.
+    torch.backends.cudnn.allow_tf32 = False
+    for name, facts, run in _cases(machine):
+        if not machine.wants(name, seconds=2):
+            continue
+        try:
+            error = run()
+        except Exception as failure:  # a failing kernel must not hide what the others do
+            traceback.print_exc()
+            failures.append(f"{name}: {type(failure).__name__}: {str(failure)[:200]}")
+            continue
+        row = {**facts, "data": name, "metric": "relative error", "unit": "", "p50": error}
+        yield row | machine.environment()
+    if failures:
+        raise CheckFailed(f"{len(failures)} wrong results:\n  " + "\n  ".join(failures))
+
+
+Run = Callable[[torch.dtype, str], list[torch.Tensor]]  # dtype, implementation -> y and gradients
+
+
+def _compare(name: str, run: Run, dtype: torch.dtype, impl: str) -> float:
+    """Compare a result and its gradients with float64's; return the largest error."""
+    actual, expected, same = run(dtype, impl), run(torch.float64, "reference"), run(dtype, "reference")
+    return max(
+        require_close(f"{name}, result {part} of y and its gradients", *three)
+        for part, three in enumerate(zip(actual, expected, same, strict=True))
+    )
+
+
+def _gradients(y: torch.Tensor, leaves: list[torch.Tensor], dy: torch.Tensor) -> list[torch.Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def _shuffle(z: torch.Tensor, bias: torch.Tensor, dy: torch.Tensor, r: int, approximate: str) -> Run:
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (z, bias)]
+        if impl == "reference":
+            y = shuffle_reference.pixel_shuffle_gelu(leaves[0], r, leaves[1], approximate=approximate)
+        else:
+            y = ops.pixel_shuffle_gelu(leaves[0], r, leaves[1], approximate=approximate, impl=impl)
+        return _gradients(y, leaves, dy)
+
+    return run
+
+
+def _block(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dy: torch.Tensor, r: int, approximate: str
+) -> Run:
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        padding = weight.shape[2] // 2
+        if impl == "reference":
+            y = conv_reference.conv_pixel_shuffle_gelu(
+                leaves[0], leaves[1], leaves[2], r, padding=padding, approximate=approximate
+            )
+        else:
+            y = ops.conv_pixel_shuffle_gelu(
+                leaves[0], leaves[1], leaves[2], r, padding=padding, approximate=approximate, impl=impl
+            )
+        return _gradients(y, leaves, dy)
+
+    return run
+
+
+def _filter(x: torch.Tensor) -> Run:
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        if impl == "reference":
+            work = dtype if dtype == torch.float64 else torch.float32
+            return [highpass_reference.highpass(x.to(work), 0.8).to(dtype)]
+        return [ops.highpass(x.to(dtype), 0.8, impl=impl)]
+
+    return run
+
+
+def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[], float]]]:
+    """Yield the name, the row's first fields and the comparison of each case."""
+    generator = torch.Generator(machine.device).manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=machine.device, generator=generator)
+
+    def case(op: str, what: str, run: Run, dtype: torch.dtype, impl: str) -> Any:
+        name = f"{op}, {what}, {str(dtype)[6:]}, {impl}"
+        facts = {"what": f"check.{op}", "implementation": impl, "dtype": str(dtype)[6:]}
+        return name, facts, functools.partial(_compare, name, run, dtype, impl)
+
+    shuffles = ["reference"] if machine.dry else ["triton"]
+    convolutions = ["reference"] if machine.dry else ["triton", "conv2d+triton"]
+    filters = ["fft"] if machine.dry else ["triton", "fft"]
+    blocks = [(5, 3, 2, 3, 7, 9)] if machine.dry else BLOCKS
+    for dtype, layout, block, approximate in itertools.product(DTYPES, LAYOUTS, blocks, ("none", "tanh")):
+        channels, out_channels, r, kernel, height, width = block
+        n = out_channels * r * r
+        x = random(2, channels, height, width).to(dtype).contiguous(memory_format=layout)
+        z = random(2, n, height, width).to(dtype).contiguous(memory_format=layout)
+        weight = (random(n, channels, kernel, kernel) * (channels * kernel**2) ** -0.5).to(dtype)
+        bias, dy = random(n).to(dtype), random(2, out_channels, height * r, width * r).to(dtype)
+        what = f"r {r}, {height}x{width}, {approximate}, {str(layout)[6:]}"
+        run = _shuffle(z, bias, dy, r, approximate)
+        for impl in shuffles:
+            yield case("pixel_shuffle_gelu", f"{out_channels} channels, {what}", run, dtype, impl)
+        run = _block(x, weight, bias, dy, r, approximate)
+        for impl in convolutions:
+            size = f"{channels} to {out_channels} channels, kernel {kernel}"
+            yield case("conv_pixel_shuffle_gelu", f"{size}, {what}", run, dtype, impl)
+    for dtype, shape, impl in itertools.product(DTYPES, ((2, 3, 64, 96), (3, 63, 95), (1, 640, 1280)), filters):
+        yield case("highpass", "x".join(map(str, shape)), _filter(random(*shape).to(dtype)), dtype, impl)

@@ -1,0 +1,237 @@
+"""The machine under measurement: a CUDA device timed by events, or the CPU standing in for it in a dry run.
+
+A dry run goes through the same code on tiny shapes with the implementations that need no GPU; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .registry import Contender, Point
+from .run import environment, line
+
+__all__ = ["Machine", "require_close", "without_autotuning"]
+
+Row = dict[str, Any]
+_COMPILING = 30.0  # seconds that a point with torch.compile takes at least
+_FLUSH_BYTES = 2**30  # long enough to write that the host is ahead of the device when a contender begins
+
+
+def require_close(what: str, actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor) -> float:
+    """Raise unless ``actual`` is as near to the float64 result as can be asked of its dtype; return its error.
+
+    ``‖actual - expected‖ <= (2 ‖same_dtype - expected‖ + 2 u ‖expected‖)``, all over ``‖expected‖``, with u the unit
+    roundoff of the dtype and ``same_dtype`` PyTorch's own result in it.
+    """
+    if actual.shape != expected.shape or actual.dtype != same_dtype.dtype:
+        raise AssertionError(f"{what}: got {actual.dtype} {tuple(actual.shape)}, not {tuple(expected.shape)}")
+    norm = max(float(expected.double().norm()), 1e-30)
+    error, unavoidable = (float((t.double() - expected.double()).norm()) / norm for t in (actual, same_dtype))
+    allowed = 2 * unavoidable + torch.finfo(actual.dtype).eps
+    if not error <= allowed:
+        raise AssertionError(f"{what}: relative error {error:.3e} is over {allowed:.3e}")
+    return error
+
+
+@contextlib.contextmanager
+def without_autotuning() -> Iterator[None]:
+    """Let cuDNN take its first choice: what runs once, such as a reference in float64, is not worth a search."""
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+
+
+class Machine:
+    """A device, its clock, and what was measured on it so far.
+
+    Args:
+        dry: use the CPU, tiny shapes and one run of everything.
+        seconds: time for each contender.
+        deadline: ``time.monotonic()`` after which no further point begins.
+        only: measure only points whose name contains this.
+    """
+
+    def __init__(self, *, dry: bool, seconds: float, deadline: float, only: str = "") -> None:
+        self.dry = dry
+        self.seconds_each = 0.0 if dry else seconds
+        self.deadline = deadline
+        self.only = only
+        self.left_out: list[str] = []
+        self._compiling = 0
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.implementation = "reference" if dry else "triton"  # of our operations
+
+    def shape(self, true: Sequence[int], tiny: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape to use: ``tiny`` in a dry run."""
+        return tuple(tiny if self.dry else true)
+
+    def wants(self, name: str, *, seconds: float = 10.0) -> bool:
+        """Return whether to measure a point: it was asked for, and there is time for it, compilation included."""
+        if self.only not in name:
+            return False
+        if self.dry and seconds >= _COMPILING:
+            # Compiling is what takes the time of a dry run, and two points go through all of a part's code.
+            self._compiling += 1
+            return self._compiling <= 2
+        if time.monotonic() + seconds > self.deadline:
+            self.left_out.append(name)
+            return False
+        return True
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``torch.compile(mode="max-autotune")`` of a function.
+
+        Without its own CUDA graphs: every contender is captured in one by :meth:`seconds`, which spares this one the
+        copies of its inputs into static buffers.
+        """
+        if self.dry:
+            return torch.compile(function, backend="aot_eager", dynamic=False)
+        return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+    def synchronize(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def _captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the replay of a CUDA graph of ``run``, so that launching takes no part in the time."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    @functools.cached_property
+    def _flush_buffer(self) -> torch.Tensor:
+        return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+
+    def seconds(
+        self, contenders: Sequence[Contender], *, launched: Collection[str] = (), flush: bool = True
+    ) -> dict[str, list[float]]:
+        """Time the contenders in turn, round after round.
+
+        Args:
+            contenders: what to run; each has run before.
+            launched: names of those that are launched anew; of the others a CUDA graph is replayed.
+            flush: overwrite the L2 cache before each run.
+        """
+        times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        if self.dry:
+            for contender in contenders:
+                for _ in range(3):
+                    started = time.perf_counter()
+                    contender.run()
+                    times[contender.name].append(time.perf_counter() - started)
+            return times
+        runs = [c.run if c.name in launched else self._captured(c.run) for c in contenders]
+        for run in runs:
+            for _ in range(3):
+                run()
+        self.synchronize()
+        deadline = time.perf_counter() + self.seconds_each * len(runs)
+        rounds = 0
+        while rounds < 10 or (time.perf_counter() < deadline and rounds < 2000):
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
+            for run, (begin, end) in zip(runs, events, strict=True):
+                if flush:
+                    self._flush_buffer.zero_()
+                begin.record()
+                run()
+                end.record()
+            self.synchronize()
+            rounds += 1
+            for contender, (begin, end) in zip(contenders, events, strict=True):
+                times[contender.name].append(begin.elapsed_time(end) * 1e-3)
+        return times
+
+    def measure(
+        self,
+        point: Point,
+        *,
+        share_of: tuple[str, float] | None = None,
+        launched: Collection[str] = (),
+        flush: bool = True,
+    ) -> list[Row]:
+        """Check a point, time it, and return its rows.
+
+        Args:
+            point: the operation and its contenders.
+            share_of: name and value, in the point's unit, of the limit whose share is noted in each row.
+            launched: see :meth:`seconds`.
+            flush: see :meth:`seconds`.
+        """
+        point.check()
+        times = self.seconds(point.contenders, launched=launched, flush=flush)
+        now = self.environment()
+        rows = []
+        for contender in point.contenders:
+            row = line(point, contender, times[contender.name])
+            row["milliseconds"] = round(sorted(times[contender.name])[len(times[contender.name]) // 2] * 1e3, 5)
+            if share_of is not None:
+                row[f"share_of_{share_of[0]}"] = round(row["p50"] / share_of[1], 4)
+            rows.append(row | now)
+        print(f"{point.what}, {point.data}: done", file=sys.stderr, flush=True)
+        return rows
+
+    def environment(self) -> Row:
+        """Return what a figure depends on besides the code under test."""
+        row = environment()
+        if self.dry:
+            return row | {"dry_run": True}
+        return row | {"device": torch.cuda.get_device_name(), "driver": _driver(), "cpu": row["device"]}
+
+    @functools.cached_property
+    def copy_gb_per_second(self) -> float:
+        """Bandwidth of a large copy on the device, bytes read and written."""
+        (size,) = self.shape([2**30], [2**12])
+        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        contender = Contender("copy", lambda: target.copy_(source), 2 * size)
+        times = sorted(self.seconds([contender], flush=False)["copy"])
+        return 2 * size / times[len(times) // 2] / 1e9
+
+    @functools.cached_property
+    def matmul_tflop_per_second(self) -> float:
+        """Rate of a large bf16 matrix product on random data."""
+        (n,) = self.shape([8192], [16])
+        a, b = (torch.randn(n, n, device=self.device).bfloat16() for _ in range(2))
+        contender = Contender("matmul", lambda: a @ b, 2 * n**3)
+        times = sorted(self.seconds([contender], flush=False)["matmul"])
+        return 2 * n**3 / times[len(times) // 2] / 1e12
+
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Free what a point used when it is done."""
+        try:
+            yield
+        finally:
+            torch.compiler.reset()
+            gc.collect()
+            if not self.dry:
+                torch.cuda.empty_cache()
+
+
+@functools.cache
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return f"unknown (CUDA {torch.version.cuda}, {os.uname().release})"

@@ -1,0 +1,263 @@
+"""Everything there is to measure on a GPU: ``python -m bench.gpu [--parts conv,models]``; all parts if none is named.
+
+For a bare machine with a GPU, PyTorch, Triton, a C++ compiler and nothing to download: the checkout is used as it is,
+without installation (checkout.py), the extension is built in place, and what is missing is said. Each part runs in a
+process of its own and ends within its time (``--minutes``), so that one that fails or hangs leaves the others alone.
+Each writes ``bench/results/gpu-<part>.jsonl`` and prints its table; one line for each point is printed last. The exit
+code is the number of parts that failed.
+
+Every result is compared with its float64 reference before it is timed. Contenders run in turn in one process, each
+replayed from a CUDA graph with cold L2, unless a row says otherwise; times are CUDA events, medians with p20 and p80.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from .run import RESULTS, ROOT
+
+Row = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One part: its purpose, and the function that yields its rows, by module and name; or a function of its own."""
+
+    purpose: str
+    function: str | Callable[[argparse.Namespace], None]
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Build the extension in place."""
+    missing = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"the extension cannot be built without {' and '.join(missing)}; the other parts need neither"
+        )
+    if arguments.dry_run:
+        return
+    environment = {**os.environ, "HFLFNERV_REQUIRE_EXT": "1"}
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
+
+
+def run_tests(arguments: argparse.Namespace) -> None:
+    """Run the tests of the operations on the GPU, where pytest is installed."""
+    if importlib.util.find_spec("pytest") is None:
+        raise RuntimeError("pytest is not installed; the part check compares every operation without it")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops",
+        "tests/nn",
+    ]
+    # What needs no GPU is left to the machines that have none.
+    command += ["-k", "not interpreter and not ahead_of_time", *(["--collect-only"] if arguments.dry_run else [])]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTEST_PLUGINS": "bench.checkout"}
+    if not arguments.dry_run:
+        environment["HFLFNERV_REQUIRE"] = "cuda"
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+PARTS = {
+    "build": Part("the extension, in place", build),
+    "tests": Part("pytest of the operations with HFLFNERV_REQUIRE=cuda", run_tests),
+    "limits": Part("bandwidth of a copy and of L2, rate of matrix products", "bench.limits:points"),
+    "check": Part("every operation against float64 in float32, float16, bfloat16", "bench.check:points"),
+    "pointwise": Part(
+        "bias, PixelShuffle, GELU, forward and backward", "bench.ops.bench_pixel_shuffle_gelu:gpu_points"
+    ),
+    "cudnn": Part("the blocks' convolutions alone", "bench.ops.bench_conv_pixel_shuffle_gelu:library_points"),
+    "block": Part("the whole block, forward", "bench.ops.bench_conv_pixel_shuffle_gelu:forward_points"),
+    "block-training": Part(
+        "the whole block, forward and backward", "bench.ops.bench_conv_pixel_shuffle_gelu:training_points"
+    ),
+    "highpass": Part("the FFT high-pass filter", "bench.ops.bench_highpass:gpu_points"),
+    "decode": Part("decoding with HNeRV and HFLF-NeRV", "bench.networks:decode_points"),
+    "training": Part("their training steps", "bench.networks:training_points"),
+}
+GROUPS = {"conv": ["cudnn", "block", "block-training"], "models": ["decode", "training"]}
+
+
+def run_part(name: str, arguments: argparse.Namespace) -> list[Row]:
+    """Run one part in this process and return its rows, which are written as they come."""
+    function = PARTS[name].function
+    if not isinstance(function, str):
+        function(arguments)
+        return []
+    deadline = time.monotonic() + 60 * arguments.minutes
+    import torch
+
+    from . import checkout  # noqa: F401  before anything asks for the kernels
+    from .device import Machine
+
+    if not arguments.dry_run and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no CUDA device (--dry-run goes through the parts without one)")
+    torch.backends.cudnn.benchmark = True
+    machine = Machine(dry=arguments.dry_run, seconds=arguments.seconds, deadline=deadline, only=arguments.only)
+    module, attribute = function.split(":")
+    rows: list[Row] = []
+    with results_path(name, arguments).open("w") as file:
+        for row in getattr(importlib.import_module(module), attribute)(machine):
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    for point in machine.left_out:
+        print(f"{name}: no time left for {point}; repeat with --parts {name} --only '{point}'")
+    return rows
+
+
+def results_path(name: str, arguments: argparse.Namespace) -> pathlib.Path:
+    """Return where a part's rows go."""
+    folder = arguments.results or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    return pathlib.Path(folder, f"gpu-{name}.jsonl")
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Yield the lines of a short table: one per contender, with its share of the limit and ratio to the baseline."""
+    for what in dict.fromkeys(row["what"] for row in rows):
+        of_what = [row for row in rows if row["what"] == what]
+        if of_what[0]["metric"] == "relative error":
+            worst = max(of_what, key=lambda row: float(row["p50"]))
+            yield f"{what}: {len(of_what)} results right, largest error {worst['p50']:.2e} ({worst['data']})"
+            continue
+        yield f"{what} ({of_what[0]['unit']}; ratio to {of_what[0]['baseline']})"
+        for data in dict.fromkeys(row["data"] for row in of_what):
+            contenders = [row for row in of_what if row["data"] == data]
+            base = next((row["p50"] for row in contenders if row["implementation"] == row["baseline"]), None)
+            yield f"  {data}"
+            for row in contenders:
+                share = next((f"{key[9:]} {100 * row[key]:5.1f} %" for key in row if key.startswith("share_of_")), "")
+                ratio = f"{row['p50'] / base:6.2f} x" if base else ""
+                yield (
+                    f"    {row['implementation']:<48.48s} {row['p50']:10.1f}  ({row['p20']:.1f} .. {row['p80']:.1f})  "
+                    f"{row['milliseconds']:9.4f} ms {ratio}  {share}"
+                )
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Yield one line per point: the best of ours, its share of the limit, and its ratio to the best rival."""
+    checks = [row for row in rows if row["metric"] == "relative error"]
+    yield from table(checks)
+    points: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["metric"] != "relative error":
+            points.setdefault((row["what"], row["data"]), []).append(row)
+    for (what, data), contenders in points.items():
+        rivals = [row for row in contenders if row["implementation"].startswith(("eager", "torch.compile"))]
+        ours = max((row for row in contenders if row not in rivals), key=lambda row: float(row["p50"]))
+        rivals = rivals or [row for row in contenders if row["implementation"] == row["baseline"]]
+        rival = max(rivals, key=lambda row: float(row["p50"]))
+        share = next((f", {100 * ours[key]:.0f} % of {key[9:]}" for key in ours if key.startswith("share_of_")), "")
+        ratio = "" if rival is ours else f", {ours['p50'] / max(rival['p50'], 1e-9):.2f} x {rival['implementation']}"
+        yield f"{what}, {data}: {ours['implementation']} {ours['p50']:.1f} {ours['unit']}{share}{ratio}"
+
+
+def run_apart(name: str, arguments: argparse.Namespace) -> str | None:
+    """Run one part in a process of its own; return why it failed, or None."""
+    command = [sys.executable, "-m", "bench.gpu", "--here", "--parts", name, "--minutes", str(arguments.minutes)]
+    command += ["--seconds", str(arguments.seconds), "--only", arguments.only]
+    command += ["--results", str(arguments.results.resolve())] if arguments.results else []
+    command += ["--dry-run"] if arguments.dry_run else []
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        # A point that has begun may outlast the deadline a little; what hangs is ended here, with what it started.
+        code = process.wait(timeout=60 * arguments.minutes + 55)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {arguments.minutes:g} minutes"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"exit code {code}, see above" if code else None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", default="", help="comma separated, see --list; all if none is named")
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only points whose name contains this")
+    parser.add_argument("--minutes", type=float, default=7.0, help="time for each part (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for each contender (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=pathlib.Path, help=f"folder of the rows (default: {RESULTS.relative_to(ROOT)})"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="go through it all on the CPU with tiny shapes; times nothing"
+    )
+    parser.add_argument("--here", action="store_true", help="in this process, not each part in its own")
+    arguments = parser.parse_args(argv)
+    chosen: list[str] = []
+    for name in filter(None, arguments.parts.split(",")):
+        if name not in PARTS and name not in GROUPS:
+            parser.error(f"--parts must be of {', '.join([*PARTS, *GROUPS])}, got {name!r}")
+        chosen += GROUPS.get(name, [name])
+    arguments.chosen = list(dict.fromkeys(chosen)) or list(PARTS)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts named on the command line; return how many failed."""
+    arguments = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.dry_run and arguments.results is None:
+            arguments.results = pathlib.Path(folder)  # a dry run leaves the results alone
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the chosen parts; return how many failed."""
+    if arguments.list:
+        for name, part in PARTS.items():
+            print(f"{name:15s} {part.purpose}")
+        for name, names in GROUPS.items():
+            print(f"{name:15s} {' and '.join(names)}")
+        return 0
+    failed: dict[str, str] = {}
+    rows: list[Row] = []
+    for name in arguments.chosen:
+        begin = time.monotonic()
+        results_path(name, arguments).unlink(missing_ok=True)  # rows of another run are not this one's
+        if arguments.here:
+            try:
+                rows += run_part(name, arguments)
+            except Exception as error:
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            reason = run_apart(name, arguments)
+            if reason is not None:
+                failed[name] = reason
+        print(f"== {name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    if arguments.here:
+        print("\n".join(table(rows)))
+    else:
+        paths = [results_path(name, arguments) for name in arguments.chosen]
+        rows = [json.loads(text) for path in paths if path.exists() for text in path.read_text().splitlines()]
+        print("\n" + "\n".join(summary(rows)))
+    for name, reason in failed.items():
+        print(f"{name}: FAILED: {reason}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

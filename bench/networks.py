@@ -1,0 +1,181 @@
+"""Whole networks at 1.5 M parameters and 640x1280: decoding, and the training step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hflfnerv.models import VideoNetwork, build_model
+from hflfnerv.models.hflf import HFLFNeRV
+from hflfnerv.models.hnerv import HNeRV
+from hflfnerv.nn import UpsampleBlock
+
+from .device import Machine, require_close, without_autotuning
+from .registry import Contender, Point
+
+FRAMES = 132
+BATCHES = (8, 1, 32)
+LAUNCHED = "eager fp32, launched"
+COMPILED = "torch.compile max-autotune bf16"
+
+
+def _network(machine: Machine, model: type[VideoNetwork], *, with_encoder: bool) -> VideoNetwork:
+    size, frames, height, width = machine.shape((1_500_000, FRAMES, 640, 1280), (100_000, 8, 96, 160))
+    torch.manual_seed(1)
+    network = build_model(model.plan(size, frames, height, width), with_encoder=with_encoder)
+    return network.to(machine.device)
+
+
+def _with(network: VideoNetwork, impl: str, dtype: torch.dtype = torch.float32) -> VideoNetwork:
+    """Return a copy in a dtype, channels-last, whose blocks use one implementation."""
+    network = copy.deepcopy(network).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in network.modules():
+        if isinstance(module, UpsampleBlock):
+            module.impl = impl
+    return network
+
+
+def _points(machine: Machine, seconds: float) -> Iterator[tuple[str, type[VideoNetwork], int]]:
+    for batch in BATCHES if not machine.dry else (2,):
+        for model in (HNeRV, HFLFNeRV):
+            name = f"{model.name} 1.5M, 640x1280, batch {batch}"
+            if machine.wants(name, seconds=seconds):
+                yield name, model, batch
+
+
+def decode_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure decoding, from embeddings to float frames that stay on the device."""
+    for name, model, batch in _points(machine, 90):
+        with machine.room(), torch.inference_mode():
+            yield from _measure_decode(machine, name, model, batch)
+
+
+def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batch: int) -> Iterator[dict[str, Any]]:
+    network = _network(machine, model, with_encoder=False)
+    shape = network.spec.embedding_shape
+    assert shape is not None
+    embeddings = torch.randn(batch, *shape, device=machine.device)
+    index = torch.arange(batch, device=machine.device) % network.spec.frames
+
+    def run(impl: str, dtype: torch.dtype, frames: int = batch) -> Callable[[], torch.Tensor]:
+        of, cast = _with(network, impl, dtype), embeddings.to(dtype).contiguous(memory_format=torch.channels_last)
+        return lambda: of.decode(cast[:frames], index[:frames])
+
+    def compiled(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        of, cast = (
+            _with(network, "reference", dtype),
+            embeddings.to(dtype).contiguous(memory_format=torch.channels_last),
+        )
+        decode = machine.compile(of.decode)
+        return lambda: decode(cast, index)
+
+    bf16, fp16 = torch.bfloat16, torch.float16
+    eager = run("reference", torch.float32)
+    runs: dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]] = {"auto bf16": (bf16, run("auto", bf16))}
+    if not machine.dry:
+        runs["auto fp16"] = fp16, run("auto", fp16)
+        runs["conv2d+triton bf16"] = bf16, run("conv2d+triton", bf16)
+    runs["eager bf16"] = bf16, run("reference", bf16)
+    runs[COMPILED] = bf16, compiled(bf16)
+
+    def check() -> None:
+        # Frames do not depend on each other, and float64 takes its time.
+        with without_autotuning():
+            expected = run("reference", torch.float64, 2)()
+        same = {dtype: run("reference", dtype, 2)() for dtype in (bf16, fp16)}
+        for run_name, (dtype, of) in runs.items():
+            frames = of()
+            assert frames.isfinite().all(), f"{name}, {run_name}: not finite"
+            require_close(f"{name}, {run_name}", frames[:2], expected, same[dtype])
+
+    point = Point(
+        what="decode",
+        data=name,
+        dtype="bfloat16",
+        shape=embeddings.shape,
+        unit="frames/s",
+        scale=1.0,
+        contenders=[
+            *(Contender(run_name, of, batch) for run_name, (_, of) in runs.items()),
+            Contender("eager fp32", eager, batch, "TF32 convolutions as PyTorch's default"),
+            Contender(LAUNCHED, eager, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
+        ],
+        baseline=COMPILED,
+        check=check,
+    )
+    yield from machine.measure(point, launched=(LAUNCHED,), flush=False)
+
+
+def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure forward, backward and Adam on frames that are on the device, the encoder included."""
+    for name, model, batch in _points(machine, 120):
+        with machine.room():
+            yield from _measure_training(machine, name, model, batch)
+
+
+def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], batch: int) -> Iterator[dict[str, Any]]:
+    network = _network(machine, model, with_encoder=True)
+    spec = network.spec
+    x, target = (torch.rand(batch, 3, spec.height, spec.width, device=machine.device) for _ in range(2))
+    x, target = (t.contiguous(memory_format=torch.channels_last) for t in (x, target))
+    index = torch.arange(batch, device=machine.device) % spec.frames
+
+    class Trainee:
+        def __init__(self, impl: str, autocast: torch.dtype | None, *, compiled: bool = False) -> None:
+            self.network = _with(network, impl)
+            self.autocast = autocast
+            self.forward = machine.compile(self.network) if compiled else self.network
+            self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3, fused=True, capturable=not machine.dry)
+
+        def differentiate(self) -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            # A cast kept from before the capture of a graph would be of weights that have changed since.
+            with torch.autocast(
+                machine.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
+            ):
+                frames = self.forward(x, index)
+            F.mse_loss(frames.float(), target).backward()
+
+        def gradients(self) -> torch.Tensor:
+            self.differentiate()
+            return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+        def step(self) -> None:
+            self.differentiate()
+            self.optimizer.step()
+
+    bf16 = torch.bfloat16
+    trainees = {"auto bf16": Trainee("auto", bf16)}
+    if not machine.dry:
+        trainees["conv2d+triton bf16"] = Trainee("conv2d+triton", bf16)
+        trainees["triton bf16"] = Trainee("triton", bf16)
+    trainees["eager bf16"] = Trainee("reference", bf16)
+    trainees[COMPILED] = Trainee("reference", bf16, compiled=True)
+    eager = Trainee("reference", None)
+
+    def check() -> None:
+        expected, same = eager.gradients(), trainees["eager bf16"].gradients()
+        for trainee_name, trainee in trainees.items():
+            require_close(f"{name}, gradients of {trainee_name}", trainee.gradients(), expected, same)
+
+    point = Point(
+        what="training_step",
+        data=name,
+        dtype="bfloat16",
+        shape=x.shape,
+        unit="frames/s",
+        scale=1.0,
+        contenders=[
+            *(Contender(trainee_name, trainee.step, batch) for trainee_name, trainee in trainees.items()),
+            Contender("eager fp32", eager.step, batch, "TF32 convolutions as PyTorch's default"),
+            Contender(LAUNCHED, eager.step, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
+        ],
+        baseline=COMPILED,
+        check=check,
+    )
+    yield from machine.measure(point, launched=(LAUNCHED,), flush=False)

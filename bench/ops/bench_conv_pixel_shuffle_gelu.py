@@ -1,0 +1,237 @@
+"""The upsampling block on a GPU: cuDNN's convolutions alone, and the block fused, in two steps, eager and compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hflfnerv import ops
+from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
+
+from ..device import Machine, require_close, without_autotuning
+from ..registry import Contender, Point
+
+# C_in, output channels, r, kernel, height and width of the input: the large blocks of the 1.5 M network at 640x1280.
+STAGES = {
+    "s5": (33, 28, 2, 5, 320, 640),
+    "s4": (40, 33, 2, 5, 160, 320),
+    "s3": (48, 40, 4, 5, 40, 80),
+    "s2": (57, 48, 4, 3, 10, 20),
+}
+TINY = (5, 3, 2, 3, 4, 6)
+COMPILED = "torch.compile max-autotune"
+
+
+def operands(machine: Machine, stage: str, batch: int, dtype: torch.dtype, channels: int | None = None) -> Any:
+    """Return x, weight, bias, dy and r of one block; ``channels`` instead of the true number of input channels."""
+    true, out_channels, r, kernel, height, width = machine.shape(STAGES[stage], TINY)
+    channels = channels or true
+    n = out_channels * r * r
+    generator = torch.Generator(machine.device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, device=machine.device, generator=generator) * scale
+        return values.to(dtype).contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values.to(dtype)
+
+    x = random(batch, channels, height, width)
+    weight = random(n, channels, kernel, kernel, scale=(channels * kernel**2) ** -0.5)
+    return x, weight, random(n), random(batch, out_channels, height * r, width * r), r
+
+
+def flops(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Return the operations of the convolution without any padding of channels."""
+    return 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def library_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure the convolutions of PyTorch (cuDNN): forward and both gradients, with true and padded channels."""
+    for batch in (1, 8):
+        for stage in STAGES:
+            name = f"{stage}, batch {batch}, bfloat16, channels_last"
+            if machine.wants(name, seconds=30):
+                with machine.room():
+                    yield from _measure_library(machine, name, stage, batch)
+
+
+def _measure_library(machine: Machine, name: str, stage: str, batch: int) -> Iterator[dict[str, Any]]:
+    true = machine.shape(STAGES[stage], TINY)[0]
+    widths = [true, *(c for c in (40, 48, 64) if c > true)] if not machine.dry else [true, 8]
+    x, weight, *_ = operands(machine, stage, batch, torch.bfloat16)
+    work, shape = flops(x, weight), x.shape
+    padding = weight.shape[2] // 2
+    runs: dict[str, list[tuple[int, Callable[[], Any]]]] = {"forward": [], "dgrad": [], "wgrad": []}
+    for channels in widths:
+        x, weight, *_ = operands(machine, stage, batch, torch.bfloat16, channels)
+        dz = torch.randn_like(F.conv2d(x, weight, padding=padding))
+
+        def backward(mask: list[bool], x: Any = x, weight: Any = weight, dz: Any = dz) -> Any:
+            return torch.ops.aten.convolution_backward(
+                dz, x, weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, mask
+            )
+
+        runs["forward"].append((channels, functools.partial(F.conv2d, x, weight, padding=padding)))
+        runs["dgrad"].append((channels, functools.partial(backward, [True, False, False])))
+        runs["wgrad"].append((channels, functools.partial(backward, [False, True, False])))
+    for what, of in runs.items():
+
+        def check(of: Any = of, what: str = what) -> None:
+            # The library is not on trial; only what it returned is looked at.
+            for channels, run in of:
+                results = [t for t in (run() if isinstance(run(), tuple) else [run()]) if t is not None]
+                assert all(t.isfinite().all() for t in results), f"{what}, {channels} channels: not finite"
+
+        point = Point(
+            what=f"conv2d.{what}",
+            data=name,
+            dtype="bfloat16",
+            shape=shape,
+            unit="TFLOP/s",
+            scale=1e12,
+            contenders=[Contender(f"C_in = {channels}", run, work, "TFLOP/s of the true C_in") for channels, run in of],
+            baseline=f"C_in = {true}",
+            check=check,
+        )
+        yield from machine.measure(point, share_of=("matmul", machine.matmul_tflop_per_second))
+
+
+def _blocks(machine: Machine, *, training: bool) -> Iterator[tuple[str, str, int, torch.dtype]]:
+    for dtype, batch in ((torch.bfloat16, 8), (torch.bfloat16, 1), (torch.float16, 8), (torch.float16, 1)):
+        for stage in STAGES:
+            name = f"{stage}, batch {batch}, {str(dtype)[6:]}, channels_last"
+            if machine.wants(name, seconds=60 if training else 40):
+                yield name, stage, batch, dtype
+
+
+def forward_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure the block's forward pass: every tile of the fused kernel, and what it competes with."""
+    for name, stage, batch, dtype in _blocks(machine, training=False):
+        with machine.room(), torch.inference_mode():
+            yield from _measure_forward(machine, name, stage, batch, dtype)
+
+
+def _measure_forward(
+    machine: Machine, name: str, stage: str, batch: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    x, weight, bias, _, r = operands(machine, stage, batch, dtype)
+    padding = weight.shape[2] // 2
+
+    def eager() -> torch.Tensor:
+        return reference.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=padding)
+
+    def ours(impl: str) -> Callable[[], torch.Tensor]:
+        return lambda: ops.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=padding, impl=impl)
+
+    runs: dict[str, Callable[[], torch.Tensor]] = {}
+    for impl in ("reference",) if machine.dry else ("triton", "conv2d+triton"):
+        runs[impl] = ours(impl)
+    if not machine.dry:
+        runs |= _every_tile(x, weight, bias, r)
+    runs |= {"eager": eager, COMPILED: machine.compile(eager)}
+
+    def check() -> None:
+        with without_autotuning():
+            doubles = [t.double() for t in (x, weight, bias)]
+            expected = reference.conv_pixel_shuffle_gelu(doubles[0], doubles[1], doubles[2], r, padding=padding)
+        same = eager()
+        for run_name, run in runs.items():
+            require_close(f"{name}, {run_name}", run(), expected, same)
+
+    work = flops(x, weight)
+    point = Point(
+        what="conv_pixel_shuffle_gelu.forward",
+        data=name,
+        dtype=str(dtype)[6:],
+        shape=x.shape,
+        unit="TFLOP/s",
+        scale=1e12,
+        contenders=[Contender(run_name, run, work) for run_name, run in runs.items()],
+        baseline=COMPILED,
+        check=check,
+    )
+    yield from machine.measure(point, share_of=("matmul", machine.matmul_tflop_per_second))
+
+
+def _every_tile(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r: int) -> dict[str, Callable[[], Any]]:
+    """Return a run for each tile that fits the device, with a weight that was packed before, as for inference."""
+    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+
+    packed = kernels.pack_weight(weight, r)
+    capability, shared = kernels.device_limits(x.device.index)
+    found = kernels.tiles(
+        x.shape[0] * x.shape[2] * x.shape[3],
+        weight.shape[0],
+        x.dtype,
+        capability,
+        shared,
+    )
+
+    def run(tile: Any) -> Callable[[], torch.Tensor]:
+        kernel_size = (weight.shape[2], weight.shape[3])
+        return lambda: kernels.conv_pixel_shuffle_gelu_fwd(
+            x, packed, bias, weight.shape[0], kernel_size, r, "none", tile=tile
+        )[0]
+
+    columns = "+".join(str(c) for c in kernels.column_blocks(weight.shape[0]) if c)
+    return {
+        f"triton {t.block_m}x{columns}x{t.block_k}, {t.num_warps} warps, {t.num_stages} stages, packed": run(t)
+        for t in found
+    }
+
+
+def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure the block's forward and backward pass together."""
+    for name, stage, batch, dtype in _blocks(machine, training=True):
+        with machine.room():
+            yield from _measure_training(machine, name, stage, batch, dtype)
+
+
+def _measure_training(
+    machine: Machine, name: str, stage: str, batch: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    x, weight, bias, dy, r = operands(machine, stage, batch, dtype)
+    padding = weight.shape[2] // 2
+
+    def block(impl: str) -> Callable[..., torch.Tensor]:
+        return lambda x, w, b: ops.conv_pixel_shuffle_gelu(x, w, b, r, padding=padding, impl=impl)
+
+    def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return reference.conv_pixel_shuffle_gelu(x, w, b, r, padding=padding)
+
+    def step(function: Callable[..., torch.Tensor], to: torch.dtype = dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(to).requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(to))]
+
+    functions = {impl: block(impl) for impl in (["reference"] if machine.dry else ["triton", "conv2d+triton"])}
+    functions |= {"eager": eager, COMPILED: machine.compile(eager)}
+
+    def check() -> None:
+        with without_autotuning():
+            expected = step(eager, torch.float64)
+        same = step(eager)
+        for function_name, function in functions.items():
+            for actual, true, rounded, what in zip(
+                step(function), expected, same, ("y", "dx", "dweight", "dbias"), strict=True
+            ):
+                require_close(f"{name}, {function_name}, {what}", actual, true, rounded)
+
+    work = 3 * flops(x, weight)
+    point = Point(
+        what="conv_pixel_shuffle_gelu.forward_backward",
+        data=name,
+        dtype=str(dtype)[6:],
+        shape=x.shape,
+        unit="TFLOP/s",
+        scale=1e12,
+        contenders=[
+            Contender(function_name, functools.partial(step, function), work)
+            for function_name, function in functions.items()
+        ],
+        baseline=COMPILED,
+        check=check,
+    )
+    yield from machine.measure(point, share_of=("matmul", machine.matmul_tflop_per_second))

@@ -1,0 +1,203 @@
+"""The GPU suite without a GPU: its command line, a dry run of all parts, and what it does when a part fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import check, gpu
+from bench.device import Machine, require_close
+from bench.registry import Contender, Point
+
+ROOT = Path(gpu.__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_help_and_list():
+    assert "--parts" in run("--help").stdout
+    done = run("--list")
+    assert done.returncode == 0
+    assert [text.split()[0] for text in done.stdout.splitlines()] == [*gpu.PARTS, *gpu.GROUPS]
+
+
+def test_unknown_part():
+    done = run("--parts", "limits,speed")
+    assert done.returncode == 2
+    assert "--parts must be of build, tests, limits," in done.stderr
+    assert "got 'speed'" in done.stderr
+
+
+def test_groups():
+    assert gpu.parse(["--parts", "models,decode"]).chosen == ["decode", "training"]
+    assert gpu.parse(["--parts", "conv"]).chosen == ["cudnn", "block", "block-training"]
+    assert gpu.parse([]).chosen == list(gpu.PARTS)
+
+
+def test_functions_are_there():
+    for part in gpu.PARTS.values():
+        if isinstance(part.function, str):
+            module, name = part.function.split(":")
+            assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_dry_run(tmp_path, capsys):
+    parts = [name for name, part in gpu.PARTS.items() if isinstance(part.function, str)]
+    # The settings that the suite changes are the process's.
+    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        failed = gpu.main(["--dry-run", "--here", "--parts", ",".join(parts), "--results", str(tmp_path)])
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
+    printed = capsys.readouterr().out
+    assert failed == 0, printed
+    for name in parts:
+        rows = [json.loads(text) for text in (tmp_path / f"gpu-{name}.jsonl").read_text().splitlines()]
+        assert rows, name
+        for row in rows:
+            assert row["dry_run"] is True
+            assert {"what", "implementation", "dtype", "data", "metric", "unit", "p50"} <= row.keys()
+            assert {"device", "driver", "versions", "commit", "dirty", "time"} <= row.keys()
+            if row["metric"] == "throughput":
+                assert {"baseline", "shape", "p20", "p80", "milliseconds"} <= row.keys()
+        assert rows[0]["what"] in printed
+
+
+def test_a_failing_part_leaves_the_others(monkeypatch, tmp_path, capsys):
+    def fails(machine):
+        yield {"what": "first"} | ROW
+        raise RuntimeError("out of order")
+
+    row = {"metric": "throughput", "unit": "GB/s", "baseline": "a", "implementation": "a", "data": "d"}
+    ROW = row | {"p20": 1.0, "p50": 2.0, "p80": 3.0, "milliseconds": 0.5, "share_of_copy": 0.5}  # noqa: N806
+    monkeypatch.setattr("bench.limits.points", fails)
+    monkeypatch.setattr("bench.ops.bench_highpass.gpu_points", lambda machine: iter([{"what": "second"} | ROW]))
+    arguments = ["--dry-run", "--here", "--parts", "limits,highpass", "--results", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "limits: FAILED: RuntimeError: out of order" in printed
+    assert "second (GB/s; ratio to a)" in printed
+    assert "1.00 x  copy  50.0 %" in printed
+    # What was measured before the failure is kept.
+    assert json.loads((tmp_path / "gpu-limits.jsonl").read_text())["what"] == "first"
+
+
+def test_summary_has_one_line_for_each_point():
+    common = {"metric": "throughput", "what": "w", "data": "d", "unit": "GB/s", "baseline": "eager"}
+    rows = [
+        common | {"implementation": "triton a", "p50": 2.0, "share_of_copy": 0.25},
+        common | {"implementation": "triton b", "p50": 4.0, "share_of_copy": 0.5},
+        common | {"implementation": "eager", "p50": 1.0, "share_of_copy": 0.125},
+        common | {"implementation": "torch.compile max-autotune", "p50": 2.0, "share_of_copy": 0.25},
+        common | {"data": "e", "implementation": "C_in = 33", "p50": 2.0, "baseline": "C_in = 33"},
+        common | {"data": "e", "implementation": "C_in = 40", "p50": 3.0, "baseline": "C_in = 33"},
+    ]
+    assert list(gpu.summary(rows)) == [
+        "w, d: triton b 4.0 GB/s, 50 % of copy, 2.00 x torch.compile max-autotune",
+        "w, e: C_in = 40 3.0 GB/s, 1.50 x C_in = 33",
+    ]
+
+
+def test_parts_in_processes_of_their_own(tmp_path):
+    done = run("--dry-run", "--parts", "limits,highpass", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.rstrip().splitlines()[-5:]
+    assert [text.split(",")[0] for text in last] == ["limits.copy", *["limits.matmul"] * 2, *["highpass"] * 2]
+
+
+def test_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    done = run("--parts", "limits", "--results", str(tmp_path))
+    assert done.returncode == 1
+    assert "PyTorch sees no CUDA device (--dry-run goes through the parts without one)" in done.stderr
+    assert "limits: FAILED: exit code 1, see above" in done.stdout
+
+
+def machine(**options) -> Machine:
+    return Machine(**{"dry": True, "seconds": 0.0, "deadline": float("inf"), **options})
+
+
+def test_wrong_results_are_not_timed():
+    def wrong() -> None:
+        require_close("it", torch.ones(3), torch.zeros(3), torch.zeros(3))
+
+    point = Point("op", "data", "float32", (3,), "GB/s", 1e9, [Contender("a", pytest.fail, 1)], "a", wrong)
+    with pytest.raises(AssertionError, match="it: relative error"):
+        machine().measure(point)
+
+
+@pytest.mark.parametrize(
+    ("actual", "passes"),
+    [
+        (torch.tensor([1.0, 2.0]), True),
+        (torch.tensor([1.0, 2.00001]), False),
+        (torch.tensor([1.0, float("nan")]), False),
+        (torch.tensor([1.0, 2.0]).double(), False),
+        (torch.tensor([[1.0, 2.0]]), False),
+    ],
+)
+def test_require_close(actual, passes):
+    expected = torch.tensor([1.0, 2.0]).double()
+    if passes:
+        assert require_close("x", actual, expected, expected.float()) == 0
+    else:
+        with pytest.raises(AssertionError, match="x: "):
+            require_close("x", actual, expected, expected.float())
+
+
+def test_no_point_begins_after_the_deadline():
+    late = machine(deadline=0.0)
+    assert not late.wants("a point")
+    assert late.left_out == ["a point"]
+    chosen = machine(only="s5")
+    assert chosen.wants("s5, batch 1")
+    assert not chosen.wants("s4, batch 1")
+    assert chosen.left_out == []
+
+
+def test_check_names_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(check.ops, "highpass", lambda x, removed, impl: torch.zeros_like(x))
+    with pytest.raises(check.CheckFailed, match="9 wrong results:\n  highpass, 2x3x64x96, float32"):
+        list(check.points(machine()))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_l2_kernel_reads_past_l1_with_16_bytes(capability):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bench import l2
+
+    signature = {"x_ptr": "*fp32", "sums_ptr": "*fp32", "blocks": "i32", "REPEATS": "constexpr", "BLOCK": "constexpr"}
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(3)}
+    source = ASTSource(l2.l2_read_kernel, signature, {"REPEATS": 128, "BLOCK": l2.BLOCK}, aligned)
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    assert re.search(r"ld\.global\.cg\.v4\.b32", ptx)
+    assert not re.search(r"ld\.global\.(v4\.)?b32", ptx)
+
+
+def test_checkout_is_importable_without_installation(tmp_path):
+    # As on a bare machine: no finder of an editable installation, no package in site-packages.
+    code = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', str(f)).lower()]\n"
+        "import bench.checkout\n"
+        "import hflfnerv.triton_kernels.conv_pixel_shuffle_gelu as kernels\n"
+        "print(kernels.__file__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "triton_kernels" / "conv_pixel_shuffle_gelu.py"

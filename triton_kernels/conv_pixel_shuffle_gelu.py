@@ -1,0 +1,413 @@
+"""Convolution, bias, PixelShuffle and GELU as one implicit GEMM on channels-last tensors, and the way back to z.
+
+The M rows are the pixels of x, K runs over (kernel row, kernel column, channel), and the N columns are the output
+channels in the order n = (i, j, c) instead of the (c, i, j) of PixelShuffle. In that order the shuffle is an address
+map: i picks a row of y, and within the row (w, j, c) is contiguous, as it is in the pre-activation z ``[B, H, W, N]``
+that training keeps. Channels of x are padded to a multiple of 8, so that every load of x is 16 bytes wide in half
+precision whatever the number of channels; dense rows of 33 channels would be loaded two bytes at a time.
+
+One image of x and of y has at most 2³¹ - 1 elements and the batch as many pixels (the callers see to it): offsets
+inside a tile fit int32 and those of the tile are int64. Products are summed in float32, as is all other arithmetic.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+_GROUP = 8  # channels of x are padded to a multiple of this: 16 bytes in half precision
+_DEPTH = 64  # rows of the packed weight are a multiple of this, and so of every BLOCK_K
+_FAR = tl.constexpr(1 << 30)  # a row outside every image
+_BLOCK = 1024
+_STEPS = 8  # tiles that a backward program goes through before it writes its share of the bias gradient
+
+
+@triton.jit
+def _gelu(z, TANH: tl.constexpr):
+    if TANH:
+        # z (1 + tanh(u)) / 2 = z sigmoid(2 u)
+        return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_derivative(z, TANH: tl.constexpr):
+    if TANH:
+        e = tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z))
+        s = 1.0 / (1.0 + e)
+        # e s is 1 - s without the cancellation.
+        d = s + z * (e * s * s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    else:
+        d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    # Both forms are within 1e-17 of their limits at |z| = 9 and overflow later. A NaN fails both comparisons and stays.
+    return tl.where(z > 9.0, 1.0, tl.where(z < -9.0, 0.0, d))
+
+
+@triton.jit
+def pad_channels_kernel(x_ptr, y_ptr, elements, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = first + tl.arange(0, BLOCK)
+    pixel = offset // CP
+    c = offset - pixel * CP
+    values = tl.load(x_ptr + pixel * C + c, mask=(offset < elements) & (c < C), other=0.0)
+    tl.store(y_ptr + offset, values, mask=offset < elements)
+
+
+@triton.jit
+def _halves(tile):
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _columns(z, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask, W, N: tl.constexpr, R: tl.constexpr, TANH, KEEP_Z):
+    """Bias, GELU and the shuffled store of the columns n of one tile."""
+    RUN: tl.constexpr = N // R  # (j, c)
+    C: tl.constexpr = RUN // R
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + (n % C) * (R * R) + n // C, mask=n < N, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    mask = mask[:, None] & (n < N)[None, :]
+    if KEEP_Z:
+        tl.store(z_ptr + (z_pixel[:, None] + n[None, :]), z.to(z_ptr.dtype.element_ty), mask=mask)
+    y_offset = y_pixel[:, None] + (n // RUN * (W * RUN) + n % RUN)[None, :]
+    tl.store(y_ptr + y_offset, _gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv_pixel_shuffle_gelu_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    z_ptr,
+    M,
+    H,
+    W,
+    CP: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    R: tl.constexpr,
+    TANH: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Programs that share pixels follow each other, so that x comes from memory once.
+    n_blocks: tl.constexpr = NP // (BLOCK_N + BLOCK_N2)
+    pid = tl.program_id(0)
+    n_start = pid % n_blocks * (BLOCK_N + BLOCK_N2)
+    m_start = pid // n_blocks * BLOCK_M
+    m_offset = tl.arange(0, BLOCK_M)
+    m = m_start + m_offset
+    mask_m = m < M
+    row = m // W  # b H + h
+    w = m - row * W
+    h = tl.where(mask_m, row % H, -_FAR)
+    x_tile_ptr = x_ptr + m_start.to(tl.int64) * CP
+    n = n_start + tl.arange(0, BLOCK_N)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if BLOCK_N2 > 0:
+        n2 = n_start + BLOCK_N + tl.arange(0, BLOCK_N2)
+        accumulator2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+    for k_start in range(0, KH * KW * CP, BLOCK_K):
+        k = k_start + tl.arange(0, BLOCK_K)
+        tap = k // CP
+        dh = tap // KW - KH // 2
+        dw = tap % KW - KW // 2
+        x_offset = (m_offset * CP)[:, None] + ((dh * W + dw) * CP + k % CP)[None, :]
+        x_row = h[:, None] + tl.where(tap < KH * KW, dh, -_FAR)[None, :]
+        x_column = w[:, None] + dw[None, :]
+        inside = (x_row >= 0) & (x_row < H) & (x_column >= 0) & (x_column < W)
+        x = tl.load(x_tile_ptr + x_offset, mask=inside, other=0.0)
+        weight = tl.load(weight_ptr + (k * NP)[:, None] + n[None, :])
+        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
+        if BLOCK_N2 > 0:
+            weight2 = tl.load(weight_ptr + (k * NP)[:, None] + n2[None, :])
+            accumulator2 = tl.dot(x, weight2, accumulator2, input_precision=PRECISION)
+    first_row = m_start // W
+    y_ptr += first_row.to(tl.int64) * W * N
+    y_pixel = (row - first_row) * (W * N) + w * (N // R)
+    if KEEP_Z:
+        z_ptr += m_start.to(tl.int64) * N
+    z_pixel = m_offset * N
+    # In parts, so that addresses and results of all columns need not be in registers at once.
+    if BLOCK_N < 64:
+        _columns(accumulator, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+    elif BLOCK_M <= 128:
+        n = n_start + tl.arange(0, BLOCK_N // 2)
+        left, right = _halves(accumulator)
+        _columns(left, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+        _columns(right, n + BLOCK_N // 2, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+    else:
+        n = n_start + tl.arange(0, BLOCK_N // 4)
+        left, right = _halves(accumulator)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        _columns(first, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+        _columns(second, n + BLOCK_N // 4, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+        _columns(third, n + BLOCK_N // 2, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+        _columns(fourth, n + 3 * BLOCK_N // 4, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+    if BLOCK_N2 > 0:
+        _columns(accumulator2, n2, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, TANH, KEEP_Z)
+
+
+@triton.jit
+def conv_pixel_shuffle_gelu_bwd_kernel(
+    dy_ptr,
+    z_ptr,
+    dz_ptr,
+    partial_ptr,
+    W,
+    RUN: tl.constexpr,
+    R: tl.constexpr,
+    TANH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    # q = (j, c) is contiguous in dy as in z and dz: pixels w of one row by q, for one row i of the R by R square.
+    q_blocks: tl.constexpr = (RUN + BLOCK_Q - 1) // BLOCK_Q
+    pid = tl.program_id(0)
+    w_blocks = tl.cdiv(W, BLOCK_W * STEPS)
+    q = pid % q_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = pid // q_blocks % R
+    part = (pid // q_blocks // R).to(tl.int64)
+    row = part // w_blocks  # b H + h
+    w_first = (part - row * w_blocks).to(tl.int32) * (BLOCK_W * STEPS)
+    dy_row_ptr = dy_ptr + (row * R + i) * W * RUN
+    z_base = row * W * (R * RUN) + i * RUN
+    if HAS_BIAS:
+        total = tl.zeros((BLOCK_W, BLOCK_Q), dtype=tl.float32)
+    for step in range(STEPS):
+        w = w_first + step * BLOCK_W + tl.arange(0, BLOCK_W)
+        mask = (w < W)[:, None] & (q < RUN)[None, :]
+        z_offset = (w * (R * RUN))[:, None] + q[None, :]
+        z = tl.load(z_ptr + z_base + z_offset, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_row_ptr + (w * RUN)[:, None] + q[None, :], mask=mask, other=0.0).to(tl.float32)
+        dz = dy * _gelu_derivative(z, TANH)
+        tl.store(dz_ptr + z_base + z_offset, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if HAS_BIAS:
+            total += dz
+    if HAS_BIAS:
+        tl.store(partial_ptr + part * (R * RUN) + i * RUN + q, tl.sum(total, axis=0), mask=q < RUN)
+
+
+class Tile(NamedTuple):
+    """One configuration of the forward kernel."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def column_blocks(n):
+    """Return (BLOCK_N, BLOCK_N2) for n output channels.
+
+    A program computes BLOCK_N columns, and BLOCK_N2 more in an accumulator of their own: 132 columns are 128 + 16
+    instead of 256. The packed weight is laid out by these, so they depend on nothing but n.
+    """
+    if n <= 128:
+        return max(triton.next_power_of_2(n), 16), 0
+    rest = n % 128
+    if n < 256 and 0 < rest <= 64:
+        return 128, max(triton.next_power_of_2(rest), 16)
+    return 128, 0
+
+
+def _padded_columns(n):
+    return triton.cdiv(n, sum(column_blocks(n))) * sum(column_blocks(n))
+
+
+def shared_bytes(tile, n, element_bytes):
+    """Return the shared memory of the pipeline, from which Triton reuses what the epilogue needs."""
+    return tile.num_stages * tile.block_k * (tile.block_m + sum(column_blocks(n))) * element_bytes
+
+
+def tiles(pixels, n, dtype, capability, shared, *, precision="ieee"):
+    """Return the configurations for a problem, the preferred one first; the rest are for a sweep.
+
+    Args:
+        pixels: M, rows of the GEMM.
+        n: output channels.
+        dtype: of the tensors.
+        capability: of the device, major and minor.
+        shared: bytes of shared memory that one program may use.
+        precision: of float32 products, "tf32" or "ieee".
+    """
+    element = dtype.itemsize
+    wide = sum(column_blocks(n)) > 128
+    if element == 4:
+        # Without tensor cores ("ieee") a step is long enough, and registers are what is short.
+        ieee = [Tile(32 if wide else 64, 16, 8, 2)]
+        candidates = ieee if precision == "ieee" else [Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)]
+    else:
+        # Four warps have no registers left for a second accumulator.
+        candidates = [Tile(128, 64, 8, 3), Tile(64, 64, 8 if wide else 4, 3), Tile(128, 64, 8, 4)]
+        # 256 rows read the weight half as often, where there is work for all multiprocessors and the registers hold
+        # 256 by 128 sums beside the operands.
+        if capability >= (9, 0) and not wide:
+            large = triton.cdiv(pixels, 256) * triton.cdiv(n, sum(column_blocks(n))) >= 512
+            candidates.insert(0 if large else len(candidates), Tile(256, 64, 8, 3))
+    programs = triton.cdiv(pixels, 128) * triton.cdiv(n, sum(column_blocks(n)))
+    if programs < 66:  # less than half of the multiprocessors: smaller tiles first
+        candidates.sort(key=lambda tile: tile.block_m)
+    return [tile for tile in candidates if shared_bytes(tile, n, element) <= shared]
+
+
+@functools.cache
+def device_limits(index):
+    """Return the compute capability of a CUDA device and the bytes of shared memory that one program may use."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return torch.cuda.get_device_capability(index), properties["max_shared_mem"]
+
+
+def _preferred_tile(x, n, precision):
+    # Without a device (the interpreter, compilation ahead of time) the tile of a Hopper GPU.
+    capability, shared = device_limits(x.device.index) if x.is_cuda else ((9, 0), 232448)
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return tiles(pixels, n, x.dtype, capability, shared, precision=precision)[0]
+
+
+def _is_dense_and_aligned(x):
+    return x.shape[1] % _GROUP == 0 and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
+
+
+def _pad_channels(x):
+    """Return x as ``[B, H, W, C]`` with channels padded by zeros to a multiple of 8; a view where x is that already."""
+    if _is_dense_and_aligned(x):
+        return x.permute(0, 2, 3, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    padded = triton.cdiv(channels, _GROUP) * _GROUP
+    y = torch.empty((batch, height, width, padded), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(y.numel(), _BLOCK),)
+    pad_channels_kernel[grid](x, y, y.numel(), C=channels, CP=padded, BLOCK=_BLOCK, enable_fp_fusion=True)
+    return y
+
+
+def pack_weight(weight, r):
+    """Return the weight ``[C r², C_in, K_h, K_w]`` as the kernel reads it: ``[K, N]``, both padded by zeros.
+
+    Depends on the weight alone, so a caller whose weights stay as they are can keep it.
+    """
+    n, channels, rows, columns = weight.shape
+    padded = triton.cdiv(channels, _GROUP) * _GROUP
+    depth = triton.cdiv(rows * columns * padded, _DEPTH) * _DEPTH
+    packed = torch.zeros((depth, _padded_columns(n)), dtype=weight.dtype, device=weight.device)
+    source = weight.reshape(n // (r * r), r, r, channels, rows, columns).permute(4, 5, 3, 1, 2, 0)
+    target = packed[: rows * columns * padded].view(rows, columns, padded, -1)
+    target[:, :, :channels, :n] = source.reshape(rows, columns, channels, n)
+    return packed
+
+
+def float32_precision():
+    """Return how products of float32 are computed: as PyTorch's convolutions are told to."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def conv_pixel_shuffle_gelu_fwd(
+    x, packed, bias, n, kernel_size, r, approximate, *, keep_z=False, tile=None, precision=None
+):
+    """Return ``(y, z)``, channels-last: y ``[B, N / r², H r, W r]`` and z ``[B, N, H, W]`` in the order (i, j, c).
+
+    Args:
+        x: ``[B, C_in, H, W]``; read as it is if channels-last with a multiple of 8 channels, else copied once.
+        packed: the weight, from :func:`pack_weight`.
+        bias: ``[N]`` in the order (c, i, j), or None.
+        n: N, output channels of the convolution.
+        kernel_size: ``(K_h, K_w)``, odd; the padding is half of it.
+        r: upscale factor.
+        approximate: ``"none"`` (GELU by erf) or ``"tanh"`` (its tanh form).
+        keep_z: whether to write z; it is None otherwise.
+        tile: a :class:`Tile` instead of the table's choice.
+        precision: of float32 products, ``"tf32"`` or ``"ieee"``; None for :func:`float32_precision`.
+    """
+    batch, _, height, width = x.shape
+    options = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+    y = torch.empty((batch, n // (r * r), height * r, width * r), **options)
+    z = torch.empty((batch, n, height, width), **options) if keep_z else None
+    if y.numel() == 0:
+        return y, z
+    precision = precision or (float32_precision() if x.dtype == torch.float32 else "ieee")
+    tile = tile or _preferred_tile(x, n, precision)
+    block_n, block_n2 = column_blocks(n)
+    grid = (triton.cdiv(batch * height * width, tile.block_m) * (packed.shape[1] // (block_n + block_n2)),)
+    with torch.cuda.device_of(x):
+        padded = _pad_channels(x)
+        conv_pixel_shuffle_gelu_fwd_kernel[grid](
+            padded,
+            packed,
+            bias,
+            y,
+            z,
+            batch * height * width,
+            height,
+            width,
+            CP=padded.shape[3],
+            KH=kernel_size[0],
+            KW=kernel_size[1],
+            N=n,
+            NP=packed.shape[1],
+            R=r,
+            TANH=approximate == "tanh",
+            KEEP_Z=keep_z,
+            PRECISION=precision,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=block_n,
+            BLOCK_N2=block_n2,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+    return y, z
+
+
+def conv_pixel_shuffle_gelu_bwd(dy, z, r, approximate, with_bias):
+    """Return ``(dz, dbias)`` for dy ``[B, C, H r, W r]`` and z ``[B, C r², H, W]``, both channels-last.
+
+    dz is in the layout and the channel order (i, j, c) of z, dbias in the order (c, i, j) of the bias, or None. It is
+    summed in two passes, a sum per program and then the sum of those, so it is the same in every run.
+    """
+    batch, n, height, width = z.shape
+    dz = torch.empty_like(z, memory_format=torch.channels_last)
+    channels = n // (r * r)
+    if z.numel() == 0:
+        return dz, z.new_zeros(n) if with_bias else None
+    run = r * channels
+    # As little padding of the run as possible, then as long a run as possible.
+    block_q = min((16, 32, 64, 128), key=lambda b: (triton.cdiv(run, b) * b, -b))
+    block_w = 2048 // block_q
+    parts = batch * height * triton.cdiv(width, block_w * _STEPS)
+    partial = z.new_empty((parts, n), dtype=torch.float32) if with_bias else None
+    with torch.cuda.device_of(z):
+        conv_pixel_shuffle_gelu_bwd_kernel[(parts * r * triton.cdiv(run, block_q),)](
+            dy,
+            z,
+            dz,
+            partial,
+            width,
+            RUN=run,
+            R=r,
+            TANH=approximate == "tanh",
+            HAS_BIAS=with_bias,
+            BLOCK_W=block_w,
+            BLOCK_Q=block_q,
+            STEPS=_STEPS,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+        if partial is None:
+            return dz, None
+        return dz, partial.sum(dim=0).view(r * r, channels).t().reshape(n).to(z.dtype)
