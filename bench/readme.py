@@ -73,7 +73,42 @@ def open_table() -> str:
     return "\n".join([*lines, "", source_of("open", rows)])
 
 
-TABLES: dict[str, Callable[[], str]] = {"huffman": huffman_table, "open": open_table}
+def cpu_table() -> str:
+    """How many times as fast as PyTorch's own operations the CPU kernels are."""
+    shuffle, conv = rows_of("pixel_shuffle_gelu_cpu"), rows_of("conv_pixel_shuffle_gelu_cpu")
+
+    def ratios(rows: list[Row], what: str) -> dict[str, str]:
+        chosen = [row for row in rows if row["what"] == what]
+        base = {row["data"]: row["p50"] for row in chosen if row["implementation"] == row["baseline"]}
+        best: dict[str, tuple[float, str]] = {}
+        for row in chosen:
+            if row["implementation"] != row["baseline"]:
+                entry = (row["p50"] / base[row["data"]], row["implementation"])
+                best[row["data"]] = max(entry, best.get(row["data"], entry))
+        return {data: f"{ratio:.1f} x" for data, (ratio, _) in best.items()}
+
+    forward, backward = (ratios(shuffle, f"pixel_shuffle_gelu.{way}") for way in ("forward", "backward"))
+    lines = ["| `pixel_shuffle_gelu`, C r² x H x W | forward | backward |", "|---|---|---|"]
+    lines += [f"| {data} | {forward[data]} | {backward[data]} |" for data in forward]
+    inference, training = (ratios(conv, f"conv_pixel_shuffle_gelu.{way}") for way in ("inference", "training"))
+    lines += ["", "| `conv_pixel_shuffle_gelu`, channels-last | inference | forward and backward |", "|---|---|---|"]
+    lines += [
+        f"| {data} | {inference.get(data, '')} | {training.get(data, '')} |" for data in {**inference, **training}
+    ]
+    row = conv[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Speed over PyTorch's separate operations in the same run, the faster of our implementations. "
+            "`python -m bench.run pixel_shuffle_gelu_cpu conv_pixel_shuffle_gelu_cpu` on "
+            f"{row['device']} with AMX, {row['threads']} threads, at commit {row['commit'][:10]}; rows in "
+            "`bench/results/`.",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"cpu": cpu_table, "huffman": huffman_table, "open": open_table}
 
 
 def filled(text: str) -> str:
