@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["add_device", "add_frames", "add_selection", "argument", "print_json", "write_json"]
+__all__ = ["add_device", "add_frames", "add_selection", "argument", "print_json", "size_hw", "write_json"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,8 @@ def _frames(text: str) -> slice:
     return parse_frames(text)
 
 
-def _size_hw(text: str) -> tuple[int, int]:
+def size_hw(text: str) -> tuple[int, int]:
+    """Read HxW as ``(height, width)``."""
     from ..data import parse_size_hw
 
     return parse_size_hw(text)
@@ -49,9 +50,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add --frames, --resize and --crop."""
     add_frames(parser)
     parser.add_argument(
-        "--resize", metavar="HxW", type=argument(_size_hw), help="resize whole frames to HxW first (bicubic)"
+        "--resize", metavar="HxW", type=argument(size_hw), help="resize whole frames to HxW first (bicubic)"
     )
-    parser.add_argument("--crop", metavar="HxW", type=argument(_size_hw), help="centre crop to HxW, after --resize")
+    parser.add_argument("--crop", metavar="HxW", type=argument(size_hw), help="centre crop to HxW, after --resize")
 
 
 def add_device(parser: argparse.ArgumentParser, precisions: tuple[str, ...], default: str) -> None:

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._options import argument, write_json
+from ._options import argument, size_hw, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,19 +22,11 @@ _HIGHPASS_GAIN = 8
 _ERROR_GAIN = 4
 
 
-def _size_hw(text: str) -> tuple[int, int]:
-    from ..data import parse_size_hw
-
-    return parse_size_hw(text)
-
-
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = commands.add_parser("demo", help="encode, decode and score a bundled clip; minutes on two CPU cores")
     parser.add_argument("-o", "--output", type=Path, default=Path("demo-output"), help="folder (default: demo-output)")
-    parser.add_argument(
-        "--resize", metavar="HxW", type=argument(_size_hw), default="180x360", help="(default: 180x360)"
-    )
+    parser.add_argument("--resize", metavar="HxW", type=argument(size_hw), default="180x360", help="(default: 180x360)")
     parser.add_argument("--size", default="0.15M", help="parameters (default: 0.15M)")
     parser.add_argument("--epochs", type=int, default=100, help="(default: 100)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

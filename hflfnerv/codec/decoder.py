@@ -44,8 +44,7 @@ def load_model(bitstream: Bitstream) -> VideoNetwork:
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.coded_parameters().items()}
     weights = bitstream.read_weights(shapes)
-    tensors = {name: torch.from_numpy(dequantize(tensor)) for name, tensor in weights.items()}
-    model.load_state_dict(tensors, assign=True)
+    model.load_coded({name: torch.from_numpy(dequantize(tensor)) for name, tensor in weights.items()})
     return model.requires_grad_(False).eval()
 
 

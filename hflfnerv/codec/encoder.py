@@ -133,7 +133,7 @@ def encode(
 
     with stages("code"):
         embeddings = embed_all(model, trainer.clip)
-        psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip)]
+        psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip, embeddings)]
         header = _header(video, config, model, (height, width))
         tensors = {name: p.detach().cpu().contiguous().numpy() for name, p in model.coded_parameters().items()}
         weights = quantize_tensors(tensors, config.weight_bits)
@@ -202,10 +202,12 @@ def embed_all(model: VideoNetwork, clip: Clip) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _predictions(model: VideoNetwork, clip: Clip) -> Iterator[tuple[Tensor, Tensor]]:
+def _predictions(model: VideoNetwork, clip: Clip, embeddings: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each frame as the network makes it before quantisation, and the original, both uint8 on the CPU."""
-    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
-        yield to_uint8(model(clip.inputs(index), index))[0].cpu(), clip.frames[index][0].cpu()
+    device = clip.frames.device
+    for index in torch.arange(len(clip), device=device).split(1):
+        embedding = None if embeddings is None else embeddings[index.cpu()].to(device)
+        yield to_uint8(model.decode(embedding, index))[0].cpu(), clip.frames[index][0].cpu()
 
 
 def _header(video: Video, config: EncodeConfig, model: VideoNetwork, size: tuple[int, int]) -> Header:

@@ -91,8 +91,8 @@ class VideoNetwork(nn.Module, ABC):
         return {name: p for name, p in self.named_parameters() if not name.startswith(_ENCODER_PREFIX)}
 
     def load_coded(self, tensors: dict[str, Tensor]) -> None:
-        """Set the coded parameters; names and shapes must match exactly."""
-        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        """Make ``tensors`` the coded parameters, without a copy; names and shapes must match exactly."""
+        missing, unexpected = self.load_state_dict(tensors, strict=False, assign=True)
         missing = [name for name in missing if not name.startswith(_ENCODER_PREFIX)]
         if missing or unexpected:
             raise ValueError(f"tensors must match the network, got missing {missing} and unexpected {unexpected}")

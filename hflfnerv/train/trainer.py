@@ -90,11 +90,6 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
-        self.fingerprint = {
-            "model": model.spec.to_dict(),
-            "train": vars(config),
-            "clip": clip.digest(),
-        }
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.clip = clip.to(device)
         self.batch_size = min(config.batch_size, len(clip))
@@ -110,9 +105,12 @@ class Trainer:
         self._path = None if workdir is None else Path(workdir) / _CHECKPOINT_NAME
         self._checkpoint_seconds = checkpoint_seconds
         self._random_state: dict[str, Tensor] = {}
+        self._fingerprint: dict[str, Any] = {}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             check_writable(self._path)
+            # What a checkpoint must share with this run. Hashing the clip is for checkpoints alone.
+            self._fingerprint = {"model": model.spec.to_dict(), "train": vars(config), "clip": clip.digest()}
             if self._path.exists():
                 self._restore(load_checkpoint(self._path))
 
@@ -206,7 +204,7 @@ class Trainer:
             tensors["epoch_errors"] = torch.cat(self._epoch_errors)
         state = {
             "step": self.step,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self._fingerprint,
             "scaler": self.scaler.state_dict(),
             "epoch_seconds": self._epoch_seconds,
             "history": [list(vars(result).values()) for result in self.history],
@@ -215,7 +213,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, tensors = checkpoint.state, dict(checkpoint.tensors)
-        differences = _differences(state.get("fingerprint", {}), _json_like(self.fingerprint))
+        differences = _differences(state.get("fingerprint", {}), _json_like(self._fingerprint))
         if differences:
             raise CheckpointError(
                 f"{self._path} belongs to another run ({'; '.join(differences)}): "
