@@ -1,0 +1,107 @@
+"""The Muon optimiser: orthogonalisation, one step by hand, and torch's own Muon as the peer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hflfnerv.train.muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1)])
+def test_orthogonalise_flattens_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    y = orthogonalise(x)
+    # The same singular vectors: u^T y v is diagonal, its entries within the quintic's range.
+    core = u.mT @ y @ vh.mT
+    values = core.diagonal()
+    assert torch.allclose(core, torch.diag(values), atol=1e-12)
+    assert 0.6 < values.min() <= values.max() < 1.25
+
+
+def test_orthogonalise_of_zero_is_zero():
+    assert torch.equal(orthogonalise(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+def test_step_does_not_depend_on_the_scale_of_the_gradient():
+    weights = [torch.nn.Parameter(torch.ones(4, 3, 3, 3)) for _ in range(2)]
+    gradient = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
+    for weight, scale in zip(weights, (1.0, 1e-6), strict=True):
+        weight.grad = gradient * scale
+        Muon([weight]).step()
+    assert torch.allclose(weights[0], weights[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_matches_torch_on_matrices(shape):
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    lr, steps = 0.02, 8
+    optimizers = Muon([ours], lr=lr), torch.optim.Muon([theirs], lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        gradient = torch.randn(shape, generator=generator)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    # Theirs runs in bfloat16 (2^-8); each of the quintic's steps amplifies a relative error by at most a = 3.4445, and
+    # what is left of the early ones is damped, so a step's update is off by a few per cent of its own length at most.
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.05 * moved
+
+
+def test_channels_last_weights_and_tensor_learning_rates():
+    start = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(4))
+    gradient = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(5))
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for lr in (0.02, torch.tensor(0.02)):
+            weight = torch.nn.Parameter(start.clone(memory_format=layout))
+            weight.grad = gradient.clone(memory_format=layout)
+            Muon([weight], lr=lr).step()
+            assert weight.is_contiguous(memory_format=layout)
+            results.append(weight.detach())
+    for other in results[1:]:
+        assert torch.allclose(results[0], other, rtol=0, atol=1e-6)
+
+
+def test_skips_parameters_without_a_gradient():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Muon([weight])
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(2, 2))
+    assert not optimizer.state_dict()["state"]
+
+
+def test_closure_is_called_with_gradients_enabled():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Muon([weight])
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 4.0
+    assert not torch.equal(weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, r"lr must be at least 0, got -1\.0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1\.0"),
+        ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0\.1"),
+    ],
+)
+def test_rejects_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Muon([torch.nn.Parameter(torch.ones(2, 2))], **arguments)
+
+
+def test_rejects_vectors():
+    with pytest.raises(ValueError, match=r"params must have two or more dimensions, got one of shape \(3,\)"):
+        Muon([torch.nn.Parameter(torch.ones(3))])
