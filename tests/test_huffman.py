@@ -51,6 +51,15 @@ def skewed(size, dtype):
     return np.random.default_rng(1).permutation(symbols)
 
 
+def dyadic(lengths, size, dtype):
+    """Symbols whose optimal code has these lengths, and in the rest of the code up to 128 more; in random order."""
+    counts = [2048 >> length for length in lengths]
+    spare = 2048 - sum(counts)
+    counts += [spare // 128 + (i < spare % 128) for i in range(min(spare, 128))]
+    symbols = np.resize(np.repeat(np.arange(len(counts)), counts), size).astype(dtype)
+    return np.random.default_rng(7).permutation(symbols)
+
+
 CASES = {
     "empty": np.zeros((0, 3), np.uint8),
     "scalar": np.array(-300, np.int16),
@@ -100,12 +109,25 @@ def test_list_round_trip_and_golden_bytes(impl):
         np.random.default_rng(2).integers(-32768, 32768, 60_000).astype(np.int16),
         np.random.default_rng(3).integers(0, 256, 150_000).astype(np.uint8),
         np.random.default_rng(4).integers(0, 200, 65_536).astype(np.uint8),
+        # Lengths of codes that lie apart, that are missing, and that crowd at the end of the code.
+        *(
+            dyadic(lengths, size, dtype)
+            for lengths in (
+                [1],
+                [1, 3],
+                [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+                [2, 2, 2, 6, 6],
+                [3] * 7,
+                [6] * 60 + [10] * 50,
+            )
+            for size, dtype in ((2048 * 70 + 1, np.uint8), (2048 * 9, np.int16))
+        ),
     ],
     ids=lambda a: f"{a.dtype}-{a.size}-{len(np.unique(a))}",
 )
 def test_every_instruction_set_writes_and_reads_the_same_bytes(symbols, level):
     c = _ext.load()
-    for chunk_symbols in (50, 1920, 2**28):
+    for chunk_symbols in (50, 127, 1920, 2**28):
         data = huffman.encode(symbols, chunk_symbols=chunk_symbols, impl="reference")
         assert c.huffman_encode([symbols], [0], False, chunk_symbols, level) == data
         assert same(c.huffman_decode(data, False, symbols.size, level)[0], symbols)

@@ -1,6 +1,7 @@
 #include "huffman.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "crc32.h"
@@ -15,8 +16,9 @@ constexpr std::size_t kCrcAt = 5;
 constexpr std::size_t kBodySizeAt = 9;
 constexpr std::size_t kBodyAt = 15;
 
-// From how many symbols on it pays to look whether codes are short enough for several a look-up.
+// From how many symbols on, and up to which mean length of a code, a table that yields several symbols a look-up pays.
 constexpr std::uint64_t kMultiSymbols = 1 << 14;
+constexpr double kMultiMeanBits = 5;
 
 // From how many 8-bit symbols on a sample of them is looked at first.
 constexpr std::uint64_t kSampledSymbols = 1 << 16;
@@ -528,7 +530,8 @@ struct DecodeTables {
   DecodeTables& operator=(const DecodeTables&) = delete;
 
   HuffmanDecodeTable table;
-  std::vector<std::uint64_t> multi8;
+  std::vector<std::uint64_t> multi_symbols;
+  std::vector<std::uint16_t> multi_steps;
   std::vector<std::uint16_t> root8;
   std::vector<std::uint32_t> root16;
   std::vector<std::uint16_t> sorted;
@@ -569,28 +572,31 @@ DecodeTables::DecodeTables(const HuffmanGroup& group) {
   table.root16 = root16.data();
   table.sorted = sorted.data();
   table.symbols = sorted.size();
-  if (type == SymbolType::u8 && sorted.size() <= 64 && group.count >= kMultiSymbols) build_multi();
+  for (const CodedSymbol& symbol : group.symbols) table.mean_bits += std::ldexp(symbol.length, -symbol.length);
+  if (type == SymbolType::u8 && table.mean_bits <= kMultiMeanBits && group.count >= kMultiSymbols) build_multi();
 }
 
-// Several symbols a look-up, from the table of single ones.
+// Several symbols a look-up, from the table of single ones. A state is a 1 above the bits that are left of a window; it
+// holds its first symbol, and then what the state behind that holds, up to the most that one look-up gives.
 void DecodeTables::build_multi() {
-  multi8.resize(kHuffmanMultiUnit);
-  std::uint64_t yield = 0;
-  for (std::uint32_t window = 0; window < kHuffmanMultiUnit; ++window) {
-    std::uint64_t entry = 0, used = 0, number = 0;
-    while (number < kHuffmanMultiMost) {
-      const std::uint16_t next = root8[(window >> used) & ((1u << table.root_bits) - 1)];
-      const std::uint64_t length = next & 0xFF;
-      if (used + length > kHuffmanMultiBits) break;
-      entry |= std::uint64_t{next} >> 8 << (8 * number);
-      used += length;
-      ++number;
+  std::uint8_t lengths[256];
+  for (const std::uint16_t entry : root8) lengths[entry >> 8] = static_cast<std::uint8_t>(entry);
+  multi_symbols.resize(2 * kHuffmanMultiWindows);
+  multi_steps.resize(2 * kHuffmanMultiWindows);
+  for (unsigned bits = 1; bits <= kHuffmanMultiBits; ++bits) {
+    for (std::uint32_t state = 1u << bits; state < 2u << bits; ++state) {
+      const std::uint32_t window = state - (1u << bits);
+      const std::uint32_t entry = root8[window & ((1u << table.root_bits) - 1)], length = entry & 0xFF;
+      if (length > bits) continue;
+      std::uint64_t rest = multi_symbols[state >> length];
+      std::uint32_t step = multi_steps[state >> length];
+      if (step >> 6 == kHuffmanMultiMost) step -= 1u << 6 | lengths[rest >> 56];
+      multi_symbols[state] = rest << 8 | entry >> 8;
+      multi_steps[state] = static_cast<std::uint16_t>(step + (1u << 6 | length));
     }
-    multi8[window] = entry | used << 48 | number << 56;
-    yield += number;
   }
-  table.multi8 = multi8.data();
-  table.multi_yield = static_cast<unsigned>(yield);
+  table.multi_symbols = multi_symbols.data() + kHuffmanMultiWindows;
+  table.multi_steps = multi_steps.data() + kHuffmanMultiWindows;
 }
 
 bool is_one_raw_array(const std::vector<std::unique_ptr<HuffmanGroup>>& groups) {

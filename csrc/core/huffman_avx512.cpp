@@ -25,7 +25,6 @@ inline void transpose4x4(__m512i v[4]) {
 
 constexpr int kPerRound = 5;  // 5 codes of at most 11 bits fit in the 57 bits of a refill
 constexpr int kBatch = 40;    // 8 rounds: 5 times 8 symbols of each chunk
-constexpr int kStage = 8;     // batches between two write-outs: 5 cache lines of each chunk
 constexpr int kLanes = 32;
 
 template <int n>
@@ -36,31 +35,53 @@ struct Streams {
 // What the canonical code needs instead of a table: a code of length l left-justified in 16 bits is below limit[l];
 // then its rank among all symbols is the code plus an offset.
 struct Canonical8 {
-  __m512i limits[10];  // minus 1; those not needed are never exceeded
-  __m512i shift;       // 16 - shortest length
-  __m512i offsets;     // by 16 - length, in each 128-bit lane
+  // By a window's first 5 bits: what to subtract the window from, to get 16 - length in the highest 4 bits. A window
+  // behind the bucket's first limit borrows 1 from them.
+  __m512i buckets;
+  __m512i limits[4];  // minus 1: of several limits in a bucket all but the first; those not needed are never exceeded
+  __m512i offsets;    // by 16 - length, in each 128-bit lane
   __m512i symbols[4];
 };
 
-inline Canonical8 canonical8(const HuffmanDecodeTable& table, unsigned* thresholds) {
+inline Canonical8 canonical8(const HuffmanDecodeTable& table, unsigned* extra) {
+  constexpr std::uint32_t kBucket = 1u << 11;
   Canonical8 c;
+  for (__m512i& unused : c.limits) unused = _mm512_set1_epi16(-1);
+  alignas(64) std::uint8_t offsets[64] = {};
+  std::uint32_t first[32] = {};   // the first limit within each bucket, from its start
+  std::uint32_t before[33] = {};  // how many limits are passed where a bucket starts
   unsigned min_bits = 1;
   while (table.limit[min_bits] == 0) ++min_bits;
-  *thresholds = table.max_bits - min_bits;
-  alignas(64) std::uint8_t offsets[64] = {};
   std::uint32_t limit = 0;
-  for (__m512i& unused : c.limits) unused = _mm512_set1_epi16(-1);
+  *extra = 0;
   for (unsigned l = min_bits; l <= table.max_bits; ++l) {
     if (table.limit[l] != 0) {
       limit = table.limit[l] << (16 - table.max_bits);
       for (int lane = 0; lane < 64; lane += 16) offsets[lane + 16 - l] = static_cast<std::uint8_t>(table.offset[l]);
     }
-    if (l < table.max_bits) c.limits[l - min_bits] = _mm512_set1_epi16(static_cast<short>(limit - 1));
+    if (l == table.max_bits) break;
+    const std::uint32_t bucket = limit / kBucket, inside = limit % kBucket;
+    if (inside == 0) {
+      ++before[bucket];
+    } else if (first[bucket] == 0) {
+      first[bucket] = inside;
+      ++before[bucket + 1];
+    } else {
+      // Only lengths 6 to 10 have limits inside a bucket, so there are at most four of these.
+      c.limits[(*extra)++] = _mm512_set1_epi16(static_cast<short>(limit - 1));
+    }
   }
-  c.shift = _mm512_set1_epi16(static_cast<short>(16 - min_bits));
-  c.offsets = _mm512_load_si512(offsets);
+  alignas(64) std::uint16_t buckets[32];
+  std::uint32_t shift = 16 - min_bits;
+  for (std::uint32_t b = 0; b < 32; ++b) {
+    shift -= before[b];
+    const std::uint32_t last = first[b] == 0 ? kBucket - 1 : first[b] - 1;
+    buckets[b] = static_cast<std::uint16_t>((shift << 12) + b * kBucket + last);
+  }
   alignas(64) std::uint8_t symbols[256] = {};
   for (std::size_t i = 0; i < table.symbols; ++i) symbols[i] = static_cast<std::uint8_t>(table.sorted[i]);
+  c.buckets = _mm512_load_si512(buckets);
+  c.offsets = _mm512_load_si512(offsets);
   for (int i = 0; i < 4; ++i) c.symbols[i] = _mm512_load_si512(symbols + 64 * i);
   return c;
 }
@@ -72,62 +93,41 @@ inline __m512i map_ranks(const Canonical8& c, __m512i ranks) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(ranks), low, high);
 }
 
-// Symbols on their way out: 8 symbols of chunk 4q + i of a group are 64-bit lane q of eights[..][i]. Chunks often begin
-// at multiples of a large power of two, so they are written in whole cache lines, lest they drive each other from the
-// cache.
-struct Stage {
-  __m512i eights[kStage * kBatch / 8][4];
-};
-
-// Eight registers of 64-bit lanes, transposed.
-inline void transpose8x8(__m512i v[8]) {
-  __m512i a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm512_unpacklo_epi64(v[i], v[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi64(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    b[i] = _mm512_shuffle_i64x2(a[i], a[i + 2], 0x88);
-    b[i + 2] = _mm512_shuffle_i64x2(a[i], a[i + 2], 0xDD);
-    b[i + 4] = _mm512_shuffle_i64x2(a[i + 4], a[i + 6], 0x88);
-    b[i + 6] = _mm512_shuffle_i64x2(a[i + 4], a[i + 6], 0xDD);
-  }
+// Writes 40 symbols of each of 32 chunks; 8 of them of chunk 4q + i are 64-bit lane q of eights[..][i].
+inline void write_batch(const __m512i eights[5][4], std::uint8_t* const rows[kLanes], std::size_t at) {
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i64x2(b[i], b[i + 4], 0x88);
-    v[i + 4] = _mm512_shuffle_i64x2(b[i], b[i + 4], 0xDD);
-  }
-}
-
-// Writes what `batches` batches left in the stage. Lane j belongs to chunk min(j, last).
-inline void write_out(const Stage& stage, int batches, std::size_t last, std::size_t stride, std::uint8_t* out) {
-  const int eights = batches * (kBatch / 8);
-  std::uint8_t* rows[kLanes];
-  for (std::size_t lane = 0; lane < kLanes; ++lane) rows[lane] = out + (lane < last ? lane : last) * stride;
-  int e = 0;
-  for (; e + 8 <= eights; e += 8) {
-    for (int i = 0; i < 4; ++i) {
-      __m512i v[8];
-      for (int j = 0; j < 8; ++j) v[j] = stage.eights[e + j][i];
-      transpose8x8(v);
-      for (int q = 0; q < 8; ++q) _mm512_storeu_si512(rows[4 * q + i] + 8 * e, v[q]);
-    }
-  }
-  for (; e < eights; ++e) {
-    for (int i = 0; i < 4; ++i) {
-      alignas(64) std::uint64_t lanes[8];
-      _mm512_store_si512(lanes, stage.eights[e][i]);
-      for (int q = 0; q < 8; ++q) std::memcpy(rows[4 * q + i] + 8 * e, &lanes[q], 8);
-    }
+    const __m512i even[2] = {_mm512_unpacklo_epi64(eights[0][i], eights[1][i]),
+                             _mm512_unpacklo_epi64(eights[2][i], eights[3][i])};
+    const __m512i odd[2] = {_mm512_unpackhi_epi64(eights[0][i], eights[1][i]),
+                            _mm512_unpackhi_epi64(eights[2][i], eights[3][i])};
+    const auto store = [&](int q, __m512i two) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows[4 * q + i] + at), _mm512_castsi512_si256(two));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows[4 * (q + 2) + i] + at), _mm512_extracti64x4_epi64(two, 1));
+    };
+    store(0, _mm512_permutex2var_epi64(even[0], first, even[1]));
+    store(1, _mm512_permutex2var_epi64(odd[0], first, odd[1]));
+    store(4, _mm512_permutex2var_epi64(even[0], second, even[1]));
+    store(5, _mm512_permutex2var_epi64(odd[0], second, odd[1]));
+    const auto store_pair = [&](int q, __m128i pair) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(rows[4 * q + i] + at + 32), _mm_castsi128_ps(pair));
+      _mm_storeh_pi(reinterpret_cast<__m64*>(rows[4 * (q + 1) + i] + at + 32), _mm_castsi128_ps(pair));
+    };
+    store_pair(0, _mm512_castsi512_si128(eights[4][i]));
+    store_pair(2, _mm512_extracti64x2_epi64(eights[4][i], 1));
+    store_pair(4, _mm512_extracti64x2_epi64(eights[4][i], 2));
+    store_pair(6, _mm512_extracti64x2_epi64(eights[4][i], 3));
   }
 }
 
 // Decodes 8 rounds of `groups` times 32 chunks, 40 symbols of each, into the stages from `eight` on.
-template <int groups, int thresholds>
-void decode_batch(const Canonical8& c, const std::uint8_t* begin, __m512i position[][4], Stage* stages, int eight) {
+template <int groups, int extra>
+void decode_batch(const Canonical8& c, const std::uint8_t* begin, __m512i position[][4],
+                  std::uint8_t* const rows[][kLanes], std::size_t at) {
   const __m512i bytes_reversed =
       _mm512_broadcast_i32x4(_mm_set_epi8(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
   const __m512i bits_reversed = _mm512_set1_epi64(static_cast<long long>(0x8040201008040201));
-  const __m512i sixteen = _mm512_set1_epi16(16);
   const __m512i one = _mm512_set1_epi16(1);
   const __m512i low_byte = _mm512_set1_epi16(0xFF);
   __m512i pairs[groups][kBatch / 2];
@@ -148,7 +148,7 @@ void decode_batch(const Canonical8& c, const std::uint8_t* begin, __m512i positi
           v[g][i] = w;
         }
         transpose4x4(v[g]);
-        taken[g] = _mm512_setzero_si512();
+        taken[g] = _mm512_set1_epi16(16 * kPerRound);  // less five times 16 - length
       }
       // Registers 3, 2, 1, 0 now hold the words of each chunk in the order of the stream.
 #pragma GCC unroll 5
@@ -156,21 +156,21 @@ void decode_batch(const Canonical8& c, const std::uint8_t* begin, __m512i positi
 #pragma GCC unroll 2
         for (int g = 0; g < groups; ++g) {
           const __m512i window = v[g][3];
-          __m512i shift = c.shift;
-#pragma GCC unroll 10
-          for (int t = 0; t < thresholds; ++t) {
+          __m512i shift = _mm512_permutexvar_epi16(_mm512_srli_epi16(window, 11), c.buckets);
+          shift = _mm512_srli_epi16(_mm512_sub_epi16(shift, window), 12);
+#pragma GCC unroll 4
+          for (int t = 0; t < extra; ++t) {
             const __mmask32 beyond = _mm512_cmpgt_epu16_mask(window, c.limits[t]);
             shift = _mm512_mask_sub_epi16(shift, beyond, shift, one);
           }
-          const __m512i length = _mm512_sub_epi16(sixteen, shift);
-          taken[g] = _mm512_add_epi16(taken[g], length);
+          taken[g] = _mm512_sub_epi16(taken[g], shift);
           ranks[g][half * kPerRound + i] =
               _mm512_add_epi16(_mm512_srlv_epi16(window, shift), _mm512_shuffle_epi8(c.offsets, shift));
           // Only the words that later symbols of this round can reach are kept up to date.
-          if (i < 4) v[g][3] = _mm512_shldv_epi16(v[g][3], v[g][2], length);
-          if (i < 3) v[g][2] = _mm512_shldv_epi16(v[g][2], v[g][1], length);
-          if (i < 2) v[g][1] = _mm512_shldv_epi16(v[g][1], v[g][0], length);
-          if (i < 1) v[g][0] = _mm512_sllv_epi16(v[g][0], length);
+          if (i < 4) v[g][3] = _mm512_shrdv_epi16(v[g][2], v[g][3], shift);
+          if (i < 3) v[g][2] = _mm512_shrdv_epi16(v[g][1], v[g][2], shift);
+          if (i < 2) v[g][1] = _mm512_shrdv_epi16(v[g][0], v[g][1], shift);
+          if (i < 1) v[g][0] = _mm512_shrdv_epi16(_mm512_setzero_si512(), v[g][0], shift);
         }
       }
 #pragma GCC unroll 2
@@ -191,17 +191,17 @@ void decode_batch(const Canonical8& c, const std::uint8_t* begin, __m512i positi
     }
   }
   for (int g = 0; g < groups; ++g) {
+    __m512i eights[kBatch / 8][4];
     for (int e = 0; e < kBatch / 8; ++e) {
-      __m512i v[4];
-      for (int i = 0; i < 4; ++i) v[i] = map_ranks(c, pairs[g][4 * e + i]);
-      transpose4x4(v);
-      for (int i = 0; i < 4; ++i) stages[g].eights[eight + e][i] = v[i];
+      for (int i = 0; i < 4; ++i) eights[e][i] = map_ranks(c, pairs[g][4 * e + i]);
+      transpose4x4(eights[e]);
     }
+    write_batch(eights, rows[g], at);
   }
 }
 
 // Decodes up to 32 * groups whole chunks. Lanes to spare repeat the last chunk.
-template <int groups, int thresholds>
+template <int groups, int extra>
 bool decode_lanes(const HuffmanDecodeTable& table, const Canonical8& c, const HuffmanChunks& chunks, std::size_t first,
                   std::size_t available, std::uint8_t* out) {
   const std::size_t count = chunks.chunk_symbols;
@@ -216,22 +216,25 @@ bool decode_lanes(const HuffmanDecodeTable& table, const Canonical8& c, const Hu
   for (int g = 0; g < groups; ++g) {
     for (int i = 0; i < 4; ++i) position[g][i] = _mm512_load_si512(bits[g][i]);
   }
-  std::uint64_t furthest = chunks.offsets[first + available - 1] * 8;
+  std::uint8_t* rows[groups][kLanes];
+  for (std::size_t lane = 0; lane < groups * kLanes; ++lane) {
+    rows[lane / kLanes][lane % kLanes] = out + (lane < available ? lane : available - 1) * count;
+  }
   std::size_t done = 0;
-  Stage stages[groups];
   // Whatever the bits are, a batch moves no chunk by more than kMost.
-  for (bool more = true; more;) {
-    int batches = 0;
-    for (; batches < kStage; ++batches) {
-      more = count - done >= static_cast<std::size_t>((batches + 1) * kBatch) && furthest + kMost + 64 <= size * 8;
-      if (!more) break;
-      decode_batch<groups, thresholds>(c, chunks.payload, position, stages, batches * (kBatch / 8));
-      furthest += kMost;
+  for (;;) {
+    __m512i furthest = position[0][0];
+    for (int g = 0; g < groups; ++g) {
+      for (int i = 0; i < 4; ++i) furthest = _mm512_max_epu64(furthest, position[g][i]);
     }
-    for (std::size_t g = 0; g < groups; ++g) {
-      write_out(stages[g], batches, available - 1 - g * kLanes, count, out + g * kLanes * count + done);
+    const std::uint64_t bit = _mm512_reduce_max_epu64(furthest);
+    const std::uint64_t safe = bit + 64 > size * 8 ? 0 : (size * 8 - 64 - bit) / kMost;
+    std::size_t batches = (count - done) / kBatch;
+    if (safe < batches) batches = safe;
+    if (batches == 0) break;
+    for (; batches > 0; --batches, done += kBatch) {
+      decode_batch<groups, extra>(c, chunks.payload, position, rows, done);
     }
-    done += static_cast<std::size_t>(batches) * kBatch;
   }
   for (int g = 0; g < groups; ++g) {
     for (int i = 0; i < 4; ++i) _mm512_store_si512(bits[g][i], position[g][i]);
@@ -258,33 +261,33 @@ bool decode_lanes(const HuffmanDecodeTable& table, const Canonical8& c, const Hu
 }
 
 template <int groups>
-bool decode_lanes(unsigned thresholds, const HuffmanDecodeTable& table, const Canonical8& c,
-                  const HuffmanChunks& chunks, std::size_t first, std::size_t available, std::uint8_t* out) {
-  if (thresholds <= 4) return decode_lanes<groups, 4>(table, c, chunks, first, available, out);
-  if (thresholds == 5) return decode_lanes<groups, 5>(table, c, chunks, first, available, out);
-  if (thresholds <= 7) return decode_lanes<groups, 7>(table, c, chunks, first, available, out);
-  return decode_lanes<groups, 10>(table, c, chunks, first, available, out);
+bool decode_lanes(unsigned extra, const HuffmanDecodeTable& table, const Canonical8& c, const HuffmanChunks& chunks,
+                  std::size_t first, std::size_t available, std::uint8_t* out) {
+  if (extra == 0) return decode_lanes<groups, 0>(table, c, chunks, first, available, out);
+  if (extra <= 2) return decode_lanes<groups, 2>(table, c, chunks, first, available, out);
+  return decode_lanes<groups, 4>(table, c, chunks, first, available, out);
 }
 
 bool decode8_avx512(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint8_t* out) {
   constexpr std::size_t kWorthwhile = 20;  // with fewer chunks the portable loops are as fast
+  constexpr double kShort = 2.75;          // with codes shorter on average, several symbols a look-up are faster
   const std::size_t full = chunks.last_symbols == chunks.chunk_symbols ? chunks.chunks : chunks.chunks - 1;
-  if (full < kWorthwhile || chunks.chunk_symbols < kBatch || table.multi_yield >= 3 * kHuffmanMultiUnit) {
-    return decode_chunks<Symbol8>(table, chunks, out);
-  }
-  unsigned thresholds = 0;
-  const Canonical8 canonical = canonical8(table, &thresholds);
+  // That loop runs faster as compiled for AVX2.
+  if (table.multi_steps != nullptr && table.mean_bits <= kShort) return kHuffmanKernelsAvx2.decode8(table, chunks, out);
+  if (full < kWorthwhile || chunks.chunk_symbols < kBatch) return decode_chunks<Symbol8>(table, chunks, out);
+  unsigned extra = 0;
+  const Canonical8 canonical = canonical8(table, &extra);
   std::size_t c = 0;
   bool good = true;
   while (full - c >= kWorthwhile) {
     const std::size_t available = full - c < 2 * kLanes ? full - c : 2 * kLanes;
     std::uint8_t* const to = out + c * chunks.chunk_symbols;
     if (available >= kLanes + kWorthwhile) {
-      good &= decode_lanes<2>(thresholds, table, canonical, chunks, c, available, to);
+      good &= decode_lanes<2>(extra, table, canonical, chunks, c, available, to);
       c += available;
     } else {
       const std::size_t some = available < kLanes ? available : kLanes;
-      good &= decode_lanes<1>(thresholds, table, canonical, chunks, c, some, to);
+      good &= decode_lanes<1>(extra, table, canonical, chunks, c, some, to);
       c += some;
     }
   }

@@ -10,9 +10,9 @@ namespace hflfnerv {
 constexpr unsigned kHuffmanRootBits8 = 11;
 constexpr unsigned kHuffmanRootBits16 = 14;
 constexpr unsigned kHuffmanMaxBits = 20;
-constexpr unsigned kHuffmanMultiBits = 11;
-constexpr unsigned kHuffmanMultiUnit = 1u << kHuffmanMultiBits;
-constexpr unsigned kHuffmanMultiMost = 6;
+constexpr unsigned kHuffmanMultiBits = kHuffmanRootBits8;  // so every window holds a symbol
+constexpr std::uint32_t kHuffmanMultiWindows = 1u << kHuffmanMultiBits;
+constexpr unsigned kHuffmanMultiMost = 8;
 
 // One table-driven decoder. An index is the next `root_bits` bits of the stream.
 struct HuffmanDecodeTable {
@@ -20,10 +20,11 @@ struct HuffmanDecodeTable {
   unsigned max_bits = 0;
   const std::uint16_t* root8 = nullptr;   // symbol << 8 | length
   const std::uint32_t* root16 = nullptr;  // symbol << 16 | length; length 0: the code is longer than root_bits
-  // What the next 11 bits hold: up to 6 symbols in bytes 0..5, their bits in byte 6, their number in byte 7. Made where
-  // codes are short, else null. The yield is the mean number of symbols times kHuffmanMultiUnit, or 0.
-  const std::uint64_t* multi8 = nullptr;
-  unsigned multi_yield = 0;
+  // What the next kHuffmanMultiBits bits hold: up to 8 symbols, and their bits | their number << 6. Made where codes
+  // are short, else null.
+  const std::uint64_t* multi_symbols = nullptr;
+  const std::uint16_t* multi_steps = nullptr;
+  double mean_bits = 0;  // of a code, where symbols occur as often as their codes allow for
   // Canonical search for longer codes, on the next max_bits bits with the first bit most significant.
   std::uint32_t limit[kHuffmanMaxBits + 1] = {};  // codes of at most this length are below it
   std::int32_t offset[kHuffmanMaxBits + 1] = {};  // position in `sorted` minus code

@@ -167,54 +167,62 @@ bool decode_multi(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, 
                   std::uint8_t* out) {
   constexpr int kPerRefill = 5;
   constexpr std::size_t kMostSymbols = kPerRefill * kHuffmanMultiMost;
-  constexpr std::uint64_t kMostBits = kPerRefill * kHuffmanMultiBits;
+  static_assert(kPerRefill * kHuffmanMultiBits <= 56, "a refill lasts for its look-ups");
+  constexpr std::uint64_t kMask = kHuffmanMultiWindows - 1;
+  const std::uint64_t root_mask = (std::uint64_t{1} << table.root_bits) - 1;
   const std::uint8_t* const begin = chunks.payload;
   const std::uint64_t size = static_cast<std::uint64_t>(chunks.payload_end - begin);
-  const std::uint64_t last = size < 8 ? 0 : (size - 8) * 8 + 7;
-  constexpr std::uint64_t kMask = kHuffmanMultiUnit - 1;
-  const std::uint64_t* const multi = table.multi8;
+  const std::uint64_t* const symbols = table.multi_symbols;
+  const std::uint16_t* const steps = table.multi_steps;
   std::uint64_t position[streams];
-  std::uint8_t* to[streams];
-  std::uint8_t* end[streams];
+  std::size_t at[streams], end[streams];
   for (int s = 0; s < streams; ++s) {
     position[s] = chunks.offsets[first + s] * 8;
-    to[s] = out + (first + s) * chunks.chunk_symbols;
-    end[s] = to[s] + count;
+    at[s] = (first + s) * chunks.chunk_symbols;
+    end[s] = at[s] + count;
   }
-  // A look-up stores 8 bytes whatever it yields, so a chunk's last symbols are left to the loop below.
   for (;;) {
-    std::uint64_t rounds = ~std::uint64_t{0};
+    bool room = true;
+    for (int s = 0; s < streams; ++s) room = room && at[s] + kMostSymbols <= end[s] && (position[s] >> 3) + 8 <= size;
+    if (!room) break;
+    std::uint64_t bits[streams];
     for (int s = 0; s < streams; ++s) {
-      const std::size_t left = static_cast<std::size_t>(end[s] - to[s]);
-      const std::uint64_t fit = left < kMostSymbols + 8 ? 0 : (left - 8) / kMostSymbols;
-      const std::uint64_t safe = size < 8 || position[s] > last ? 0 : (last - position[s]) / kMostBits + 1;
-      if (fit < rounds) rounds = fit;
-      if (safe < rounds) rounds = safe;
+      bits[s] = load64(begin + (position[s] >> 3)) >> (position[s] & 7) | std::uint64_t{1} << 63;
     }
-    if (rounds == 0) break;
-    for (; rounds > 0; --rounds) {
-      std::uint64_t bits[streams];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPerRefill; ++i) {
+#pragma GCC unroll 8
       for (int s = 0; s < streams; ++s) {
-        bits[s] = load64(begin + (position[s] >> 3)) >> (position[s] & 7) | std::uint64_t{1} << 63;
+        const std::uint64_t window = bits[s] & kMask;
+        const std::uint64_t step = steps[window];
+        store64(out + at[s], symbols[window]);
+        at[s] += step >> 6;
+        bits[s] >>= step & 63;
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < kPerRefill; ++i) {
-#pragma GCC unroll 8
-        for (int s = 0; s < streams; ++s) {
-          const std::uint64_t entry = multi[bits[s] & kMask];
-          store64(to[s], entry);
-          to[s] += entry >> 56;
-          bits[s] >>= entry >> 48 & 63;
-        }
+    }
+    for (int s = 0; s < streams; ++s) position[s] += static_cast<unsigned>(__builtin_clzll(bits[s]));
+  }
+  // The ends, still in turn: a look-up must not give more than what is left.
+  for (bool more = true; more;) {
+    more = false;
+    for (int s = 0; s < streams; ++s) {
+      if (at[s] == end[s]) continue;
+      const std::uint64_t bits = peek(begin, chunks.payload_end, position[s]);
+      if (end[s] - at[s] >= kHuffmanMultiMost) {
+        const std::uint64_t window = bits & kMask;
+        store64(out + at[s], symbols[window]);
+        at[s] += steps[window] >> 6;
+        position[s] += steps[window] & 63;
+      } else {
+        const std::uint16_t entry = table.root8[bits & root_mask];
+        out[at[s]++] = Symbol8::symbol(entry);
+        position[s] += Symbol8::shift(entry);
       }
-      for (int s = 0; s < streams; ++s) position[s] += static_cast<unsigned>(__builtin_clzll(bits[s]));
+      more = true;
     }
   }
   bool good = true;
-  for (int s = 0; s < streams; ++s) {
-    good &= decode_streams<Symbol8, 1>(table, begin, chunks.payload_end, position + s, chunks.offsets + first + s + 1,
-                                       static_cast<std::size_t>(end[s] - to[s]), 0, to[s]);
-  }
+  for (int s = 0; s < streams; ++s) good &= ends_at(begin, chunks.offsets[first + s + 1], position[s]);
   return good;
 }
 
@@ -233,8 +241,8 @@ bool decode_chunks(const HuffmanDecodeTable& table, const HuffmanChunks& chunks,
   std::size_t c = 0;
   bool good = true;
   if constexpr (sizeof(typename S::Type) == 1) {
-    if (table.multi_yield >= kHuffmanMultiUnit * 3 / 2) {
-      for (; c + 4 <= full; c += 4) good &= decode_multi<4>(table, chunks, c, chunks.chunk_symbols, out);
+    if (table.multi_steps != nullptr) {
+      for (; c + 5 <= full; c += 5) good &= decode_multi<5>(table, chunks, c, chunks.chunk_symbols, out);
       for (; c < full; ++c) good &= decode_multi<1>(table, chunks, c, chunks.chunk_symbols, out);
       return (c == chunks.chunks || decode_multi<1>(table, chunks, c, chunks.last_symbols, out)) && good;
     }

@@ -115,6 +115,75 @@ void test_length_limit() {
   round_trip(words, 1920);
 }
 
+// Lengths of codes by a mask, others filling up what they leave: limits that crowd in the code's last 32nd, and lengths
+// without a code.
+void test_code_shapes() {
+  std::mt19937_64 random(6);
+  for (const unsigned mask : {0x7FEu, 0x2u, 0x4u, 0xAu, 0x12u, 0x404u, 0x42u, 0x3C0u, 0x540u, 0x7C2u}) {
+    std::vector<std::uint8_t> bytes;
+    unsigned left = 2048;
+    std::uint8_t symbol = 3;
+    for (unsigned length = 1; length <= 10; ++length) {
+      if (mask >> length & 1) {
+        bytes.insert(bytes.end(), 2048 >> length, symbol++);
+        left -= 2048 >> length;
+      }
+    }
+    for (unsigned length = 1; left > 255; ++length) {
+      while (left >= 2048u >> length && left - (2048u >> length) >= 64) {
+        bytes.insert(bytes.end(), 2048 >> length, symbol++);
+        left -= 2048 >> length;
+      }
+    }
+    for (; left > 0; --left) bytes.push_back(symbol++);
+    for (int doubling = 0; doubling < 6; ++doubling) bytes.insert(bytes.end(), bytes.begin(), bytes.end());
+    std::shuffle(bytes.begin(), bytes.end(), random);
+    for (const std::uint64_t chunk : {39, 40, 1921, 1 << 28}) round_trip(bytes, chunk);
+  }
+}
+
+// Chunks of any bytes under valid code lengths, checksum put right: the same outcome at every level.
+void test_damaged_chunks() {
+  std::mt19937_64 random(7);
+  for (const unsigned width : {1u, 4u, 60u}) {
+    std::vector<std::uint8_t> symbols(40000);
+    for (std::uint8_t& s : symbols) {
+      const std::uint64_t zeros = static_cast<std::uint64_t>(__builtin_ctzll(random() | std::uint64_t{1} << 40));
+      s = static_cast<std::uint8_t>(std::min<std::uint64_t>(255, zeros * width + random() % width));
+    }
+    for (const std::uint64_t chunk : {std::uint64_t{200}, std::uint64_t{1920}, std::uint64_t{1} << 28}) {
+      const std::vector<std::uint8_t> whole = encode(symbols, chunk, SimdLevel::scalar);
+      for (int run = 0; run < 40; ++run) {
+        const std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[whole.size()]);
+        std::copy(whole.begin(), whole.end(), exact.get());
+        const std::size_t at = whole.size() / 4 + random() % (whole.size() / 2);
+        for (std::size_t i = at; i < std::min(whole.size(), at + (run % 8 == 0 ? whole.size() / 8 : 1)); ++i) {
+          exact[i] = static_cast<std::uint8_t>(random());
+        }
+        std::uint32_t crc = crc32(0, exact.get(), 5, SimdLevel::scalar);
+        crc = crc32(crc, exact.get() + 9, whole.size() - 9, SimdLevel::scalar);
+        for (int i = 0; i < 4; ++i) exact[5 + i] = static_cast<std::uint8_t>(crc >> (8 * i));
+        StatusCode first{};
+        std::vector<std::uint8_t> decoded;
+        for (const SimdLevel level : levels()) {
+          HuffmanDecoder decoder(level);
+          CHECK(decoder.open(exact.get(), whole.size(), symbols.size()).ok());
+          const std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[symbols.size()]);
+          void* pointer = out.get();
+          const StatusCode code = decoder.decode_all(&pointer).code;
+          CHECK(code == StatusCode::ok || code == StatusCode::invalid_code);
+          if (level == SimdLevel::scalar) {
+            first = code;
+            decoded.assign(out.get(), out.get() + symbols.size());
+          }
+          CHECK(code == first);
+          if (code == StatusCode::ok) CHECK(std::equal(decoded.begin(), decoded.end(), out.get()));
+        }
+      }
+    }
+  }
+}
+
 void test_damage() {
   std::mt19937_64 random(4);
   std::vector<std::uint8_t> symbols(3000);
@@ -171,6 +240,8 @@ int main() {
   test_crc();
   test_round_trips();
   test_length_limit();
+  test_code_shapes();
+  test_damaged_chunks();
   test_damage();
   test_stored();
   std::printf("csrc/tests: %zu instruction-set levels, all good\n", levels().size());
