@@ -10,14 +10,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstddef>
-#include <memory>
-#include <new>
-#include <vector>
 
-#include "conv_pixel_shuffle_gelu_amx.h"
+#include "conv_kernel.h"
 #include "cpu.h"
-#include "memory.h"
 #include "parallel.h"
 #endif
 
@@ -25,6 +20,8 @@ namespace hflfnerv {
 
 #if defined(HFLFNERV_AMX)
 namespace {
+
+constexpr std::int64_t kBandBytes = 1 << 19;  // of converted input that stays in the second cache
 
 const char* find_reason() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -37,93 +34,58 @@ const char* find_reason() {
   return nullptr;
 }
 
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-using Elements = std::unique_ptr<BFloat16, Free>;
-
-Elements new_elements(std::int64_t count) {
-  return Elements(static_cast<BFloat16*>(::operator new(static_cast<std::size_t>(count) * 2, std::align_val_t(64))));
-}
-
-// Input channels beyond groups of 32 are gathered where that saves a fifth of the steps of another, padded group.
-void split_channels(ConvTask& task) {
-  task.groups = task.shape.in_channels / kStep;
-  task.rest = task.shape.in_channels % kStep;
-  if (task.rest_steps() * 5 > task.taps() * 4) {
-    ++task.groups;
-    task.rest = 0;
-  }
-}
-
-std::vector<std::int64_t> step_offsets(const ConvTask& task) {
-  std::vector<std::int64_t> offsets;
-  for (std::int64_t ky = 0; ky < task.shape.kernel_h; ++ky) {
-    for (std::int64_t kx = 0; kx < task.shape.kernel_w; ++kx) {
-      for (std::int64_t g = 0; g < task.groups; ++g) {
-        offsets.push_back(ky * task.plane_row() + (g * task.padded_width() + kx) * kStep);
-      }
-    }
-  }
-  return offsets;
+// Rows of y / r that are computed from one conversion of the input under them.
+std::int64_t band_rows(const ConvPixelShuffleShape& shape, const PlanesLayout& layout) {
+  const std::int64_t fit = kBandBytes / (2 * (layout.plane_row() + layout.rest_row())) - (shape.kernel_h - 1);
+  return std::min(std::max<std::int64_t>(fit / kBlockTiles, 1) * kBlockTiles, shape.out_height());
 }
 
 }  // namespace
 
-const char* conv_pixel_shuffle_gelu_unavailable() {
+const char* amx_unavailable() {
   static const char* const reason = find_reason();
   return reason;
 }
 
 void conv_pixel_shuffle_gelu_fwd(const ConvPixelShuffleShape& shape, bool tanh_form, const BFloat16* x,
                                  const BFloat16* weight, const float* bias, BFloat16* y, int threads) {
-  ConvTask task{};
-  task.shape = shape;
-  task.x = x;
-  task.weight = weight;
-  task.table = &gelu_table(tanh_form, false);
-  task.y = y;
-  split_channels(task);
-  const std::vector<std::int64_t> steps = step_offsets(task);
-  task.steps = steps.data();
+  const std::int64_t height = shape.out_height(), width = shape.out_width();
+  PlanesLayout layout = split_channels(shape.in_channels, shape.kernel_h * shape.kernel_w);
+  layout.columns = (width + kTile - 1) / kTile * kTile + shape.kernel_w - 1;
+  const ConvKernel kernel({shape.in_channels, shape.channels, shape.r, shape.kernel_h, shape.kernel_w}, tanh_form, weight,
+                          bias, layout, channels_last_output(width * shape.r, shape.channels), threads);
+  const ConvPlan& plan = kernel.plan();
 
-  // Column (i r + j) channels + c is channel c r² + i r + j.
-  std::vector<float> biases(static_cast<std::size_t>(task.column_tiles() * kTile), 0.0f);
-  const std::int64_t row_columns = shape.r * shape.channels, row = shape.out_width() * row_columns;
-  std::vector<ConvStore> stores;
-  std::vector<int> first_store;
-  for (std::int64_t column = 0; column < shape.out_channels(); ++column) {
-    const std::int64_t lane = column % kTile, i = column / row_columns;
-    if (bias != nullptr) {
-      biases[static_cast<std::size_t>(column)] = bias[column % shape.channels * shape.r * shape.r + column / shape.channels];
-    }
-    if (lane == 0) first_store.push_back(static_cast<int>(stores.size()));
-    if (lane == 0 || column % row_columns == 0) stores.push_back({0, i * row + column % row_columns - lane});
-    stores.back().mask = static_cast<std::uint16_t>(stores.back().mask | 1u << lane);
-  }
-  first_store.push_back(static_cast<int>(stores.size()));
-  task.bias = biases.data();
-  task.stores = stores.data();
-  task.first_store = first_store.data();
-
-  const std::int64_t rows = shape.batch * shape.out_height();
+  const std::int64_t rows = shape.batch * height, band = band_rows(shape, layout);
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, rows)));
-  const Elements packed = new_elements(task.packed_elements());
-  task.packed = packed.get();
-  parallel_parts(task.column_tiles(), threads,
-                 [&](int, std::int64_t begin, std::int64_t end) { conv_pack_weights_amx(task, begin, end); });
-
-  const std::int64_t elements = (task.memory_elements() + 31) / 32 * 32;
-  const Elements memory = new_elements(elements * threads);
-  advise_large_pages(y, static_cast<std::size_t>(rows * shape.r * row * size_bytes(FloatType::bf16)));
+  // Each thread's memory: planes, rest with margins, scratch.
+  const std::int64_t in_rows = band + shape.kernel_h - 1;
+  const std::int64_t plane_elements = in_rows * layout.plane_row();
+  const std::int64_t rest_elements = (in_rows * layout.rest_row() + 2 * kRestMargin + kStep - 1) / kStep * kStep;
+  const std::int64_t elements = plane_elements + rest_elements + plan.scratch_bytes() / 2;
+  const Aligned<BFloat16> memory = new_aligned<BFloat16>(elements * threads);
+  const std::int64_t y_image = shape.channels * shape.r * shape.r * height * width;
+  advise_large_pages(y, static_cast<std::size_t>(shape.batch * y_image) * sizeof(BFloat16));
   parallel_parts(rows, threads, [&](int thread, std::int64_t begin, std::int64_t end) {
-    conv_pixel_shuffle_gelu_rows_amx(task, begin, end, memory.get() + thread * elements);
+    BFloat16* const planes = memory.get() + thread * elements;
+    BFloat16* const rest = planes + plane_elements + kRestMargin;
+    BFloat16* const scratch = planes + plane_elements + rest_elements;
+    while (begin < end) {
+      const std::int64_t image = begin / height, row = begin % height;
+      const std::int64_t count = std::min({band, height - row, end - begin});
+      convert_rows_amx({x + image * shape.height * shape.width * shape.in_channels, shape.height, shape.width,
+                        shape.in_channels, row - shape.padding_h, count + shape.kernel_h - 1, shape.padding_w},
+                       layout, planes, rest);
+      BFloat16* const to = y + image * y_image + row * shape.r * plan.out.plane_row;
+      conv_rows_amx(plan, {{planes, rest}, {to, nullptr, INT64_MAX}, 0, count, width, 0, plan.tiles}, scratch);
+      begin += count;
+    }
   });
 }
 
 #else
 
-const char* conv_pixel_shuffle_gelu_unavailable() { return "needs AMX (bf16): this build has no code for it"; }
+const char* amx_unavailable() { return "needs AMX (bf16): this build has no code for it"; }
 
 void conv_pixel_shuffle_gelu_fwd(const ConvPixelShuffleShape&, bool, const BFloat16*, const BFloat16*, const float*,
                                  BFloat16*, int) {}

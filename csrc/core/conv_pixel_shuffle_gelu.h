@@ -18,9 +18,8 @@ struct ConvPixelShuffleShape {
   std::int64_t out_width() const { return width + 2 * padding_w - kernel_w + 1; }
 };
 
-// Why this machine cannot run conv_pixel_shuffle_gelu_fwd, in words, or null. The first call asks the operating system for
-// the use of AMX.
-const char* conv_pixel_shuffle_gelu_unavailable();
+// Why this machine cannot multiply with AMX, in words, or null. The first call asks the operating system for its use.
+const char* amx_unavailable();
 
 // bias has one float per output channel of the convolution, or is null. Each element is computed alike wherever it lies:
 // the result does not depend on `threads` or on the batch.

@@ -2,308 +2,241 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "simd_avx512.h"
 
 namespace hflfnerv {
 namespace {
 
-constexpr std::int64_t kTileElements = kTile * kStep;
-constexpr std::int64_t kStepBytes = kStep * 2;
-constexpr int kRows = static_cast<int>(kBlockTiles * kTile);
-
-// All eight tiles are full: 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The compiler does not know that tile loads read memory: what was written has to be there before them.
-inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
-
-inline __mmask32 first_lanes(std::int64_t n) {
-  return n >= 32 ? 0xffffffffu : static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
-}
-
-inline void copy_elements(BFloat16* to, const BFloat16* from, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; i += 32) {
-    const __mmask32 lanes = first_lanes(n - i);
-    _mm512_mask_storeu_epi16(to + i, lanes, _mm512_maskz_loadu_epi16(lanes, from + i));
-  }
-}
-
-// Four tiles of pixels, and where each pixel goes: to its first element in y, or nowhere.
+// Four tiles of pixels, and where each pixel goes: to its first elements in y, or nowhere.
 struct Block {
   const BFloat16* from[kBlockTiles];
-  BFloat16* to[kRows];
+  BFloat16* plane[kBlockRows];
+  BFloat16* rest[kBlockRows];
 };
 
 // Products of one block and column tile that still need bias, GELU and their place in y.
 struct Pending {
-  const float* products = nullptr;  // kRows times kTile, or null
-  BFloat16* const* to = nullptr;
-  std::int64_t column_tile = 0;
+  const Block* block;
+  std::int64_t tile;
+  const float* products;
+};
+
+// Bias, GELU, rounding and shuffle of what is pending, some rows at a time. A local variable, so that the compiler keeps
+// it in registers.
+class Finish {
+ public:
+  inline __attribute__((always_inline)) Finish(const ConvPlan& plan, const Pending& pending)
+      : gelu_(*plan.table),
+        bias_(_mm512_loadu_ps(plan.bias + pending.tile * kTile)),
+        products_(pending.products),
+        to_(pending.tile < plan.plane_tiles ? pending.block->plane : pending.block->rest) {
+    const ConvStore* const stores = plan.stores + plan.first_store[pending.tile];
+    // Nearly always there are one or two.
+    first_ = stores[0];
+    more_ = stores + 1;
+    end_ = plan.stores + plan.first_store[pending.tile + 1];
+    second_ = more_ < end_ ? *more_++ : ConvStore{0, first_.offset};
+  }
+
+  template <int kRows>
+  inline __attribute__((always_inline)) void rows() {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      BFloat16* const to = to_[row];
+      if (to == nullptr) continue;
+      const __m256i value = Simd::to_bfloat16(gelu_(_mm512_add_ps(_mm512_load_ps(products_ + row * kTile), bias_)));
+      _mm256_mask_storeu_epi16(to + first_.offset, first_.mask, value);
+      if (second_.mask == 0) continue;
+      _mm256_mask_storeu_epi16(to + second_.offset, second_.mask, value);
+      for (const ConvStore* store = more_; store < end_; ++store) {
+        _mm256_mask_storeu_epi16(to + store->offset, store->mask, value);
+      }
+    }
+    products_ += kRows * kTile;
+    to_ += kRows;
+  }
+
+ private:
+  const Simd::Gelu gelu_;
+  const __m512 bias_;
+  const float* products_;
+  BFloat16* const* to_;
+  ConvStore first_, second_;
+  const ConvStore* more_;
+  const ConvStore* end_;
 };
 
 class Worker {
  public:
-  Worker(const ConvTask& task, BFloat16* memory)
-      : task_(task),
-        s_(task.shape),
-        planes_(memory),
-        rest_(planes_ + task.planes_elements()),
-        gathered_(rest_ + task.rest_elements()),
-        products_(reinterpret_cast<float*>(gathered_ + task.gathered_elements())) {
-    // What lies behind the gathered taps meets weights of 0, and stays 0 itself.
-    std::memset(gathered_, 0, static_cast<std::size_t>(task.gathered_elements()) * 2);
+  Worker(const ConvPlan& plan, const ConvRows& rows, void* scratch)
+      : plan_(plan),
+        rows_(rows),
+        products_(static_cast<float*>(scratch)),
+        gathered_(reinterpret_cast<BFloat16*>(products_ + 2 * kBlockRows * kTile)) {
+    std::memset(&blocks_[0], 0, sizeof(Block));
   }
 
-  void rows(std::int64_t begin, std::int64_t end) {
-    const std::int64_t height = s_.out_height();
-    while (begin < end) {
-      const std::int64_t image = begin / height, row = begin % height;
-      std::int64_t count = task_.band_rows();
-      if (count > height - row) count = height - row;
-      if (count > end - begin) count = end - begin;
-      convert(image, row, count);
-      band(image, row, count);
-      begin += count;
+  // While the tiles multiply, the vector units finish what was multiplied before, kShare rows in each of the first steps.
+  template <int kShare>
+  void run() {
+    Pending pending{&blocks_[0], rows_.first_tile, products_};  // nothing yet: its pixels go nowhere
+    const std::int64_t row_tiles = (rows_.columns + kTile - 1) / kTile;
+    int slot = 0;
+    for (std::int64_t first = rows_.begin; first < rows_.end; first += kBlockTiles) {
+      std::int64_t count = rows_.end - first;
+      if (count > kBlockTiles) count = kBlockTiles;
+      for (std::int64_t tile = 0; tile < count * row_tiles; tile += kBlockTiles) {
+        Block& block = blocks_[last_block_ ^= 1];
+        place(first, count, tile, count * row_tiles, block);
+        for (std::int64_t column = rows_.first_tile; column < rows_.last_tile; ++column) {
+          multiply<kShare>(block.from, plan_.packed + column * plan_.tile_elements(), pending);
+          pending = {&block, column, products_ + slot * kBlockRows * kTile};
+          store_products(products_ + slot * kBlockRows * kTile);
+          slot ^= 1;
+        }
+      }
     }
-    flush();
+    Finish(plan_, pending).rows<kBlockRows>();
   }
 
  private:
-  // Brings the rows of input that the band needs into groups and rest, with zeros around them.
-  void convert(std::int64_t image, std::int64_t first, std::int64_t count) {
-    const std::int64_t width = task_.padded_width(), channels = s_.in_channels, groups = task_.groups, rest = task_.rest;
-    for (std::int64_t row = 0; row < count + s_.kernel_h - 1; ++row) {
-      const std::int64_t in = first + row - s_.padding_h;
-      BFloat16* planes = planes_ + row * task_.plane_row();
-      BFloat16* others = rest_ + row * task_.rest_row();
-      if (in < 0 || in >= s_.height) {
-        std::memset(planes, 0, static_cast<std::size_t>(task_.plane_row()) * 2);
-        std::memset(others, 0, static_cast<std::size_t>(task_.rest_row()) * 2);
-        continue;
+  // Four tiles from `tile` on, of `tiles` in `count` rows of y / r: one column of tiles after the other, so that the rows
+  // of input under them are shared. A block that is not full repeats its last tile, and keeps nothing of it.
+  void place(std::int64_t first, std::int64_t count, std::int64_t tile, std::int64_t tiles, Block& block) const {
+    const ConvOutputLayout& out = plan_.out;
+    const std::int64_t r = plan_.r;
+    for (std::int64_t t = 0; t < kBlockTiles; ++t) {
+      const std::int64_t one = tile + t < tiles ? tile + t : tiles - 1;
+      const std::int64_t row = first + one % count, column = one / count * kTile;
+      block.from[t] = rows_.in.plane + row * plan_.in.plane_row() + column * kStep;
+      const std::int64_t y = row % rows_.out.ring * r;
+      BFloat16* const plane = rows_.out.plane + y * out.plane_row + column * r * out.plane_pixel;
+      BFloat16* const rest = rows_.out.rest + y * out.rest_row + column * r * out.rest;
+      const std::int64_t valid = tile + t < tiles ? rows_.columns - column : 0;
+      for (std::int64_t p = 0; p < kTile; ++p) {
+        block.plane[t * kTile + p] = p < valid ? plane + p * r * out.plane_pixel : nullptr;
+        block.rest[t * kTile + p] = p < valid ? rest + p * r * out.rest : nullptr;
       }
-      const BFloat16* x = task_.x + (image * s_.height + in) * s_.width * channels;
-      // Columns beyond what any output needs do not exist where the padding is less than the kernel.
-      const std::int64_t columns = s_.width < width - s_.padding_w ? s_.width : width - s_.padding_w;
-      for (std::int64_t g = 0; g < groups; ++g) {
-        BFloat16* plane = planes + g * width * kStep;
-        std::memset(plane, 0, static_cast<std::size_t>(s_.padding_w) * kStepBytes);
-        const __mmask32 lanes = first_lanes(channels - g * kStep);
-        for (std::int64_t w = 0; w < columns; ++w) {
-          const BFloat16* from = x + w * channels + g * kStep;
-          _mm_prefetch(reinterpret_cast<const char*>(from) + 2048, _MM_HINT_T0);
-          _mm512_store_si512(plane + (s_.padding_w + w) * kStep, _mm512_maskz_loadu_epi16(lanes, from));
-        }
-        std::memset(plane + (s_.padding_w + columns) * kStep, 0,
-                    static_cast<std::size_t>(width - s_.padding_w - columns) * kStepBytes);
-      }
-      if (rest == 0) continue;
-      std::memset(others, 0, static_cast<std::size_t>(s_.padding_w * rest) * 2);
-      if (rest == 1) {
-        for (std::int64_t w = 0; w < columns; ++w) others[s_.padding_w + w] = x[(w + 1) * channels - 1];
-      } else {
-        for (std::int64_t w = 0; w < columns; ++w) {
-          copy_elements(others + (s_.padding_w + w) * rest, x + w * channels + groups * kStep, rest);
-        }
-      }
-      std::memset(others + (s_.padding_w + columns) * rest, 0,
-                  static_cast<std::size_t>((width - s_.padding_w - columns) * rest) * 2);
+      if (plan_.in.rest > 0) gather(rows_.in.rest + row * plan_.in.rest_row() + column * plan_.in.rest, t);
     }
+    memory_barrier();
   }
 
   // Gathers the rest of all taps for 16 pixels.
-  void gather(std::int64_t row, std::int64_t column, BFloat16* to) const {
-    const std::int64_t n = s_.kernel_w * task_.rest, rest = task_.rest, stride = task_.rest_steps() * kStep;
-    const __mmask32 lanes = first_lanes(n);
-    for (std::int64_t ky = 0; ky < s_.kernel_h; ++ky, to += n) {
-      const BFloat16* from = rest_ + (row + ky) * task_.rest_row() + column * rest;
-      for (int p = 0; p < kTile; ++p) {
-        if (n <= 32) {
-          _mm512_mask_storeu_epi16(to + p * stride, lanes, _mm512_maskz_loadu_epi16(lanes, from + p * rest));
-        } else {
-          copy_elements(to + p * stride, from + p * rest, n);
-        }
+  void gather(const BFloat16* from, std::int64_t tile) const {
+    const std::int64_t pixel = plan_.in.rest, row = plan_.in.rest_row();
+    for (std::int64_t step = 0; step < plan_.rest_steps(); ++step) {
+      __m512i rows[kTile];
+      for (__m512i& all : rows) all = _mm512_setzero_si512();
+      for (const ConvGather* g = plan_.gathers + plan_.first_gather[step];
+           g < plan_.gathers + plan_.first_gather[step + 1]; ++g) {
+        const BFloat16* const at = from + g->ky * row + g->shift;
+        const __mmask32 mask = g->mask;
+#pragma GCC unroll 16
+        for (int p = 0; p < kTile; ++p) rows[p] = _mm512_mask_loadu_epi16(rows[p], mask, at + p * pixel);
       }
+      BFloat16* const to = gathered_ + (step * kBlockTiles + tile) * kTileElements;
+#pragma GCC unroll 16
+      for (int p = 0; p < kTile; ++p) _mm512_store_si512(to + p * kStep, rows[p]);
     }
   }
 
-  void band(std::int64_t image, std::int64_t first, std::int64_t count) {
-    const std::int64_t tiles = count * task_.row_tiles(), rC = s_.r * s_.channels, width = s_.out_width();
-    const std::int64_t gathered_tile = kTile * task_.rest_steps() * kStep;
-    for (std::int64_t tile = 0; tile < tiles; tile += kBlockTiles) {
-      // The other one's results may still be pending.
-      Block& block = blocks_[tile / kBlockTiles & 1];
-      if (pending_.to == block.to) flush();
-      for (std::int64_t t = 0; t < kBlockTiles; ++t) {
-        // A block that is not full repeats its last tile, and keeps nothing of it.
-        const std::int64_t one = tile + t < tiles ? tile + t : tiles - 1;
-        const std::int64_t row = one / task_.row_tiles(), column = one % task_.row_tiles() * kTile;
-        block.from[t] = planes_ + row * task_.plane_row() + column * kStep;
-        BFloat16* const y = task_.y + ((image * s_.out_height() + first + row) * s_.r * width + column) * rC;
-        for (std::int64_t p = 0; p < kTile; ++p) {
-          block.to[t * kTile + p] = tile + t < tiles && column + p < width ? y + p * rC : nullptr;
-        }
-        if (task_.rest > 0) gather(row, column, gathered_ + t * gathered_tile);
-      }
-      memory_barrier();
-      const BFloat16* weights = task_.packed;
-      for (std::int64_t column_tile = 0; column_tile < task_.column_tiles(); ++column_tile) {
-        weights = multiply(block.from, weights);
-        float* const products = pending_.products == products_ ? products_ + kRows * kTile : products_;
-        store_products(products);
-        pending_ = {products, block.to, column_tile};
-      }
-    }
-  }
-
-  // Sums up products of four tiles of pixels and one of columns in tiles 0 to 3, while the vector units finish what is
-  // pending; returns where the next column tile's weights begin.
-  const BFloat16* multiply(const BFloat16* const* from, const BFloat16* weights) {
-    const std::int64_t group_steps = task_.group_steps(), rest_steps = task_.rest_steps();
-    const std::int64_t share = (kRows + group_steps + rest_steps - 1) / (group_steps + rest_steps);
-    Finish finish(*this);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+  template <int kShare>
+  inline __attribute__((always_inline)) void multiply(const BFloat16* const* from, const BFloat16* weights,
+                                                      const Pending& pending) const {
+    Finish finish(plan_, pending);
+    const std::int64_t group_steps = plan_.group_steps(), rest_steps = plan_.rest_steps();
+    int shares = kBlockRows / kShare;
+    zero_products();
     const BFloat16 *from0 = from[0], *from1 = from[1], *from2 = from[2], *from3 = from[3];
     for (std::int64_t step = 0; step < group_steps; ++step, weights += kTileElements) {
-      const std::int64_t at = task_.steps[step];
-      _tile_loadd(7, weights, 64);
-      _tile_loadd(4, from0 + at, 64);
-      _tile_dpbf16ps(0, 4, 7);
-      _tile_loadd(5, from1 + at, 64);
-      _tile_dpbf16ps(1, 5, 7);
-      _tile_loadd(6, from2 + at, 64);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_loadd(4, from3 + at, 64);
-      _tile_dpbf16ps(3, 4, 7);
-      prefetch_tile(weights + 2 * kTileElements);
-      finish.rows(share);
-    }
-    const std::int64_t stride = rest_steps * kStepBytes, tile = kTile * rest_steps * kStep;
-    for (std::int64_t step = 0; step < rest_steps; ++step, weights += kTileElements) {
-      const BFloat16* gathered = gathered_ + step * kStep;
-      _tile_loadd(7, weights, 64);
-      _tile_loadd(4, gathered, stride);
-      _tile_dpbf16ps(0, 4, 7);
-      _tile_loadd(5, gathered + tile, stride);
-      _tile_dpbf16ps(1, 5, 7);
-      _tile_loadd(6, gathered + 2 * tile, stride);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_loadd(4, gathered + 3 * tile, stride);
-      _tile_dpbf16ps(3, 4, 7);
-      prefetch_tile(weights + 2 * kTileElements);
-      finish.rows(share);
-    }
-    finish.rows(kRows);
-    return weights;
-  }
-
-  static void prefetch_tile(const BFloat16* tile) {
-    for (int line = 0; line < kTile; ++line) _mm_prefetch(reinterpret_cast<const char*>(tile + line * kStep), _MM_HINT_T0);
-  }
-
-  void store_products(float* to) const {
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + kTile * kTile, 64);
-    _tile_stored(2, to + 2 * kTile * kTile, 64);
-    _tile_stored(3, to + 3 * kTile * kTile, 64);
-  }
-
-  // Bias, GELU, rounding and shuffle of what is pending, some rows at a time.
-  class Finish {
-   public:
-    explicit Finish(const Worker& worker)
-        : gelu_(*worker.task_.table), products_(worker.pending_.products), to_(worker.pending_.to) {
-      if (products_ == nullptr) {
-        end_ = to_;
-        return;
-      }
-      end_ = to_ + kRows;
-      const std::int64_t column_tile = worker.pending_.column_tile;
-      bias_ = _mm512_loadu_ps(worker.task_.bias + column_tile * kTile);
-      stores_ = worker.task_.stores + worker.task_.first_store[column_tile];
-      more_ = worker.task_.stores + worker.task_.first_store[column_tile + 1];
-      // Nearly always there are one or two.
-      first_ = stores_[0];
-      second_ = more_ - stores_ > 1 ? stores_[1] : ConvStore{0, first_.offset};
-    }
-
-    inline __attribute__((always_inline)) void rows(std::int64_t count) {
-      for (BFloat16* const* const end = end_ - to_ > count ? to_ + count : end_; to_ < end; ++to_, products_ += kTile) {
-        BFloat16* const to = *to_;
-        if (to == nullptr) continue;
-        const __m256i value = Simd::to_bfloat16(gelu_(_mm512_add_ps(_mm512_load_ps(products_), bias_)));
-        _mm256_mask_storeu_epi16(to + first_.offset, first_.mask, value);
-        if (second_.mask == 0) continue;
-        _mm256_mask_storeu_epi16(to + second_.offset, second_.mask, value);
-        for (const ConvStore* store = stores_ + 2; store < more_; ++store) {
-          _mm256_mask_storeu_epi16(to + store->offset, store->mask, value);
-        }
+      const std::int64_t at = plan_.steps[step];
+      add_products(from0 + at, from1 + at, from2 + at, from3 + at, 64, weights);
+      if (shares > 0) {
+        finish.rows<kShare>();
+        --shares;
       }
     }
-
-   private:
-    const Simd::Gelu gelu_;
-    const float* products_;
-    BFloat16* const* to_;
-    BFloat16* const* end_ = nullptr;
-    __m512 bias_ = _mm512_setzero_ps();
-    const ConvStore* stores_ = nullptr;
-    const ConvStore* more_ = nullptr;
-    ConvStore first_{}, second_{};
-  };
-
-  void flush() {
-    Finish(*this).rows(kRows);
-    pending_ = {};
+    const BFloat16* gathered = gathered_;
+    for (std::int64_t step = 0; step < rest_steps; ++step, weights += kTileElements, gathered += 4 * kTileElements) {
+      add_products(gathered, gathered + kTileElements, gathered + 2 * kTileElements, gathered + 3 * kTileElements, 64,
+                   weights);
+      if (shares > 0) {
+        finish.rows<kShare>();
+        --shares;
+      }
+    }
   }
 
-  const ConvTask& task_;
-  const ConvPixelShuffleShape& s_;
-  BFloat16* planes_;
-  BFloat16* rest_;
-  BFloat16* gathered_;
-  float* products_;
-  Block blocks_[2];
-  Pending pending_;
+  const ConvPlan& plan_;
+  const ConvRows& rows_;
+  float* const products_;
+  BFloat16* const gathered_;
+  Block blocks_[2];  // what is pending points into the one before
+  int last_block_ = 0;
 };
 
 }  // namespace
 
-void conv_pack_weights_amx(const ConvTask& task, std::int64_t begin, std::int64_t end) {
-  const ConvPixelShuffleShape& s = task.shape;
-  const std::int64_t channels = s.in_channels, cells = s.r * s.r;
-  BFloat16* to = task.packed + begin * (task.group_steps() + task.rest_steps()) * kTileElements;
-  for (std::int64_t column_tile = begin; column_tile < end; ++column_tile) {
+void conv_rows_amx(const ConvPlan& plan, const ConvRows& rows, void* scratch) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  Worker worker(plan, rows, scratch);
+  switch (rows_per_step(plan.group_steps() + plan.rest_steps())) {
+    case 1:
+      worker.run<1>();
+      break;
+    case 2:
+      worker.run<2>();
+      break;
+    case 4:
+      worker.run<4>();
+      break;
+    case 8:
+      worker.run<8>();
+      break;
+    case 16:
+      worker.run<16>();
+      break;
+    case 32:
+      worker.run<32>();
+      break;
+    default:
+      worker.run<64>();
+  }
+  _tile_release();
+}
+
+void conv_pack_amx(const ConvPlan& plan, const BFloat16* weight, std::int64_t begin, std::int64_t end) {
+  const std::int64_t channels = plan.in_channels, groups = plan.in.groups, taps = plan.taps();
+  BFloat16* to = plan.packed + begin * plan.tile_elements();
+  for (std::int64_t tile = begin; tile < end; ++tile) {
     alignas(64) std::int32_t rows[kTile] = {};  // where the weights of each column begin
-    std::int64_t columns = s.out_channels() - column_tile * kTile;
-    if (columns > kTile) columns = kTile;
-    for (std::int64_t lane = 0; lane < columns; ++lane) {
-      const std::int64_t column = column_tile * kTile + lane;
-      rows[lane] = static_cast<std::int32_t>((column % s.channels * cells + column / s.channels) * task.taps() * channels);
+    __mmask16 lanes = 0;
+    for (std::int64_t lane = 0; lane < kTile; ++lane) {
+      const std::int32_t column = plan.column[tile * kTile + lane];
+      if (column < 0) continue;
+      lanes = static_cast<__mmask16>(lanes | 1u << lane);
+      rows[lane] = static_cast<std::int32_t>(column * taps * channels);
     }
     const __m512i index = _mm512_load_si512(rows);
-    const __mmask16 lanes = static_cast<__mmask16>((1u << columns) - 1);
     const auto pair_row = [&](std::int64_t first, bool pair, std::int64_t second) {
       if (pair && second == first + 1) {
-        const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes, index, task.weight + first, 2);
+        const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes, index, weight + first, 2);
         _mm512_store_si512(to, pairs);
       } else {
         _mm512_store_si512(to, _mm512_setzero_si512());
-        for (std::int64_t lane = 0; lane < columns; ++lane) {
-          to[2 * lane] = task.weight[rows[lane] + first];
-          if (pair) to[2 * lane + 1] = task.weight[rows[lane] + second];
+        for (std::int64_t lane = 0; lane < kTile; ++lane) {
+          if ((lanes >> lane & 1) == 0) continue;
+          to[2 * lane] = weight[rows[lane] + first];
+          if (pair) to[2 * lane + 1] = weight[rows[lane] + second];
         }
       }
       to += 2 * kTile;
     };
-    for (std::int64_t tap = 0; tap < task.taps(); ++tap) {
-      for (std::int64_t c = 0; c < task.groups * kStep; c += 2) {
+    for (std::int64_t tap = 0; tap < taps; ++tap) {
+      for (std::int64_t c = 0; c < groups * kStep; c += 2) {
         if (c < channels) {
           pair_row(tap * channels + c, c + 1 < channels, tap * channels + c + 1);
         } else {
@@ -314,17 +247,17 @@ void conv_pack_weights_amx(const ConvTask& task, std::int64_t begin, std::int64_
     }
     std::int64_t tap = 0, c = 0;
     const auto next = [&] {
-      const std::int64_t at = tap * channels + task.groups * kStep + c;
-      if (++c == task.rest) {
+      const std::int64_t at = tap * channels + groups * kStep + c;
+      if (++c == plan.in.rest) {
         c = 0;
         ++tap;
       }
       return at;
     };
-    for (std::int64_t k = 0; k < task.rest_steps() * kStep; k += 2) {
-      if (k < task.taps() * task.rest) {
+    for (std::int64_t k = 0; k < plan.rest_steps() * kStep; k += 2) {
+      if (k < taps * plan.in.rest) {
         const std::int64_t first = next();
-        const bool pair = k + 1 < task.taps() * task.rest;
+        const bool pair = k + 1 < taps * plan.in.rest;
         pair_row(first, pair, pair ? next() : 0);
       } else {
         _mm512_store_si512(to, _mm512_setzero_si512());
@@ -334,11 +267,43 @@ void conv_pack_weights_amx(const ConvTask& task, std::int64_t begin, std::int64_
   }
 }
 
-void conv_pixel_shuffle_gelu_rows_amx(const ConvTask& task, std::int64_t begin, std::int64_t end, BFloat16* memory) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  Worker(task, memory).rows(begin, end);
-  _tile_release();
+void convert_rows_amx(const ImageRows& image, const PlanesLayout& layout, BFloat16* plane, BFloat16* rest) {
+  const std::int64_t columns = layout.columns, channels = image.channels, left = image.left;
+  // Columns beyond what any output needs do not exist where the padding is less than the kernel.
+  const std::int64_t width = image.width < columns - left ? image.width : columns - left;
+  const std::int64_t right = columns - left - width;
+  for (std::int64_t row = 0; row < image.count; ++row, plane += layout.plane_row(), rest += layout.rest_row()) {
+    const std::int64_t in = image.first + row;
+    if (in < 0 || in >= image.height) {
+      std::memset(static_cast<void*>(plane), 0, static_cast<std::size_t>(layout.plane_row()) * 2);
+      std::memset(static_cast<void*>(rest), 0, static_cast<std::size_t>(layout.rest_row()) * 2);
+      continue;
+    }
+    const BFloat16* x = image.x + in * image.width * channels;
+    for (std::int64_t g = 0; g < layout.groups; ++g) {
+      BFloat16* to = plane + g * columns * kStep;
+      std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(left * kStep) * 2);
+      to += left * kStep;
+      const __mmask32 lanes = first_lanes(channels - g * kStep);
+      for (std::int64_t w = 0; w < width; ++w, to += kStep) {
+        const BFloat16* from = x + w * channels + g * kStep;
+        _mm_prefetch(reinterpret_cast<const char*>(from) + 2048, _MM_HINT_T0);
+        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(lanes, from));
+      }
+      std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(right * kStep) * 2);
+    }
+    if (layout.rest == 0) continue;
+    const std::int64_t n = layout.rest;
+    BFloat16* to = rest;
+    std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(left * n) * 2);
+    to += left * n;
+    if (n == 1) {
+      for (std::int64_t w = 0; w < width; ++w) to[w] = x[(w + 1) * channels - 1];
+    } else {
+      for (std::int64_t w = 0; w < width; ++w) copy_elements(to + w * n, x + (w + 1) * channels - n, n);
+    }
+    std::memset(static_cast<void*>(to + width * n), 0, static_cast<std::size_t>(right * n) * 2);
+  }
 }
 
 }  // namespace hflfnerv

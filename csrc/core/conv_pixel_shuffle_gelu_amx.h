@@ -1,70 +1,91 @@
-// What conv_pixel_shuffle_gelu.cpp hands to the code compiled for AMX.
+// The upsampling block on AMX: what conv_kernel.cpp hands to the code compiled for it.
 //
 // The matrix product has pixels as rows, output channels as columns, and as inner dimension taps times input channels, 32
-// at a time: a step. Input channels are split into groups of 32, whose planes lie in memory so that 16 pixels are 16 cache
-// lines, one tap after the other by moving the address; and the rest, which is gathered for each pixel, all taps together,
-// so that it takes few steps. Columns are ordered as the shuffle needs them: (i, j, c) for output row i and column j.
+// at a time: a step. Input channels come in groups of 32, whose planes lie in memory so that 16 pixels are 16 cache lines,
+// one tap after the other by moving the address; and the rest, which is gathered for each pixel, all taps together, so
+// that it takes few steps. Columns are in the order in which the results lie in memory.
 #pragma once
 
-#include "conv_pixel_shuffle_gelu.h"
 #include "gelu_table.h"
+#include "planes.h"
 
 namespace hflfnerv {
 
-constexpr std::int64_t kTile = 16;           // rows and columns of a tile
-constexpr std::int64_t kStep = 32;           // elements of the inner dimension in a tile
-constexpr std::int64_t kBlockTiles = 4;      // tiles of pixels that share one tile of weights
-constexpr std::int64_t kBandBytes = 1 << 19;  // of converted input that stays in the second cache
+constexpr std::int64_t kBlockTiles = 4;  // tiles of pixels that share one tile of weights
 
-// The part of a column tile that goes to one row of y: y[pixel + offset + lane] for the lanes of the mask.
+// The part of a column tile that goes to one place: pixel + offset + lane for the lanes of the mask.
 struct ConvStore {
   std::uint16_t mask;
   std::int64_t offset;
 };
 
-struct ConvTask {
-  ConvPixelShuffleShape shape;
-  const BFloat16* x;
-  const BFloat16* weight;
-  const float* bias;  // in the order of columns, 0 where there is no channel
+// A piece of a gathered step: for the lanes of the mask, row ky of the rest from `shift` elements after the pixel on.
+struct ConvGather {
+  std::uint32_t mask;
+  std::int64_t ky, shift;
+};
+
+// How results lie in memory: channel c of a pixel at c / group * group_stride + c % group elements, but the last `rest`
+// channels in a memory of their own.
+struct ConvOutputLayout {
+  std::int64_t plane_row, plane_pixel, group, group_stride, rest_row, rest;
+};
+
+// A convolution made ready. Pointers are to what its ConvKernel keeps.
+struct ConvPlan {
+  std::int64_t in_channels, r, kernel_h, kernel_w;
+  PlanesLayout in;
+  ConvOutputLayout out;
   const GeluTable* table;
-  BFloat16* y;
-  BFloat16* packed;           // weights: column tile, step, pair of inner elements, column, element of the pair
-  const std::int64_t* steps;  // of the groups: where the tile of a step begins, in elements after the tile's first pixel
-  const ConvStore* stores;    // of all column tiles
-  const int* first_store;     // of each column tile, and the end of the last
+  std::int64_t tiles, plane_tiles;  // of columns: all, and those before the rest's
+  const std::int32_t* column;       // output channel of each column, -1 where there is none
+  const std::int64_t* steps;        // of the groups: where the tile of a step begins, after the tile's first pixel
+  const ConvGather* gathers;        // of all rest steps
+  const int* first_gather;          // of each rest step, and the end of the last
+  const float* bias;                // of the columns
+  const ConvStore* stores;          // of all column tiles
+  const int* first_store;           // of each column tile, and the end of the last
+  BFloat16* packed;                 // weights: column tile, step, pair of inner elements, column, element of the pair
 
-  std::int64_t groups, rest;  // of input channels
-  std::int64_t taps() const { return shape.kernel_h * shape.kernel_w; }
-  std::int64_t group_steps() const { return groups * taps(); }
-  std::int64_t rest_steps() const { return (rest * taps() + kStep - 1) / kStep; }
-  std::int64_t column_tiles() const { return (shape.out_channels() + kTile - 1) / kTile; }
-  std::int64_t row_tiles() const { return (shape.out_width() + kTile - 1) / kTile; }
-  std::int64_t packed_elements() const {
-    return column_tiles() * (group_steps() + rest_steps()) * kTile * kStep;
-  }
-
-  // A band: rows of y / r that are computed together, and the rows of input that they need, padded.
-  std::int64_t padded_width() const { return row_tiles() * kTile + shape.kernel_w - 1; }
-  std::int64_t plane_row() const { return groups * padded_width() * kStep; }  // elements of a row, all groups
-  std::int64_t rest_row() const { return padded_width() * rest; }
-  std::int64_t band_rows() const {
-    const std::int64_t fit = kBandBytes / (2 * (plane_row() + rest_row())) - (shape.kernel_h - 1);
-    return fit < 1 ? 1 : (fit < shape.out_height() ? fit : shape.out_height());
-  }
-  // Elements of each thread's memory: planes, rest, gathered rest, results of two column tiles (floats).
-  std::int64_t planes_elements() const { return (band_rows() + shape.kernel_h - 1) * plane_row(); }
-  std::int64_t rest_elements() const { return ((band_rows() + shape.kernel_h - 1) * rest_row() + 31) / 32 * 32; }
-  std::int64_t gathered_elements() const { return kBlockTiles * kTile * rest_steps() * kStep; }
-  std::int64_t memory_elements() const {
-    return planes_elements() + rest_elements() + gathered_elements() + 2 * 2 * kBlockTiles * kTile * kTile;
+  std::int64_t taps() const { return kernel_h * kernel_w; }
+  std::int64_t group_steps() const { return in.groups * taps(); }
+  std::int64_t rest_steps() const { return (in.rest * taps() + kStep - 1) / kStep; }
+  std::int64_t tile_elements() const { return (group_steps() + rest_steps()) * kTile * kStep; }  // weights of a column tile
+  // Two column tiles of products (floats), and the gathered rest.
+  std::int64_t scratch_bytes() const {
+    return 2 * kBlockTiles * kTile * kTile * 4 + rest_steps() * kBlockTiles * kTile * kStep * 2;
   }
 };
 
-// Fills `packed` for the column tiles [begin, end).
-void conv_pack_weights_amx(const ConvTask& task, std::int64_t begin, std::int64_t end);
+// Where results go: pixel (h r, w r) of y begins at plane + h % ring * r * plane_row + w r * plane_pixel, and in rest
+// likewise.
+struct ConvOutput {
+  BFloat16* plane;
+  BFloat16* rest;
+  std::int64_t ring;
+};
 
-// Computes the rows [begin, end) of all images' rows of y / r. `memory` is aligned to cache lines.
-void conv_pixel_shuffle_gelu_rows_amx(const ConvTask& task, std::int64_t begin, std::int64_t end, BFloat16* memory);
+// Rows [begin, end) of y / r and columns [0, columns), column tiles [first_tile, last_tile). `in` points to what lies under
+// the kernel's first tap at row 0, column 0.
+struct ConvRows {
+  PlanesPointer in;
+  ConvOutput out;
+  std::int64_t begin, end, columns, first_tile, last_tile;
+};
+
+// `scratch` is aligned to cache lines.
+void conv_rows_amx(const ConvPlan& plan, const ConvRows& rows, void* scratch);
+
+// Fills plan.packed for the column tiles [begin, end) from a channels-last weight.
+void conv_pack_amx(const ConvPlan& plan, const BFloat16* weight, std::int64_t begin, std::int64_t end);
+
+// Rows of a channels-last image: `count` of them from `first` on, with `left` zeros before each. What lies outside of the
+// image is zero.
+struct ImageRows {
+  const BFloat16* x;
+  std::int64_t height, width, channels, first, count, left;
+};
+
+void convert_rows_amx(const ImageRows& image, const PlanesLayout& layout, BFloat16* plane, BFloat16* rest);
 
 }  // namespace hflfnerv

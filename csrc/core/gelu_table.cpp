@@ -20,14 +20,12 @@ double tail(double a, bool tanh_form, double* derivative) {
 }
 
 // Interpolates at Chebyshev nodes (Newton's divided differences), and expands into powers.
-void fit(double centre, int terms, bool tanh_form, bool gradient, double* powers) {
+template <class Function>
+void fit(double centre, int terms, const Function& function, double* powers) {
   double nodes[kGeluMaxTerms], differences[kGeluMaxTerms];
   for (int i = 0; i < terms; ++i) {
     nodes[i] = 0.5 * kGeluStep * std::cos(kPi * (i + 0.5) / terms);
-    double derivative = 0;
-    const double a = centre + nodes[i];
-    differences[i] = tail(a, tanh_form, &derivative);
-    if (gradient) differences[i] += a * derivative;
+    differences[i] = function(centre + nodes[i]);
   }
   for (int order = 1; order < terms; ++order) {
     for (int i = terms - 1; i >= order; --i) {
@@ -41,24 +39,40 @@ void fit(double centre, int terms, bool tanh_form, bool gradient, double* powers
   }
 }
 
-GeluTable make(bool tanh_form, bool gradient) {
+// A table of a function that begins at 1/2.
+template <class Function>
+GeluTable make(int terms, const Function& function) {
   GeluTable table{};
-  const int terms = gradient ? kGeluGradientTerms : kGeluTerms;
   for (int piece = 0; piece < kGeluPieces - 1; ++piece) {
     double powers[kGeluMaxTerms];
-    fit(piece * static_cast<double>(kGeluStep), terms, tanh_form, gradient, powers);
+    fit(piece * static_cast<double>(kGeluStep), terms, function, powers);
     for (int i = 0; i < terms; ++i) table.coefficients[i][piece] = static_cast<float>(powers[i]);
   }
-  // GELU'(0) and the slope of GELU at 0 are exactly 1/2.
+  // GELU'(0) and the slope of GELU at 0 are exactly 1/2, and tanh(0) is 0.
   table.coefficients[0][0] = 0.5f;
   return table;
+}
+
+GeluTable make_gelu(bool tanh_form, bool gradient) {
+  return make(gradient ? kGeluGradientTerms : kGeluTerms, [=](double a) {
+    double derivative = 0;
+    const double t = tail(a, tanh_form, &derivative);
+    return gradient ? t + a * derivative : t;
+  });
 }
 
 }  // namespace
 
 const GeluTable& gelu_table(bool tanh_form, bool gradient) {
-  static const GeluTable tables[2][2] = {{make(false, false), make(false, true)}, {make(true, false), make(true, true)}};
+  static const GeluTable tables[2][2] = {{make_gelu(false, false), make_gelu(false, true)},
+                                         {make_gelu(true, false), make_gelu(true, true)}};
   return tables[tanh_form][gradient];
+}
+
+const GeluTable& tanh_table() {
+  static const GeluTable table =
+      make(kGeluTerms, [](double u) { return 1 / (1 + std::exp(2 * static_cast<double>(kTanhScale) * u)); });
+  return table;
 }
 
 }  // namespace hflfnerv

@@ -8,6 +8,9 @@
 //
 // Error of float32 results against float64, for every finite x, both forms:
 //   |GELU|  at most 1e-7 + 1.2e-7 |GELU(x)|, |GELU'| at most 2e-7.
+//
+// The same pieces serve tanh: with u = |x| / kTanhScale and s(u) = (1 - tanh |x|) / 2,
+//   tanh(x) = sign(x) (1 - 2 s(u)), with an error of at most 1e-6.
 #pragma once
 
 namespace hflfnerv {
@@ -16,16 +19,20 @@ constexpr int kGeluPieces = 16;
 constexpr int kGeluMaxTerms = 7;
 constexpr float kGeluStep = 0.40625f;  // exact, so that a - piece * step is exact as well
 constexpr float kGeluLimit = (kGeluPieces - 1) * kGeluStep;
+constexpr float kTanhScale = 1.4f;
 constexpr float kGeluRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 
 struct GeluTable {
   alignas(64) float coefficients[kGeluMaxTerms][kGeluPieces];  // of the powers of (a - piece * step)
 };
 
-constexpr int kGeluTerms = 6;          // for t
+constexpr int kGeluTerms = 6;          // for t and s
 constexpr int kGeluGradientTerms = 7;  // for d
 
 // The table of t or of d, made when it is first asked for.
 const GeluTable& gelu_table(bool tanh_form, bool gradient);
+
+// The table of s.
+const GeluTable& tanh_table();
 
 }  // namespace hflfnerv

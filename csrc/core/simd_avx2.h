@@ -17,6 +17,9 @@ struct Simd {
   static F set(float v) { return _mm256_set1_ps(v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -26,6 +29,9 @@ struct Simd {
   }
 
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static void store_rounded(int* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(v));
+  }
   static void store(Half* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -93,6 +99,15 @@ struct Simd {
     F operator()(F x) const {
       const F a = limited_abs(x);
       return _mm256_fnmadd_ps(a, t(a), _mm256_max_ps(zero(), x));
+    }
+    Polynomial<kGeluTerms> t;
+  };
+
+  struct Tanh {
+    explicit Tanh(const GeluTable& table) : t(table) {}
+    F operator()(F x) const {
+      const F value = _mm256_fnmadd_ps(set(2), t(limited_abs(mul(x, set(1 / kTanhScale)))), set(1));
+      return _mm256_or_ps(value, _mm256_and_ps(x, set(-0.0f)));
     }
     Polynomial<kGeluTerms> t;
   };

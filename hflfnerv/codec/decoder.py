@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._device import autocast_dtype, resolve_device
+from .._device import device_failure, resolve_device
 from ..errors import InvalidBitstream
 from ..models import ModelSpec, VideoNetwork, build_model
 from .bitstream import Bitstream
+from .engine import make_engine
 from .quantization import dequantize
 
 __all__ = ["Decoder", "load_model"]
@@ -57,11 +59,15 @@ class Decoder:
     Args:
         source: path of a file, or its bytes.
         device: ``"auto"`` (CUDA where there is a device), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        precision: ``"auto"`` and ``"fp32"`` compute in float32, ``"bf16"`` and ``"fp16"`` in these where it is safe.
+        precision: ``"fp32"``, ``"bf16"`` and ``"fp16"`` compute in these, halves where that is safe; ``"auto"`` in the
+            fastest whose frames are within a level or so of float32's: bfloat16 on a CPU with AMX, float16 on a CUDA
+            device, float32 elsewhere.
 
     Attributes:
         header: what the file says about the video.
         fps: frame rate.
+        model: the network.
+        engine: what makes the frames.
 
     Raises:
         BitstreamError: the data cannot be decoded; the subclass and the message name the cause.
@@ -77,12 +83,20 @@ class Decoder:
         self, source: str | os.PathLike[str] | bytes, device: str | torch.device = "auto", precision: str = "auto"
     ) -> None:
         self.device = resolve_device(device)
-        self._dtype = None if precision == "auto" else autocast_dtype(precision)
         self.bitstream = Bitstream.open(source)
         self.header = self.bitstream.header
         self.fps: Fraction = self.header.fps
-        model = load_model(self.bitstream)
-        self.model: VideoNetwork = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: VideoNetwork = load_model(self.bitstream)
+        try:
+            self.engine = make_engine(self.model, self.embeddings, self.device, precision)
+        except RuntimeError as error:
+            failure = device_failure(error)
+            if failure is None or str(device) != "auto" or self.device.type == "cpu":
+                raise
+            warnings.warn(f"decoding on the CPU: {failure}", RuntimeWarning, stacklevel=2)
+            self.device = torch.device("cpu")
+            self.model = load_model(self.bitstream)
+            self.engine = make_engine(self.model, self.embeddings, self.device, precision)
 
     def __len__(self) -> int:
         return self.header.frames
@@ -108,8 +122,7 @@ class Decoder:
         """
         wanted = [self._index(index) for index in indices]
         out = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
-        for row, frame in zip(out, self._decode(wanted), strict=True):
-            row[...] = frame
+        self.engine.fill(wanted, out)
         return out
 
     def float_frames(self, indices: Sequence[int]) -> torch.Tensor:
@@ -125,12 +138,12 @@ class Decoder:
             IndexError: an index is outside ``-T..T-1``.
             TypeError: an index is not an integer.
         """
-        images = [image.float().cpu() for image in self._images([self._index(index) for index in indices])]
-        return torch.cat(images) if images else torch.empty(0, 3, *self.shape[1:3])
+        images = list(self.engine.float_frames([self._index(index) for index in indices]))
+        return torch.stack(images) if images else torch.empty(0, 3, *self.shape[1:3])
 
     def iter_frames(self, start: int | None = None, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
         """Yield the frames of ``start:stop`` as uint8 ``[H, W, 3]``, one at a time."""
-        yield from self._decode(range(*slice(start, stop).indices(len(self))))
+        yield from self.engine.frames(range(*slice(start, stop).indices(len(self))))
 
     def _index(self, index: int) -> int:
         try:
@@ -141,21 +154,8 @@ class Decoder:
             raise IndexError(f"frame index must be in {-len(self)}..{len(self) - 1}, got {position}")
         return position % len(self)
 
-    def _decode(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        for image in self._images(indices):
-            yield to_uint8(image)[0].cpu().numpy()
-
-    @torch.inference_mode()
-    def _images(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
-        for index in indices:
-            embedding = None
-            if self.bitstream.embedding_shape is not None:
-                embedding = torch.from_numpy(self.bitstream.read_embeddings([index])).to(self.device)
-            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-                image = self.model.decode(embedding, torch.tensor([index], device=self.device))
-            yield image
-
-
-def to_uint8(image: torch.Tensor) -> torch.Tensor:
-    """Turn float ``[B, 3, H, W]`` into uint8 ``[B, H, W, 3]``: clamp to [0, 1], scale by 255, round half to even."""
-    return image.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    def embeddings(self, indices: Sequence[int]) -> torch.Tensor | None:
+        """Return the embeddings of frames in 0..T-1 as float32 ``[n, C, h, w]``, None if the network has none."""
+        if self.bitstream.embedding_shape is None:
+            return None
+        return torch.from_numpy(self.bitstream.read_embeddings(indices))

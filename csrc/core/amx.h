@@ -1,0 +1,79 @@
+// Tiles, for code that is compiled for AMX.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "planes.h"
+
+namespace hflfnerv {
+namespace {
+
+// All eight tiles are full: 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+constexpr std::int64_t kTileElements = kTile * kStep;
+constexpr int kBlockRows = 64;  // rows of products of four tiles
+
+// The compiler does not know that tile loads read memory: what was written has to be there before them.
+inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+
+inline __mmask32 first_lanes(std::int64_t n) {
+  return n >= 32 ? 0xffffffffu : static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
+}
+
+inline void copy_elements(BFloat16* to, const BFloat16* from, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 32) {
+    const __mmask32 lanes = first_lanes(n - i);
+    _mm512_mask_storeu_epi16(to + i, lanes, _mm512_maskz_loadu_epi16(lanes, from + i));
+  }
+}
+
+inline void prefetch_tile(const BFloat16* tile) {
+  for (int line = 0; line < kTile; ++line) _mm_prefetch(reinterpret_cast<const char*>(tile + line * kStep), _MM_HINT_T0);
+}
+
+inline __attribute__((always_inline)) void zero_products() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Adds the products of four tiles of pixels and one of weights to tiles 0 to 3.
+inline __attribute__((always_inline)) void add_products(const BFloat16* a0, const BFloat16* a1, const BFloat16* a2,
+                                                        const BFloat16* a3, std::int64_t stride_bytes,
+                                                        const BFloat16* weights) {
+  _tile_loadd(7, weights, 64);
+  _tile_loadd(4, a0, stride_bytes);
+  _tile_dpbf16ps(0, 4, 7);
+  _tile_loadd(5, a1, stride_bytes);
+  _tile_dpbf16ps(1, 5, 7);
+  _tile_loadd(6, a2, stride_bytes);
+  _tile_dpbf16ps(2, 6, 7);
+  _tile_loadd(4, a3, stride_bytes);
+  _tile_dpbf16ps(3, 4, 7);
+  prefetch_tile(weights + 2 * kTileElements);
+}
+
+inline void store_products(float* to) {
+  _tile_stored(0, to, 64);
+  _tile_stored(1, to + kTile * kTile, 64);
+  _tile_stored(2, to + 2 * kTile * kTile, 64);
+  _tile_stored(3, to + 3 * kTile * kTile, 64);
+}
+
+// How many of 64 rows to finish in each of the first steps, so that none is left after the last.
+inline int rows_per_step(std::int64_t steps) {
+  int rows = 1;
+  while (rows < kBlockRows && kBlockRows / rows > steps) rows *= 2;
+  return rows;
+}
+
+}  // namespace
+}  // namespace hflfnerv

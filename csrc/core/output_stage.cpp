@@ -1,0 +1,143 @@
+#include "output_stage.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "conv_pixel_shuffle_gelu_amx.h"
+#include "output_weights.h"
+#include "parallel.h"
+
+namespace hflfnerv {
+namespace {
+
+constexpr std::int64_t kBand = 16;  // rows of the frame that are computed from one conversion of the features under them
+
+float to_float(const float* p) { return *p; }
+
+float to_float(const BFloat16* p) {
+  const std::uint32_t bits = std::uint32_t{p->bits} << 16;
+  float value = 0;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float to_float(const Half* p) {
+  const std::uint32_t sign = std::uint32_t{p->bits} >> 15 << 31, magnitude = p->bits & 0x7fffu;
+  // Exponents move by 112; what a half holds below its normal numbers is a multiple of 2^-24.
+  std::uint32_t bits = (magnitude << 13) + (112u << 23);
+  if (magnitude >= 0x7c00) bits = (magnitude << 13) + (224u << 23);
+  float value = static_cast<float>(magnitude) * 0x1p-24f;
+  if (magnitude >= 0x400) std::memcpy(&value, &bits, sizeof value);
+  return sign != 0 ? -value : value;
+}
+
+template <class T>
+void convert_row(const T* from, std::int64_t count, float* to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from + i);
+}
+
+// A feature and what the kernels need of it.
+struct Prepared {
+  OutputFeature feature;
+  PlanesLayout layout;  // of a thread's memory, for AMX; otherwise pixels one after the other
+  Aligned<BFloat16> tiles;
+  Aligned<float> bands;
+  std::int64_t pixel = 0, row = 0, steps = 0, offset_bytes = 0;
+};
+
+}  // namespace
+
+void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, int count, FloatType type, void* out,
+                      bool bytes, int threads, SimdLevel level, bool amx) {
+#if defined(HFLFNERV_HAVE_AVX2)
+#if !defined(HFLFNERV_HAVE_AMX)
+  amx = false;
+#endif
+  const bool wide = level == SimdLevel::avx512;
+  const std::int64_t pixels = wide ? kPixelsAvx512 : kPixelsAvx2, lanes = wide ? 16 : 8;
+  amx = amx && type == FloatType::bf16;
+  const std::int64_t element = amx ? 2 : 4;
+  std::vector<Prepared> prepared;
+  std::int64_t thread_bytes = 0;
+  for (int i = 0; i < count; ++i) {
+    Prepared p;
+    p.feature = features[i];
+    if (amx) {
+      p.layout = output_layout(features[i].channels, shape.width);
+      p.pixel = output_pixel(p.layout);
+      p.row = output_row(p.layout);
+      p.steps = output_steps(p.pixel);
+      p.tiles = output_tiles(features[i].weight, features[i].channels, p.pixel);
+    } else {
+      p.pixel = features[i].channels;
+      // Blocks of eight vectors read beyond the frame.
+      p.row = (shape.width + 8 * pixels + kTaps) * p.pixel;
+      p.steps = (pixels + kTaps - 1) * p.pixel;
+      p.bands = output_bands(features[i].weight, features[i].channels, pixels, lanes);
+    }
+    p.offset_bytes = thread_bytes;
+    // The last row is zeros.
+    thread_bytes += (((kBand + kTaps - 1 + 1) * p.row + kRestMargin) * element + 63) / 64 * 64;
+    prepared.push_back(std::move(p));
+  }
+  const std::int64_t scratch_bytes = output_scratch_floats(shape.groups) * 4;
+  const Aligned<float> biases = output_biases(shape.biases, shape.groups);
+  const std::int64_t bands = (shape.height + kBand - 1) / kBand, items = shape.batch * bands;
+  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
+  const Aligned<char> memory = new_zeros<char>((thread_bytes + scratch_bytes) * threads);
+  advise_large_pages(out, static_cast<std::size_t>(shape.batch * shape.height * shape.width * kColours * (bytes ? 1 : 4)));
+  parallel_items(items, threads, [&](int thread, std::int64_t item) {
+    char* const own = memory.get() + thread * (thread_bytes + scratch_bytes);
+    const std::int64_t image = item / bands, first = item % bands * kBand;
+    const std::int64_t rows = std::min(kBand, shape.height - first);
+    std::vector<OutputStream> streams;
+    for (const Prepared& p : prepared) {
+      const OutputFeature& f = p.feature;
+      char* const at = own + p.offset_bytes;
+      const std::int64_t size = f.channels * f.width, row_bytes = p.row * element;
+#if defined(HFLFNERV_HAVE_AMX)
+      if (amx) {
+        const BFloat16* x = static_cast<const BFloat16*>(f.x) + image * f.height * size;
+        BFloat16* const to = reinterpret_cast<BFloat16*>(at);
+        convert_rows_amx({x, f.height, f.width, f.channels, first - 1, rows + kTaps - 1, 1}, p.layout, to, to);
+      }
+#endif
+      if (!amx) {
+        const std::int64_t width = std::min(f.width, shape.width + 1) * f.channels;
+        for (std::int64_t row = 0; row < rows + kTaps - 1; ++row) {
+          const std::int64_t y = first - 1 + row;
+          float* const to = reinterpret_cast<float*>(at + row * row_bytes) + p.pixel;
+          if (y < 0 || y >= f.height) {
+            std::fill(to, to + width, 0.0f);
+            continue;
+          }
+          const std::int64_t begin = (image * f.height + y) * size;
+          if (type == FloatType::f32) convert_row(static_cast<const float*>(f.x) + begin, width, to);
+          if (type == FloatType::f16) convert_row(static_cast<const Half*>(f.x) + begin, width, to);
+          if (type == FloatType::bf16) convert_row(static_cast<const BFloat16*>(f.x) + begin, width, to);
+        }
+      }
+      // Row 0 is the first of the band here; the memory has the one above it, too.
+      const void* const zeros = at + (kBand + kTaps - 1) * row_bytes;
+      const void* const weights = amx ? static_cast<const void*>(p.tiles.get()) : p.bands.get();
+      streams.push_back({at + row_bytes, p.row, p.pixel, -1, rows + 1, INT64_MAX, zeros, weights, p.steps, f.group});
+    }
+    const std::int64_t pixel = (image * shape.height + first) * shape.width * kColours;
+    void* const to = bytes ? static_cast<void*>(static_cast<std::uint8_t*>(out) + pixel)
+                           : static_cast<void*>(static_cast<float*>(out) + pixel);
+    const OutputRows task{streams.data(), count, shape.groups, shape.scales, biases.get(), shape.offset,
+                          &tanh_table(),  0,     rows,         shape.width,  to,           bytes};
+#if defined(HFLFNERV_HAVE_AMX)
+    if (amx) return output_rows_amx(task, reinterpret_cast<float*>(own + thread_bytes));
+#endif
+#if defined(HFLFNERV_HAVE_AVX512)
+    if (wide) return output_rows_avx512(task);
+#endif
+    output_rows_avx2(task);
+  });
+#endif
+}
+
+}  // namespace hflfnerv

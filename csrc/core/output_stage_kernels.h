@@ -1,0 +1,52 @@
+// What output_stage.cpp and frame_decoder.cpp hand to the code compiled for one instruction set.
+//
+// Several pixels of a row are computed as one vector: their colours are its lanes, and the pixels under their kernels,
+// which lie one after the other in channels-last memory, are the inner dimension, multiplied by a banded matrix.
+#pragma once
+
+#include "gelu_table.h"
+#include "output_stage.h"
+#include "planes.h"
+
+namespace hflfnerv {
+
+constexpr std::int64_t kColours = 3;
+constexpr std::int64_t kTaps = 3;  // rows and columns of the kernel
+
+// One feature map and its weights.
+struct OutputStream {
+  const void* x;          // the pixel left of column 0, in row 0
+  std::int64_t row;       // elements from row to row
+  std::int64_t pixel;     // elements from pixel to pixel
+  std::int64_t top, height;  // the first row, and the one behind the last; what lies above and below is zero
+  std::int64_t ring;         // rows of memory: row y is at y % ring
+  const void* zeros;      // a row of zeros
+  const void* weights;    // the banded matrix of each kernel row
+  std::int64_t steps;     // inner elements of a kernel row: floats, or AMX steps
+  int group;
+};
+
+// Rows [begin, end) of the frame, `row_elements` from row to row of `out`, whose row 0 is the frame's.
+struct OutputRows {
+  const OutputStream* streams;
+  int count, groups;
+  const float* scales;    // of the groups
+  const float* biases;    // 16 lanes for each group
+  float offset;
+  const GeluTable* table;  // tanh_table()
+  std::int64_t begin, end, width;
+  void* out;
+  bool bytes;
+};
+
+// What computes a frame's rows: `streams[i].x` and so on are of type float.
+void output_rows_avx2(const OutputRows& rows);
+void output_rows_avx512(const OutputRows& rows);
+constexpr std::int64_t kPixelsAvx2 = 2, kPixelsAvx512 = 5;  // lanes / colours
+
+// For bfloat16 streams; `scratch` has output_scratch_floats(groups), aligned to cache lines.
+constexpr std::int64_t kPixelsAmx = 5;
+void output_rows_amx(const OutputRows& rows, float* scratch);
+inline std::int64_t output_scratch_floats(int groups) { return 2 * groups * 64 * kTile; }
+
+}  // namespace hflfnerv

@@ -1,0 +1,114 @@
+"""Decoding on a CPU with AMX: the whole network in one compiled object, bfloat16 with float32 sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _ext
+from ..models import VideoNetwork
+from ..models.streams import DecoderStream
+from ..nn import UpsampleBlock
+from .engine import OUTPUT_GROUPS, Embeddings, Engine
+
+__all__ = ["AmxEngine", "rejects", "unavailable"]
+
+# In the order in which the networks make their stems; a file may name its streams in another.
+_STREAMS = (("decoder",), ("hfd", "lfd"), ("hfd", "lfd1", "lfd2"))
+
+
+def unavailable() -> str | None:
+    """Return why this machine cannot run it, or None."""
+    reason: str | None = _ext.unavailable() or _ext.load().amx_unavailable()
+    return reason
+
+
+def rejects(model: VideoNetwork) -> str | None:
+    """Return why this engine cannot take a network, or None."""
+    streams = tuple(model.spec.streams)
+    return None if streams in _STREAMS else f"it does not know networks with the streams {', '.join(streams)}"
+
+
+class AmxEngine(Engine):
+    """Weights packed once, activations in memory that is kept, both in the order in which AMX reads them.
+
+    The stems run in float32, the upsampling blocks and the heads in bfloat16 with sums, biases, GELU, tanh and all that
+    follows in float32. It uses ``torch.get_num_threads()`` threads, and frames do not depend on their number.
+
+    Args:
+        model: on the CPU; its weights are not looked at again.
+        embeddings: where the embeddings come from.
+        device: the CPU.
+        precision: ``"auto"`` or ``"bf16"``.
+    """
+
+    def __init__(self, model: VideoNetwork, embeddings: Embeddings, device: torch.device, precision: str) -> None:
+        super().__init__(model, embeddings, device, precision)
+        self._model = model
+        streams = [cast(DecoderStream, model.get_submodule(name)) for name in model.spec.streams]
+        groups, scales = OUTPUT_GROUPS[len(streams)]
+        kept: list[Tensor] = []  # until the decoder has packed them
+        described = [self._describe(stream, group, kept) for stream, group in zip(streams, groups, strict=True)]
+        biases = torch.zeros(len(scales), 3)
+        for stream, group in zip(streams, groups, strict=True):
+            assert stream.head.bias is not None
+            biases[group] += stream.head.bias
+        self._decoder = _ext.load().FrameDecoder(
+            (self.spec.height, self.spec.width),
+            (scales, biases.flatten().tolist(), 0.5),
+            described,
+            torch.get_num_threads(),
+        )
+
+    @staticmethod
+    def _describe(stream: DecoderStream, group: int, kept: list[Tensor]) -> tuple[object, ...]:
+        def address(t: Tensor) -> int:
+            kept.append(t)
+            return t.data_ptr()
+
+        blocks = []
+        for block in stream.blocks:
+            assert isinstance(block, UpsampleBlock)
+            conv = block.conv
+            weight = conv.weight.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+            assert conv.bias is not None
+            blocks.append(
+                (
+                    conv.in_channels,
+                    conv.out_channels // block.upscale_factor**2,
+                    block.upscale_factor,
+                    conv.kernel_size[0],
+                    block.approximate == "tanh",
+                    address(weight),
+                    address(conv.bias.float().contiguous()),
+                )
+            )
+        return (*stream.spec.grid, blocks, address(stream.head.weight.float().contiguous()), group)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        for index in indices:
+            frame = np.empty((self.spec.height, self.spec.width, 3), np.uint8)
+            self._decode(index, frame.ctypes.data, as_bytes=True)
+            yield frame
+
+    def float_frames(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        for index in indices:
+            frame = torch.empty(self.spec.height, self.spec.width, 3)
+            self._decode(index, frame.data_ptr(), as_bytes=False)
+            yield frame.permute(2, 0, 1)
+
+    def fill(self, indices: Sequence[int], out: NDArray[np.uint8]) -> None:
+        for row, index in zip(out, indices, strict=True):
+            self._decode(index, row.ctypes.data, as_bytes=True)
+
+    @torch.inference_mode()
+    def _decode(self, index: int, address: int, *, as_bytes: bool) -> None:
+        # One frame at a time: the stems' products may be summed in another order in a batch.
+        stems = self._model.stems(self.embeddings([index]), torch.tensor([index]))
+        stems = [stem.float().contiguous() for stem in stems]
+        self._decoder.decode([stem.data_ptr() for stem in stems], address, as_bytes, torch.get_num_threads())

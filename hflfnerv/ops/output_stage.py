@@ -1,0 +1,310 @@
+"""``output_stage``: head convolutions to frames of 8 bits, in one pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._impl import Implementation, ImplementationTable
+from ..reference import output_stage as reference
+from . import _cpp
+from ._check import check_like, check_tensor, compute_dtype
+from ._library import register
+from ._triton import rejects_tensor, unavailable
+from .packed_weights import kept_weight
+
+__all__ = ["OUTPUT_STAGE", "output_stage"]
+
+_INT32_MAX = 2**31 - 1
+_TRITON_FEATURES = 3
+_TRITON_CHANNELS = 64  # what the registers of a program hold
+
+
+def _run_reference(
+    features: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: torch.Tensor,
+    groups: list[int],
+    scales: list[float],
+    offset: float,
+    crop: list[int],
+    as_bytes: bool,
+) -> torch.Tensor:
+    frame = reference.output_stage(
+        features,
+        weights,
+        biases,
+        groups=groups,
+        scales=scales,
+        offset=offset,
+        crop=(crop[0], crop[1]),
+        as_bytes=as_bytes,
+    )
+    return frame if as_bytes else frame.float()
+
+
+def _triton_rejects(
+    features: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: torch.Tensor,
+    groups: list[int],
+    scales: list[float],
+    offset: float,
+    crop: list[int],
+    as_bytes: bool,
+) -> str | None:
+    reason = rejects_tensor(features[0].device, features[0].dtype)
+    if reason is None and len(features) > _TRITON_FEATURES:
+        reason = f"there are {len(features)} features, more than {_TRITON_FEATURES}"
+    most = max(x.shape[1] for x in features)
+    if reason is None and most > _TRITON_CHANNELS:
+        reason = f"a feature has {most} channels, more than {_TRITON_CHANNELS}"
+    image = max(x.shape[1] * x.shape[2] * x.shape[3] for x in features)
+    if reason is None and image > _INT32_MAX:
+        reason = f"one image has {image} elements, more than {_INT32_MAX}"
+    return reason
+
+
+def _run_triton(*arguments: Any) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*arguments, "triton")
+    return out
+
+
+def _cpp_rejects(
+    features: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: torch.Tensor,
+    groups: list[int],
+    scales: list[float],
+    offset: float,
+    crop: list[int],
+    as_bytes: bool,
+) -> str | None:
+    reason = _cpp.rejects_tensor(features[0].device, features[0].dtype)
+    if reason is None and features[0].shape[0] == 0:
+        reason = "the batch is empty"
+    return reason
+
+
+def _run_cpp(*arguments: Any) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*arguments, "cpp")
+    return out
+
+
+OUTPUT_STAGE = ImplementationTable(
+    "output_stage",
+    [
+        Implementation("triton", _run_triton, unavailable, _triton_rejects),
+        Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
+        Implementation("reference", _run_reference),
+    ],
+)
+
+
+def _fake(
+    features: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: torch.Tensor,
+    groups: list[int],
+    scales: list[float],
+    offset: float,
+    crop: list[int],
+    as_bytes: bool,
+    impl: str,
+) -> torch.Tensor:
+    size = (features[0].shape[0], *crop, 3)
+    return torch.empty(size, dtype=torch.uint8 if as_bytes else torch.float32, device=features[0].device)
+
+
+def _forward(
+    features: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: torch.Tensor,
+    groups: list[int],
+    scales: list[float],
+    offset: float,
+    crop: list[int],
+    as_bytes: bool,
+    impl: str,
+) -> torch.Tensor:
+    features = [x.contiguous(memory_format=torch.channels_last) for x in features]
+    if impl == "triton":
+        return _forward_triton(features, weights, biases, groups, scales, offset, crop, as_bytes)
+    out = _fake(features, weights, biases, groups, scales, offset, crop, as_bytes, impl)
+    weights = [weight.float().contiguous() for weight in weights]
+    _cpp.load().output_stage_fwd(
+        [len(out), *crop],
+        (scales, biases.flatten().tolist(), offset),
+        [
+            (_cpp.address(x), *x.shape[1:], _cpp.address(weight), group)
+            for x, weight, group in zip(features, weights, groups, strict=True)
+        ],
+        str(features[0].dtype).removeprefix("torch."),
+        _cpp.address(out),
+        as_bytes,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _forward_triton(
+    features: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: torch.Tensor,
+    groups: list[int],
+    scales: list[float],
+    offset: float,
+    crop: list[int],
+    as_bytes: bool,
+) -> torch.Tensor:
+    from ..triton_kernels.output_stage import output_stage_fwd, pack_head
+
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        packed: torch.Tensor = pack_head(weight)
+        return packed
+
+    kept = [kept_weight(weight, ("output_stage", "triton"), functools.partial(pack, weight)) for weight in weights]
+    packed = [pack(weight) if k is None else k for k, weight in zip(kept, weights, strict=True)]
+    frame: torch.Tensor = output_stage_fwd(features, packed, biases, groups, scales, offset, crop, as_bytes)
+    return frame
+
+
+def _no_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    raise RuntimeError("output_stage has no gradient in its kernels; use impl='reference'")
+
+
+# ``biases`` is float32 [G, 3], without gradient.
+register(
+    "output_stage(Tensor[] features, Tensor[] weights, Tensor biases, int[] groups, float[] scales, float offset, "
+    "int[] crop, bool as_bytes, str impl) -> Tensor",
+    run=_forward,
+    fake=_fake,
+    setup_context=None,
+    backward=_no_gradient,
+)
+
+
+def _check_groups(count: int, groups: Sequence[int] | None, scales: Sequence[float]) -> list[int]:
+    chosen = [0] * count if groups is None else list(groups)
+    if len(chosen) != count:
+        raise ValueError(f"groups must have one number for each of the {count} features, got {groups!r}")
+    if chosen != sorted(chosen) or sorted(set(chosen)) != list(range(len(scales))):
+        raise ValueError(
+            f"groups must ascend from 0 to {len(scales) - 1}, the index of the last of scales, without a gap, "
+            f"got {groups!r}"
+        )
+    return chosen
+
+
+def output_stage(
+    features: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    groups: Sequence[int] | None = None,
+    scales: Sequence[float] = (0.5,),
+    offset: float = 0.5,
+    crop: tuple[int, int] | None = None,
+    as_bytes: bool = True,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Convolve the last features to three colours, apply tanh, add the streams up, crop, round to 8 bits.
+
+    ``frame = offset + Σ_g scales[g] tanh(Σ_{i: groups[i] = g} (weights[i] * features[i] + biases[i]))``: with the
+    defaults the ``(tanh + 1) / 2`` of HNeRV (arXiv 2304.02633) and NeRV; with ``groups=(0, 1, 1)``, ``scales=(1, 0.5)``
+    the link of two streams, ``tanh(HFD) + (tanh(LFD1 + LFD2) + 1) / 2`` (arXiv 2409.18497).
+
+    Equivalent PyTorch, for one feature: ``(torch.tanh(F.conv2d(x, weight, bias, padding=1)) * 0.5 + 0.5)``, cropped,
+    ``.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)``.
+
+    Args:
+        features: ``[B, C_i, H_i, W_i]``, floating point, any strides (channels-last is not copied).
+        weights: ``[3, C_i, 3, 3]`` for each feature, in its dtype.
+        biases: ``[3]`` for each feature in its dtype, or None.
+        groups: the group of each feature, 0, 1, … in ascending order; None for one group.
+        scales: of the groups.
+        offset: what is added.
+        crop: height and width of the frames, the top left of each feature's image; None for that of the first.
+        as_bytes: clamp to [0, 1], multiply by 255 and round half to even. Otherwise neither clamp nor round.
+        impl: ``"auto"``, ``"triton"`` (CUDA; float32, float16, bfloat16; up to three features of at most 64 channels),
+            ``"cpp"`` (CPU: AMX for bfloat16 where there is some, otherwise AVX2 or AVX-512) or
+            ``"reference"`` (PyTorch, anywhere; the only one that has gradients, with ``as_bytes=False``).
+
+    Returns:
+        ``[B, H, W, 3]``, uint8 or float32.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ without autocast.
+        ValueError: a shape, device, number or name is not as above.
+        BackendUnavailable: the named implementation cannot run; the message says why.
+
+    Numerics:
+        ``"cpp"`` sums the convolution in float32, takes tanh (error at most 1e-6) in float32 and rounds once. A pixel
+        is the same bits wherever it lies, on any number of threads and in any batch. A feature that is not finite
+        reaches up to five pixels further than its convolution does. ``"triton"`` does the same in tiles, tanh within
+        2e-7; products of float32 are rounded to TF32 where PyTorch's convolutions are told to. A feature that is not
+        finite reaches no further than its convolution does.
+
+    Example:
+        >>> x, weight = torch.zeros(2, 8, 5, 7), torch.zeros(3, 8, 3, 3)
+        >>> output_stage([x], [weight], [None], crop=(4, 7)).shape
+        torch.Size([2, 4, 7, 3])
+    """
+    if not features or not len(features) == len(weights) == len(biases):
+        raise ValueError(
+            f"features, weights and biases must be lists of one length, got {len(features)}, {len(weights)} "
+            f"and {len(biases)}"
+        )
+    chosen = _check_groups(len(features), groups, scales)
+    first = features[0]
+    for i, (x, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
+        check_tensor(f"features[{i}]", x)
+        check_like(f"features[{i}]", x, first)
+        if x.dim() != 4 or x.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"features[{i}] must be [B, C, H, W] with the batch of the first, got shape {tuple(x.shape)}"
+            )
+        check_tensor(f"weights[{i}]", weight)
+        check_like(f"weights[{i}]", weight, x)
+        if weight.shape != (3, x.shape[1], 3, 3):
+            raise ValueError(f"weights[{i}] must have shape (3, {x.shape[1]}, 3, 3), got {tuple(weight.shape)}")
+        if bias is not None:
+            check_tensor(f"biases[{i}]", bias)
+            check_like(f"biases[{i}]", bias, x)
+            if bias.shape != (3,):
+                raise ValueError(f"biases[{i}] must have shape (3,), got {tuple(bias.shape)}")
+    rows, columns = (int(size) for size in (first.shape[2:] if crop is None else crop))
+    if rows < 1 or columns < 1 or any(x.shape[2] < rows or x.shape[3] < columns for x in features):
+        raise ValueError(
+            f"crop must be at least 1 x 1 and fit into every feature, got {rows} x {columns} for "
+            f"{[tuple(x.shape[2:]) for x in features]}"
+        )
+    dtype = compute_dtype(first)
+    zero = first.new_zeros(3, dtype=torch.promote_types(dtype, torch.float32))
+    sums = torch.stack(
+        [
+            sum((bias for g, bias in zip(chosen, biases, strict=True) if g == group and bias is not None), zero)
+            for group in range(len(scales))
+        ]
+    )
+    arguments = (
+        [x.to(dtype) for x in features],
+        [weight.to(dtype) for weight in weights],
+        sums,
+        chosen,
+        [float(scale) for scale in scales],
+        float(offset),
+        [rows, columns],
+        as_bytes,
+    )
+    wants_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*features, *weights, *biases)
+    )
+    if impl == "auto" and wants_gradient:
+        impl = "reference"
+    entry = OUTPUT_STAGE.select(impl, *arguments)
+    out: torch.Tensor = entry.run(*arguments)
+    return out

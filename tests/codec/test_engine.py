@@ -1,0 +1,188 @@
+"""Engines: which one decodes, and that AMX makes the frames that float32 makes, as far as bfloat16 can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from hflfnerv.codec import Decoder, convert_checkpoint
+from hflfnerv.codec import engine as engines
+from hflfnerv.codec.engine import DECODE, ModuleEngine, make_engine, to_uint8
+from hflfnerv.codec.engine_amx import AmxEngine, rejects, unavailable
+from hflfnerv.models import MODELS, ModelSpec, StreamSpec, build_model
+
+CPU = torch.device("cpu")
+needs_amx = pytest.mark.skipif(unavailable() is not None, reason=f"amx: {unavailable()}")
+# Model, size, height and width of the frame: with and without a crop, at sizes that fill no tile.
+NETWORKS = [
+    ("hnerv", 60_000, 96, 160),
+    ("hnerv", 40_000, 61, 35),
+    ("hnerv", 150_000, 320, 90),
+    ("hflf", 100_000, 96, 160),
+    ("hflf", 90_000, 67, 131),
+    ("nerv", 60_000, 64, 96),
+    ("nerv", 80_000, 45, 83),
+]
+BEST = ("hflf", 90_000, 67, 131)
+
+
+def network(name, size, height, width, frames=6, **options):
+    torch.manual_seed(0)
+    model = build_model(MODELS[name].plan(size, frames, height, width, **options), with_encoder=False)
+    for stream in (model.get_submodule(name) for name in model.spec.streams):
+        # At the widths of a trained network: with the initial weights all frames are grey.
+        for block in stream.blocks:
+            block.conv.weight.data *= 2.5
+        stream.head.weight.data *= 4
+    return model.requires_grad_(False).eval()
+
+
+def embeddings_of(model, frames=6):
+    shape = model.spec.embedding_shape
+    if shape is None:
+        return lambda indices: None
+    values = torch.randn(frames, *shape, generator=torch.Generator().manual_seed(1))
+    return lambda indices: values[list(indices)]
+
+
+def passes_the_gate(actual, expected):
+    difference = (actual.astype(int) - expected.astype(int)).__abs__()
+    return (difference <= 1).mean() >= 0.999 and difference.max() <= 4
+
+
+def assert_as_exact_as_bfloat16(model, embeddings, indices):
+    """The frames of AMX are no further from those of float32 than PyTorch's in bfloat16, which round more often."""
+    make = {"amx": AmxEngine, "bf16": ModuleEngine, "fp32": ModuleEngine}
+    precision = {"amx": "auto", "bf16": "bf16", "fp32": "fp32"}
+    made = {name: make[name](model, embeddings, CPU, precision[name]) for name in make}
+    floats = {name: torch.stack(list(engine.float_frames(indices))).double() for name, engine in made.items()}
+    assert {frames.shape for frames in floats.values()} == {(len(indices), 3, model.spec.height, model.spec.width)}
+    assert floats["fp32"].std() > 0.02
+    error, allowed = ((floats[name] - floats["fp32"]) for name in ("amx", "bf16"))
+    assert error.norm() <= allowed.norm()
+    assert error.abs().max() <= 2 * allowed.abs().max()
+    return made["amx"]
+
+
+@needs_amx
+@pytest.mark.parametrize("case", NETWORKS, ids=str)
+def test_frames_are_those_of_float32(case):
+    model = network(*case)
+    amx = assert_as_exact_as_bfloat16(model, embeddings_of(model), [0, 3, 5])
+    frames, floats = np.stack(list(amx.frames([0, 3, 5]))), list(amx.float_frames([0, 3, 5]))
+    assert frames.dtype == np.uint8
+    assert {frame.dtype for frame in floats} == {torch.float32}
+    assert torch.equal(to_uint8(torch.stack(floats)), torch.from_numpy(frames))
+
+
+@needs_amx
+def test_two_streams_in_one_tanh():
+    model = network(*BEST, preset="best")
+    assert set(model.spec.streams) == {"hfd", "lfd"}
+    assert_as_exact_as_bfloat16(model, embeddings_of(model), [0, 3, 5])
+
+
+def test_streams_in_another_order_are_the_module_s():
+    spec = network(*NETWORKS[3]).spec
+    streams = dict(reversed(spec.streams.items()))
+    model = build_model(dataclasses.replace(spec, streams=streams), with_encoder=False)
+    assert rejects(model) == "it does not know networks with the streams lfd2, lfd1, hfd"
+
+
+@needs_amx
+@pytest.mark.parametrize("case", NETWORKS[3:5], ids=str)
+def test_a_frame_does_not_depend_on_the_others_or_the_threads(case):
+    model = network(*case)
+    engine = AmxEngine(model, embeddings_of(model), CPU, "bf16")
+    out = np.full((3, case[2], case[3], 3), 7, np.uint8)
+    engine.fill([4, 1, 4], out)
+    assert np.array_equal(out[0], out[2])
+    assert not np.array_equal(out[0], out[1])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert np.array_equal(next(engine.frames([1])), out[1])
+            assert np.array_equal(next(AmxEngine(model, embeddings_of(model), CPU, "auto").frames([4])), out[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_amx
+def test_it_keeps_no_hold_of_the_weights():
+    model = network(*NETWORKS[0])
+    engine = AmxEngine(model, embeddings_of(model), CPU, "auto")
+    frame = next(engine.frames([2]))
+    for name, parameter in model.named_parameters():
+        if "stem" not in name:
+            parameter.data.fill_(float("nan"))
+    assert np.array_equal(next(engine.frames([2])), frame)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("widths", "strides", "kernels"),
+    [((70, 33, 40), (2, 3), (1, 5)), ((3, 1), (4,), (3,)), ((9, 70, 34, 2), (2, 1, 5), (5, 3, 3))],
+)
+def test_blocks_of_any_kind(widths, strides, kernels):
+    spec = ModelSpec("hnerv", 2, 17, 41, 4, {"decoder": StreamSpec((9, 21), widths, strides, kernels)})
+    rows, columns = spec.streams["decoder"].layout.output
+    spec = ModelSpec("hnerv", 2, min(17, rows), min(41, columns), 4, spec.streams)
+    torch.manual_seed(0)
+    model = build_model(spec, with_encoder=False).requires_grad_(False).eval()
+    model.decoder.head.weight.data *= 8
+    assert_as_exact_as_bfloat16(model, embeddings_of(model, 2), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("precision", "amx", "chosen"),
+    [
+        ("auto", True, "amx"),
+        ("bf16", True, "amx"),
+        ("fp32", True, "module"),
+        ("fp16", True, "module"),
+        ("auto", False, "module"),
+        ("bf16", False, "module"),
+    ],
+)
+def test_which_engine(monkeypatch, precision, amx, chosen):
+    monkeypatch.setattr("hflfnerv.codec.engine_amx.unavailable", lambda: None if amx else "needs AMX")
+    model = network(*NETWORKS[0])
+    entry = DECODE.select("auto", model, embeddings_of(model), CPU, precision)
+    assert entry.name == chosen
+
+
+def test_auto_without_amx_is_float32(monkeypatch):
+    monkeypatch.setattr("hflfnerv.codec.engine_amx.unavailable", lambda: "needs AMX")
+    model = network(*NETWORKS[5])
+    frame = next(make_engine(model, embeddings_of(model), CPU).frames([1]))
+    assert np.array_equal(frame, next(ModuleEngine(model, embeddings_of(model), CPU, "fp32").frames([1])))
+
+
+def test_says_once_why_it_takes_another_engine(monkeypatch, recwarn):
+    engines._say_once.cache_clear()
+    monkeypatch.setattr("hflfnerv.codec.engine_amx.unavailable", lambda: None)
+    monkeypatch.setattr("hflfnerv.codec.engine_amx.rejects", lambda model: "of its shape")
+    model = network(*NETWORKS[0])
+    for _ in range(2):
+        assert isinstance(make_engine(model, embeddings_of(model), CPU), ModuleEngine)
+    assert [str(w.message) for w in recwarn] == ["decoding with 'module' instead of 'amx': of its shape"]
+    engines._say_once.cache_clear()
+
+
+def test_a_precision_that_is_none():
+    model = network(*NETWORKS[0])
+    with pytest.raises(ValueError, match="precision must be one of"):
+        make_engine(model, embeddings_of(model), CPU, "fp8")
+
+
+@pytest.mark.shared_data
+@needs_amx
+def test_the_published_network(shared_data, tmp_path):
+    coded = convert_checkpoint(shared_data / "hnerv_bunny_1.5m.pth")
+    decoder, exact = Decoder(coded, device="cpu"), Decoder(coded, device="cpu", precision="fp32")
+    assert (type(decoder.engine), type(exact.engine)) == (AmxEngine, ModuleEngine)
+    assert passes_the_gate(decoder[70:72], exact[70:72])
