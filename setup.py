@@ -2,6 +2,9 @@
 
 Environment:
     CXX: the C++ compiler; otherwise the first of c++, g++ and clang++.
+    HFLFNERV_CUDA: 1 builds the CUDA kernels or fails, 0 leaves them out; otherwise they are built where nvcc is found
+        (on the path, in CUDA_HOME or /usr/local/cuda) and works. Whether there is a GPU makes no difference.
+    HFLFNERV_CUDA_ARCHITECTURES: what they are built for, comma separated (default: 90a).
     HFLFNERV_REQUIRE_EXT=1: a build that fails is an error. Without it the package installs with its Python
         implementations only, and hflfnerv/_build.json keeps the reason.
 """
@@ -21,8 +24,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/core/*.cpp"))]
-HEADERS = sorted(p.relative_to(ROOT).as_posix() for ext in ("h", "inl") for p in ROOT.glob(f"csrc/core/*.{ext}"))
+
+
+def files(*patterns):
+    """Return the files below csrc that match, in order."""
+    return sorted(p.relative_to(ROOT).as_posix() for pattern in patterns for p in ROOT.glob(f"csrc/{pattern}"))
+
+
+SOURCES = ["csrc/bindings.cpp", *files("core/*.cpp", "cuda/*.cu")]
+HEADERS = files("core/*.h", "core/*.inl", "cuda/*.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall"]
 # Sources named *_<key>.cpp get these flags, and are left out where the compiler does not take them. Which of them runs
 # is decided at run time, so the module stays portable.
@@ -37,6 +47,8 @@ X86_FLAGS = {
         *("-mamx-bf16", "-mprefer-vector-width=512"),
     ],
 }
+# Kernels for Hopper's matrix instructions, which no other architecture has, older or newer.
+CUDA_ARCHITECTURES = os.environ.get("HFLFNERV_CUDA_ARCHITECTURES", "90a").split(",")
 # With it the kernels use PyTorch's threads (both share libgomp); without it they run in the calling thread.
 OPENMP = ["-fopenmp"]
 
@@ -67,14 +79,36 @@ def find_compiler():
     raise BuildError(f"no C++ compiler found (tried {', '.join(c[0] for c in candidates)})")
 
 
-def takes(compiler, flags, *, link=False):
+def takes(compiler, flags, *, link=False, suffix=".cpp"):
     """Return whether the compiler compiles a small program with these flags, and links it if that is asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "try.cpp")
+        source = Path(folder, f"try{suffix}")
         source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
         only = [] if link else ["-c"]
-        command = [*compiler, *flags, "-Werror", *only, str(source), "-o", str(source.with_suffix(".o"))]
+        strict = [] if suffix == ".cu" else ["-Werror"]
+        command = [*compiler, *flags, *strict, *only, str(source), "-o", str(source.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def find_nvcc(compiler):
+    """Return (nvcc's command with all that compiles and links with it, None), or (None, why there is none)."""
+    wanted = os.environ.get("HFLFNERV_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise BuildError(f"HFLFNERV_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None, "HFLFNERV_CUDA=0"
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    nvcc, reason = shutil.which("nvcc") or shutil.which("nvcc", path=str(home)), "nvcc not found"
+    if nvcc is not None:
+        gencode = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_ARCHITECTURES]
+        host = ["-ccbin", compiler[0], *(f"-Xcompiler={flag}" for flag in compiler[1:])]
+        command = [nvcc, *gencode, *host, "-std=c++17", "-O3", "-DNDEBUG"]
+        if takes(command, [], link=True, suffix=".cu"):
+            return command, None
+        reason = f"{nvcc} cannot compile for {', '.join(CUDA_ARCHITECTURES)} with {compiler[0]}"
+    if wanted == "1":
+        raise BuildError(f"HFLFNERV_CUDA=1, but {reason}")
+    return None, reason
 
 
 def find_ninja():
@@ -110,7 +144,8 @@ class NinjaBuildExt(build_ext):
             try:
                 record = {"built": True, "reason": None} | self.build(extension.sources, target)
             except BuildError as error:
-                if os.environ.get("HFLFNERV_REQUIRE_EXT") == "1":
+                wanted = os.environ.get("HFLFNERV_CUDA") not in (None, "", "0")
+                if wanted or os.environ.get("HFLFNERV_REQUIRE_EXT") == "1":
                     raise SystemExit(f"error: {extension.name} was not built: {error}") from None
                 target.unlink(missing_ok=True)
                 record = {"built": False, "reason": str(error)}
@@ -125,31 +160,46 @@ class NinjaBuildExt(build_ext):
         simd = []
         if platform.machine() in ("x86_64", "AMD64"):
             simd = [name for name, flags in X86_FLAGS.items() if takes(compiler, flags)]
+        nvcc, no_cuda = find_nvcc(compiler)
         folder = Path(self.build_temp, "hflfnerv._C").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         python = sysconfig.get_paths()
         includes = [ROOT / "csrc", pybind11.get_include(), *{python["include"], python["platinclude"]}]
         openmp = OPENMP if takes(compiler, [*FLAGS, *OPENMP], link=True) else []
         defines = [f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd]
+        if nvcc:
+            defines.append(f'-DHFLFNERV_CUDA_ARCHITECTURES="{",".join(CUDA_ARCHITECTURES)}"')
         common = [*FLAGS, *openmp, *(f"-I{p}" for p in includes), *defines]
         link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        linker = [*compiler, *openmp, *link]
+        if nvcc:  # which adds the CUDA runtime as a static library, so that the module loads where there is no CUDA
+            linker = [*nvcc, *(f"-Xcompiler={flag}" for flag in openmp), "-shared", "-Xlinker=--exclude-libs=ALL"]
         lines = [
             "ninja_required_version = 1.5",
             f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {quoted(common)} $arch -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $in",
-            f"rule link\n  command = {quoted([*compiler, *openmp, *link])} $in -o $out\n  description = link",
+            f"rule link\n  command = {quoted(linker)} $in -o $out\n  description = link",
         ]
+        if nvcc:
+            cuda = [*nvcc, "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+            lines.append(f"rule cu\n  command = {quoted(cuda)} -MD -MF $out.d -c $in -o $out")
+            lines.append("  depfile = $out.d\n  deps = gcc\n  description = $in")
         objects = []
         for source in sources:
             name = next((key for key in X86_FLAGS if source.endswith(f"_{key}.cpp")), None)
-            if name is None or name in simd:
-                objects.append(path(folder / source.replace("/", ".")) + ".o")
+            output = path(folder / source.replace("/", ".")) + ".o"
+            if source.endswith(".cu"):
+                if nvcc:
+                    objects.append(output)
+                    lines.append(f"build {output}: cu {path(ROOT / source)}")
+            elif name is None or name in simd:
+                objects.append(output)
                 lines.append(f"build {objects[-1]}: cxx {path(ROOT / source)}")
                 lines.append(f"  arch = {quoted(X86_FLAGS.get(name, []))}")
         lines.append(f"build {path(target)}: link {' '.join(objects)}\n")
         Path(folder, "build.ninja").write_text("\n".join(lines))
         run([ninja, "-C", str(folder), *([f"-j{self.parallel}"] if self.parallel else [])])
-        return {"compiler": compiler, "simd": simd, "openmp": bool(openmp)}
+        return {"compiler": compiler, "simd": simd, "openmp": bool(openmp), "no_cuda": no_cuda}
 
 
 setup(

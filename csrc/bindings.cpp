@@ -7,13 +7,21 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/conv_pixel_shuffle_gelu.h"
 #include "core/cpu.h"
+#include "core/frame_decoder.h"
 #include "core/huffman.h"
+#include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
+#ifdef HFLFNERV_CUDA_ARCHITECTURES
+#include "cuda/conv_pixel_shuffle_gelu.h"
+#endif
 
 namespace py = pybind11;
 
@@ -241,7 +249,7 @@ using Shape10 = std::array<std::int64_t, 10>;
 
 void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uintptr_t x, std::uintptr_t weight,
                                  std::uintptr_t bias, std::uintptr_t y, int threads) {
-  if (const char* reason = hflfnerv::conv_pixel_shuffle_gelu_unavailable()) throw py::value_error(reason);
+  if (const char* reason = hflfnerv::amx_unavailable()) throw py::value_error(reason);
   const auto& n = sizes;
   const hflfnerv::ConvPixelShuffleShape shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
   const bool positive = *std::min_element(n.begin(), n.begin() + 8) > 0 && shape.out_height() > 0 && shape.out_width() > 0;
@@ -251,6 +259,139 @@ void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uint
                                         pointer<hflfnerv::BFloat16>(weight), pointer<float>(bias),
                                         pointer<hflfnerv::BFloat16>(y), threads);
 }
+
+#ifdef HFLFNERV_CUDA_ARCHITECTURES
+
+void raise_unless_done(const char* error) {
+  if (error != nullptr) throw std::runtime_error(error);
+}
+
+// The same ten numbers, then the strides of x between images, rows and pixels, and between pixels of y; in elements.
+using Shape14 = std::array<std::int64_t, 14>;
+
+hflfnerv::conv_layout::Plan conv_pixel_shuffle_gelu_cuda_plan(const Shape14& sizes, int device) {
+  const auto n = [&](int i) {
+    const std::int64_t size = sizes[static_cast<std::size_t>(i)];
+    if (size < 0 || size > INT32_MAX) {
+      throw py::value_error("sizes must be at least 0 and below 2^31, got " + std::to_string(size));
+    }
+    return static_cast<int>(size);
+  };
+  hflfnerv::conv_layout::Plan plan;
+  raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_plan(
+      {n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), n(9), sizes[12], sizes[11], sizes[10], n(13)}, device, plan));
+  return plan;
+}
+
+void conv_pixel_shuffle_gelu_cuda_pack(const Shape14& sizes, int device, std::uintptr_t weight, std::uintptr_t packed,
+                                       std::uintptr_t stream) {
+  const auto plan = conv_pixel_shuffle_gelu_cuda_plan(sizes, device);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_pack(plan, pointer<void>(weight), pointer<void>(packed),
+                                                                pointer<void>(stream)));
+}
+
+void conv_pixel_shuffle_gelu_cuda_fwd(const Shape14& sizes, int device, const std::string& dtype, bool tanh_form,
+                                      std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t y,
+                                      std::uintptr_t z, std::uintptr_t stream) {
+  const hflfnerv::FloatType type = float_type_of(dtype);
+  if (type == hflfnerv::FloatType::f32) throw py::value_error("dtype must be 'float16' or 'bfloat16', got 'float32'");
+  const hflfnerv::ConvPixelShuffleGeluCuda call{conv_pixel_shuffle_gelu_cuda_plan(sizes, device),
+                                                type == hflfnerv::FloatType::bf16,
+                                                tanh_form,
+                                                pointer<void>(x),
+                                                pointer<void>(packed),
+                                                pointer<void>(bias),
+                                                pointer<void>(y),
+                                                pointer<void>(z)};
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_fwd(call, pointer<void>(stream)));
+}
+
+#endif
+
+// Address, channels, height and width of a feature map; address of its head's weight; its group.
+using Feature = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, int>;
+// Of the output stage: scales and biases (three each) of the groups, and the offset.
+using Link = std::tuple<std::vector<float>, std::vector<float>, float>;
+
+hflfnerv::OutputShape output_shape(std::int64_t batch, std::int64_t height, std::int64_t width, const Link& link) {
+  const auto& [scales, biases, offset] = link;
+  const bool positive = batch > 0 && height > 0 && width > 0 && !scales.empty();
+  if (!positive || biases.size() != 3 * scales.size()) {
+    throw py::value_error("sizes must be positive, with a scale and three biases for each group");
+  }
+  return {batch, height, width, static_cast<int>(scales.size()), scales.data(), biases.data(), offset};
+}
+
+void check_group(int group, int before, const hflfnerv::OutputShape& shape) {
+  if (group < before || group >= shape.groups) throw py::value_error("groups must ascend, got " + std::to_string(group));
+}
+
+void output_stage_fwd(const std::array<std::int64_t, 3>& sizes, const Link& link, const std::vector<Feature>& features,
+                      const std::string& dtype, std::uintptr_t out, bool bytes, int threads, const std::string& simd) {
+  const auto shape = output_shape(sizes[0], sizes[1], sizes[2], link);
+  std::vector<hflfnerv::OutputFeature> all;
+  for (const auto& [x, channels, height, width, weight, group] : features) {
+    if (channels < 1 || height < shape.height || width < shape.width) {
+      throw py::value_error("features must be at least as large as the frame");
+    }
+    check_group(group, all.empty() ? 0 : all.back().group, shape);
+    all.push_back({pointer<void>(x), channels, height, width, pointer<float>(weight), group});
+  }
+  // "amx", or the level of the vectors that are used instead of it.
+  const bool amx = simd == "amx" || (simd == "auto" && hflfnerv::amx_unavailable() == nullptr);
+  if (const char* reason = hflfnerv::amx_unavailable(); simd == "amx" && reason != nullptr) throw py::value_error(reason);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd == "amx" ? "auto" : simd);
+  const auto type = float_type_of(dtype);
+  const py::gil_scoped_release release;
+  hflfnerv::output_stage_fwd(shape, all.data(), static_cast<int>(all.size()), type, pointer<void>(out), bytes, threads,
+                             level, amx);
+}
+
+#if defined(HFLFNERV_HAVE_AMX)
+// Input and output channels, r, kernel; whether GELU is in its tanh form; addresses of weight and bias.
+using Block = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, std::uintptr_t, std::uintptr_t>;
+// Height and width of the first input, blocks, address of the head's weight, group.
+using Stream = std::tuple<std::int64_t, std::int64_t, std::vector<Block>, std::uintptr_t, int>;
+
+std::unique_ptr<hflfnerv::FrameDecoder> frame_decoder(const std::array<std::int64_t, 2>& size, const Link& link,
+                                                      const std::vector<Stream>& streams, int threads) {
+  if (const char* reason = hflfnerv::amx_unavailable()) throw py::value_error(reason);
+  const auto shape = output_shape(1, size[0], size[1], link);
+  std::vector<hflfnerv::DecoderStream> all;
+  for (const auto& [height, width, blocks, head, group] : streams) {
+    check_group(group, all.empty() ? 0 : all.back().group, shape);
+    hflfnerv::DecoderStream stream{height, width, {}, pointer<float>(head), group};
+    std::int64_t rows = height, columns = width;
+    for (const auto& [in_channels, channels, r, kernel, tanh_form, weight, bias] : blocks) {
+      const bool chained = stream.blocks.empty() || stream.blocks.back().channels == in_channels;
+      if (!chained || in_channels < 1 || channels < 1 || r < 1 || kernel < 1 || kernel % 2 == 0) {
+        throw py::value_error("blocks must follow each other, with positive sizes and odd kernels");
+      }
+      stream.blocks.push_back({in_channels, channels, r, kernel, tanh_form, pointer<hflfnerv::BFloat16>(weight),
+                               pointer<float>(bias)});
+      rows *= r;
+      columns *= r;
+    }
+    if (stream.blocks.empty() || height < 1 || width < 1 || rows < shape.height || columns < shape.width) {
+      throw py::value_error("streams must have blocks, and images at least as large as the frame");
+    }
+    all.push_back(std::move(stream));
+  }
+  const py::gil_scoped_release release;
+  return std::make_unique<hflfnerv::FrameDecoder>(shape, all, threads);
+}
+
+void decode_frame(hflfnerv::FrameDecoder& decoder, const std::vector<std::uintptr_t>& inputs, std::uintptr_t out, bool bytes,
+                  int threads) {
+  std::vector<const float*> all;
+  for (const std::uintptr_t input : inputs) all.push_back(pointer<float>(input));
+  if (all.size() != decoder.streams()) throw py::value_error("inputs must have one address for each stream");
+  const py::gil_scoped_release release;
+  decoder.decode(all.data(), pointer<void>(out), bytes, threads);
+}
+#endif
 
 }  // namespace
 
@@ -271,7 +412,27 @@ PYBIND11_MODULE(_C, module) {
   module.def("pixel_shuffle_gelu_bwd", &pixel_shuffle_gelu_bwd, py::arg("shape"), py::arg("channels_last"),
              py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"),
              py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("conv_pixel_shuffle_gelu_unavailable", &hflfnerv::conv_pixel_shuffle_gelu_unavailable);
+  module.def("amx_unavailable", &hflfnerv::amx_unavailable);
   module.def("conv_pixel_shuffle_gelu_fwd", &conv_pixel_shuffle_gelu_fwd, py::arg("sizes"), py::arg("tanh_form"),
              py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("threads"));
+#ifdef HFLFNERV_CUDA_ARCHITECTURES
+  module.attr("cuda_architectures") = HFLFNERV_CUDA_ARCHITECTURES;
+  module.def("cuda_device_unavailable", &hflfnerv::cuda_device_unavailable, py::arg("device"));
+  module.def(
+      "conv_pixel_shuffle_gelu_cuda_packed_elements",
+      [](const Shape14& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).packed_elements(); },
+      py::arg("sizes"), py::arg("device"));
+  module.def("conv_pixel_shuffle_gelu_cuda_pack", &conv_pixel_shuffle_gelu_cuda_pack, py::arg("sizes"),
+             py::arg("device"), py::arg("weight"), py::arg("packed"), py::arg("stream"));
+  module.def("conv_pixel_shuffle_gelu_cuda_fwd", &conv_pixel_shuffle_gelu_cuda_fwd, py::arg("sizes"), py::arg("device"),
+             py::arg("dtype"), py::arg("tanh_form"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"),
+             py::arg("z"), py::arg("stream"));
+#endif
+  module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
+             py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");
+#if defined(HFLFNERV_HAVE_AMX)
+  py::class_<hflfnerv::FrameDecoder>(module, "FrameDecoder")
+      .def(py::init(&frame_decoder), py::arg("size"), py::arg("link"), py::arg("streams"), py::arg("threads"))
+      .def("decode", &decode_frame, py::arg("inputs"), py::arg("out"), py::arg("bytes"), py::arg("threads"));
+#endif
 }

@@ -14,12 +14,13 @@ from typing import Any
 
 from .errors import BackendUnavailable
 
-__all__ = ["load", "unavailable"]
+__all__ = ["load", "unavailable", "unavailable_cuda"]
 
 _REMEDY = (
     "install a C++17 compiler (Debian/Ubuntu: apt install g++), then run `pip install --force-reinstall --no-deps .` "
     "in a checkout, or `python setup.py build_ext --inplace` to use the checkout itself"
 )
+_CUDA_REMEDY = "install CUDA's nvcc and build again with HFLFNERV_CUDA=1"
 
 
 @functools.cache
@@ -30,11 +31,18 @@ def _module() -> tuple[Any, str | None]:
         return None, f"the extension hflfnerv._C is not usable: {_cause(error)}; {_REMEDY}"
 
 
-def _cause(error: ImportError) -> str:
-    record_path = Path(__file__).with_name("_build.json")
+def _record() -> dict[str, Any] | None:
+    """Return what setup.py wrote about the build, or None if there is nothing to be read."""
     try:
-        record = json.loads(record_path.read_text())
+        record: dict[str, Any] = json.loads(Path(__file__).with_name("_build.json").read_text())
     except (OSError, ValueError):
+        return None
+    return record
+
+
+def _cause(error: ImportError) -> str:
+    record = _record()
+    if record is None:
         return "it was never built" if isinstance(error, ModuleNotFoundError) else str(error)
     if not record["built"]:
         return f"its build failed ({record['reason']})"
@@ -44,6 +52,15 @@ def _cause(error: ImportError) -> str:
 def unavailable() -> str | None:
     """Return why ``hflfnerv._C`` cannot be used and how to build it, or None if it can."""
     return _module()[1]
+
+
+def unavailable_cuda() -> str | None:
+    """Return why there are no CUDA kernels in ``hflfnerv._C`` and how to build them, or None if there are."""
+    module, reason = _module()
+    if reason is not None or hasattr(module, "cuda_architectures"):
+        return reason
+    cause = (_record() or {}).get("no_cuda") or "the build kept no reason"
+    return f"hflfnerv._C was built without CUDA ({cause}); {_CUDA_REMEDY}"
 
 
 def load() -> Any:

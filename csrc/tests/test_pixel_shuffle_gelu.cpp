@@ -145,7 +145,7 @@ void check_conv(const ConvPixelShuffleShape& s) {
 }
 
 void test_conv() {
-  if (const char* reason = conv_pixel_shuffle_gelu_unavailable()) {
+  if (const char* reason = amx_unavailable()) {
     std::printf("conv_pixel_shuffle_gelu: not tested: %s\n", reason);
     return;
   }

@@ -1,0 +1,490 @@
+// The upsampling block on Hopper's tensor cores. What lies where is in conv_pixel_shuffle_gelu_layout.h.
+//
+// One block stays on each multiprocessor and takes tiles of 256 pixels in turn. A thread of warp 0 copies the tile's input
+// with its halo into shared memory, once for all taps, a chunk of channels at a time; a thread of warp 1 copies the weight
+// in stages, or once and for all where it fits. Two warpgroups multiply, two patches each. The first is ahead of the second,
+// so that one has the tensor cores while the other applies GELU and stores.
+#include "cuda/conv_pixel_shuffle_gelu.h"
+
+#include <cuda_runtime.h>
+
+#include "cuda/hopper.h"
+
+namespace hflfnerv {
+
+namespace {
+
+using namespace conv_layout;
+
+constexpr int kThreads = (1 + kConsumers) * 128;
+
+template <class T>
+struct Arguments {
+  Plan plan;
+  Gelu gelu;
+  const T* packed;
+  const T* bias;
+  T* y;
+  T* z;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+using namespace hopper;
+
+constexpr int kEach = kPatches / kConsumers;  // patches of a warpgroup
+
+// The barriers of a ring: one pair for each of its places.
+struct Ring {
+  std::uint32_t full, empty;
+  int count, index = 0;
+  std::uint32_t phase = 0;
+
+  __device__ Ring(std::uint32_t barriers, int count_) : full(barriers), empty(barriers + 8 * count_), count(count_) {}
+  __device__ std::uint32_t full_barrier() const { return full + 8 * index; }
+  __device__ std::uint32_t empty_barrier() const { return empty + 8 * index; }
+  __device__ void next() {
+    if (++index == count) index = 0, phase ^= 1;
+  }
+};
+
+__device__ std::uint64_t join(std::uint32_t low, std::uint32_t high) {
+  return static_cast<std::uint64_t>(high) << 32 | low;
+}
+
+__device__ std::uint32_t two(__nv_bfloat16, float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+__device__ std::uint32_t two(__half, float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+__device__ float activate(const Gelu& gelu, float x) {
+  const float half = 0.5f * x;
+  return fmaf(half, tanh_approximately(gelu.argument(x)), half);
+}
+
+// Stores the elements of `count` neighbouring slots, as pairs, where `offsets` says; where that is -1, there is none.
+// `align`: elements to which `to` is aligned, at most 8.
+template <int kCount, class T>
+__device__ void store(T* to, const int* offsets, int align, const std::uint32_t (&pairs)[kCount / 2]) {
+  const int first = offsets[0];
+  if (align >= kCount && first % kCount == 0 && first >= 0 && offsets[kCount - 1] == first + kCount - 1) {
+    if constexpr (kCount == 8) *reinterpret_cast<uint4*>(to + first) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    if constexpr (kCount == 4) *reinterpret_cast<uint2*>(to + first) = {pairs[0], pairs[1]};
+    if constexpr (kCount == 2) *reinterpret_cast<std::uint32_t*>(to + first) = pairs[0];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int offset = offsets[i];
+    const std::uint16_t bits = static_cast<std::uint16_t>(pairs[i / 2] >> i % 2 * 16);
+    if (offset >= 0) *reinterpret_cast<std::uint16_t*>(to + offset) = bits;
+  }
+}
+
+// Where the results of one pixel go, and how they are aligned there.
+template <class T>
+struct Target {
+  T* to;
+  const int* offsets;
+  int align;
+};
+
+// Bias, GELU and the stores of slots kStart and following of one pixel: row i of the two that a thread has.
+template <int kColumns, int kStart, class T>
+__device__ void finish(const float (&sums)[kColumns / 2], int i, const Arguments<T>& call, const float* biases,
+                       const Target<T>& y, const Target<T>& z) {
+  if constexpr (kStart < kColumns) {
+    constexpr int kWidth = block_width(kColumns, kStart), kCount = kWidth / 4;
+    const int slot = first_slot(threadIdx.x, kStart, kWidth);
+    std::uint32_t pairs[kCount / 2];
+    float values[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      values[k] = sums[sum_of_slot(kStart, k, i)] + biases[slot + k];
+    }
+    if (z.to != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kCount; k += 2) pairs[k / 2] = two(T(), values[k], values[k + 1]);
+      store<kCount>(z.to, z.offsets + slot, z.align, pairs);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; k += 2) {
+      pairs[k / 2] = two(T(), activate(call.gelu, values[k]), activate(call.gelu, values[k + 1]));
+    }
+    store<kCount>(y.to, y.offsets + slot, y.align, pairs);
+    finish<kColumns, kStart + kWidth>(sums, i, call, biases, y, z);
+  }
+}
+
+// What the threads of a block share beside slots and stages.
+struct Tables {
+  int* y_offsets;
+  int* z_offsets;
+  float* biases;
+  int* gathered;  // offset in bytes, in a slot, of each (tap, channel) of the gathered chunk
+};
+
+template <class T>
+__device__ void fill_tables(const Arguments<T>& call, const Tables& tables) {
+  const Plan& plan = call.plan;
+  const Problem& p = plan.problem;
+  const Runs runs = runs_of(p);
+  for (int slot = threadIdx.x; slot < plan.column_tiles * plan.columns; slot += kThreads) {
+    const int n = runs.n_of_slot(slot);
+    tables.y_offsets[slot] = n < 0 ? -1 : y_offset(p, n);
+    tables.z_offsets[slot] = n;
+    tables.biases[slot] = n < 0 || call.bias == nullptr ? 0.0f : static_cast<float>(call.bias[weight_channel(p, n)]);
+  }
+  if (plan.cut.gathered_channels == 0) return;
+  const int chunk = plan.cut.chunks() - 1, taps = p.taps();
+  for (int k = threadIdx.x; k < plan.cut.steps(chunk, taps) * kStepK; k += kThreads) {
+    tables.gathered[k] = gathered_offset(plan, k);
+  }
+}
+
+// Warp 0: the halo of every tile, chunk after chunk.
+__device__ void load_input(const Plan& plan, const CUtensorMap* map, std::uint32_t shared, Ring ring) {
+  const Problem& p = plan.problem;
+  const int bytes = plan.halo_rows * plan.pitch * kGroup * kElementBytes;
+  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
+    const Tile tile = plan.tile(index);
+    for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk, ring.next()) {
+      const int planes = plan.cut.planes(chunk);
+      barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+      barrier_arrive_and_expect(ring.full_barrier(), planes * bytes);
+      for (int plane = 0; plane < planes; ++plane) {
+        copy_box(shared + ring.index * plan.slot_bytes + plane * plan.plane_bytes, map,
+                 plan.cut.first_channel(chunk) + plane * kGroup, tile.column - p.padding_w, tile.row - p.padding_h,
+                 tile.image, ring.full_barrier());
+      }
+    }
+  }
+}
+
+// Warp 1: the weight of every tile, stage after stage; once, if it stays.
+template <class T>
+__device__ void load_weight(const Plan& plan, const T* packed, std::uint32_t shared, Ring ring) {
+  const int step_bytes = plan.step_bytes(), taps = plan.problem.taps();
+  const std::int64_t tile_bytes = std::int64_t(plan.cut.all_steps(taps)) * step_bytes;
+  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
+    const char* from = reinterpret_cast<const char*>(packed) + plan.tile(index).first_slot / plan.columns * tile_bytes;
+    std::uint32_t resident = shared;
+    for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk) {
+      for (int left = plan.cut.steps(chunk, taps); left > 0; left -= kStageSteps, ring.next()) {
+        const int bytes = min(left, kStageSteps) * step_bytes;
+        if (!plan.resident) barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+        barrier_arrive_and_expect(ring.full_barrier(), bytes);
+        copy_bulk(plan.resident ? resident : shared + ring.index * plan.stage_bytes, from, bytes, ring.full_barrier());
+        from += bytes;
+        resident += bytes;
+      }
+    }
+    if (plan.resident) return;
+  }
+}
+
+// One stage of a full or half chunk: afterwards the products of the stages before it are done. The number of steps is a
+// constant in each copy and their addresses come first: only in straight code does the assembler let products follow each
+// other without waiting.
+template <class T, int kCount = kStageSteps, int kSums>
+__device__ void multiply_stage(float (&sums)[kEach][kSums], const std::uint32_t (&slot_low)[kEach],
+                               std::uint32_t input_high, std::uint32_t weight_low, std::uint32_t weight_high, int add,
+                               Steps& steps, int count) {
+  if constexpr (kCount > 1) {
+    if (count < kCount) {
+      multiply_stage<T, kCount - 1>(sums, slot_low, input_high, weight_low, weight_high, add, steps, count);
+      return;
+    }
+  }
+  constexpr std::uint32_t kStepUnits = 2 * kSums * kStepK * kElementBytes / 16;
+  std::uint32_t changes[kCount];
+#pragma unroll
+  for (int step = 0; step < kCount; ++step) {
+    steps.next();
+    changes[step] = steps.descriptor_change();
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kCount; ++step) {
+#pragma unroll
+    for (int m = 0; m < kEach; ++m) {
+      wgmma(T(), sums[m], join(slot_low[m] + changes[step], input_high),
+            join(weight_low + step * kStepUnits, weight_high), step > 0 ? 1 : add);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<1>();
+}
+
+// A warpgroup that multiplies: its patches of every tile.
+template <class T, int kColumns>
+__device__ void multiply(const Arguments<T>& call, int group, std::uint32_t shared, const char* shared_pointer,
+                         const Tables& tables, Ring inputs, Ring weights, Ring turns) {
+  const Plan& plan = call.plan;
+  const Problem& p = plan.problem;
+  constexpr std::uint32_t kStepUnits = kColumns * kStepK * kElementBytes / 16;
+  const int taps = p.taps(), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int row = fragment_row(warp, lane), channels_n = p.n();
+  const std::uint32_t input_high = descriptor_high(plan.pitch * 16), weight_high = descriptor_high(kWeightStrideBytes);
+  const int y_row = p.out_width() * p.r * p.y_pixel;
+  const int y_align = p.r * p.y_pixel % 8 == 0 ? 8 : p.r * p.y_pixel % 4 == 0 ? 4 : p.r * p.y_pixel % 2 == 0 ? 2 : 1;
+  const int z_align = channels_n % 8 == 0 ? 8 : channels_n % 4 == 0 ? 4 : channels_n % 2 == 0 ? 2 : 1;
+  float sums[kEach][kColumns / 2];
+
+  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x, turns.next()) {
+    const Tile tile = plan.tile(index);
+    int add = 0, lead = plan.lead;
+    if (group == 1) {
+      barrier_wait(turns.full_barrier(), turns.phase);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(turns.empty_barrier());
+    }
+    std::uint32_t resident = shared + plan.weight_offset;
+    std::uint32_t used_weight = 0, used_input = 0;  // barriers of what the products under way read
+    for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk, inputs.next()) {
+      const ChunkKind kind = plan.cut.kind(chunk);
+      std::uint32_t slot_low[kEach];
+#pragma unroll
+      for (int m = 0; m < kEach; ++m) {
+        slot_low[m] = descriptor_low(
+            shared + inputs.index * plan.slot_bytes + plan.patch_offset(kEach * group + m) * 16, 0);
+      }
+      Steps steps(kind, taps, p.kernel_w, plan.pitch, plan.plane_bytes);
+      barrier_wait(inputs.full_barrier(), inputs.phase);
+      const int all = plan.cut.steps(chunk, taps);
+      for (int first = 0; first < all; first += kStageSteps, weights.next()) {
+        barrier_wait(weights.full_barrier(), plan.resident ? 0 : weights.phase);
+        const std::uint32_t weight =
+            plan.resident ? resident : shared + plan.weight_offset + weights.index * plan.stage_bytes;
+        std::uint32_t b = descriptor_low(weight, kWeightLeadingBytes);
+        const int count = min(all - first, kStageSteps);
+        if (kind == ChunkKind::gathered) {
+          const char* pixel = shared_pointer + inputs.index * plan.slot_bytes +
+                              (patch_row(row) * plan.pitch + patch_column(row)) * 16;
+          for (int step = 0; step < count; ++step, b += kStepUnits, add = 1) {
+            std::uint32_t a[kEach][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int* offsets = tables.gathered + (first + step) * kStepK + half * 8 + fragment_column(lane);
+              const int left = offsets[0], right = offsets[1];
+#pragma unroll
+              for (int m = 0; m < kEach; ++m) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  // Row 8 of a fragment is the pixel below row 0.
+                  const char* at = pixel + (plan.patch_offset(kEach * group + m) + i * plan.pitch) * 16;
+                  a[m][2 * half + i] = *reinterpret_cast<const std::uint16_t*>(at + left) |
+                                       *reinterpret_cast<const std::uint16_t*>(at + right) << 16;
+                }
+              }
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int m = 0; m < kEach; ++m) {
+              wgmma(T(), sums[m], a[m], join(b, weight_high), add);
+            }
+            wgmma_commit();
+            wgmma_wait<0>();
+          }
+        } else {
+          multiply_stage<T>(sums, slot_low, input_high, b, weight_high, add, steps, count);
+          add = 1;
+        }
+        // What came before this stage is done.
+        if (lane == 0 && used_weight != 0) barrier_arrive(used_weight);
+        if (lane == 0 && used_input != 0) barrier_arrive(used_input);
+        if (--lead == 0 && group == 0) {
+          barrier_wait(turns.empty_barrier(), turns.phase ^ 1);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(turns.full_barrier());
+        }
+        used_weight = plan.resident ? 0 : weights.empty_barrier();
+        used_input = first + count == all ? inputs.empty_barrier() : 0;
+        resident = weight + count * plan.step_bytes();
+      }
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < kEach; ++m) keep_in_place(sums[m]);
+    if (lane == 0 && used_weight != 0) barrier_arrive(used_weight);
+    if (lane == 0) barrier_arrive(used_input);
+
+#pragma unroll
+    for (int m = 0; m < kEach; ++m) {
+      const int patch = kEach * group + m;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int h = tile.row + patch / plan.patch_columns * kPatch + patch_row(row + 8 * i);
+        const int w = tile.column + patch % plan.patch_columns * kPatch + patch_column(row + 8 * i);
+        if (h >= p.out_height() || w >= p.out_width()) continue;
+        const std::int64_t y_line = (std::int64_t(tile.image) * p.out_height() + h) * p.r;
+        const std::int64_t pixel = (std::int64_t(tile.image) * p.out_height() + h) * p.out_width() + w;
+        const Target<T> y{call.y + y_line * y_row + std::int64_t(w) * p.r * p.y_pixel,
+                          tables.y_offsets + tile.first_slot, y_align};
+        const Target<T> z{call.z == nullptr ? nullptr : call.z + pixel * channels_n,
+                          tables.z_offsets + tile.first_slot, z_align};
+        finish<kColumns, 0>(sums[m], i, call, tables.biases + tile.first_slot, y, z);
+      }
+    }
+    __syncwarp();  // behind pixels that are not in the image
+  }
+}
+
+#endif
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(kThreads, 1)
+    conv_pixel_shuffle_gelu_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments<T> call) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  char* shared_pointer = shared_memory();
+  const Plan& plan = call.plan;
+  const std::uint32_t shared = shared_address(shared_pointer), barriers = shared + plan.barriers_offset;
+  const int slots = plan.column_tiles * plan.columns;
+  int* table = reinterpret_cast<int*>(shared_pointer + plan.tables_offset);
+  const Tables tables{table, table + slots, reinterpret_cast<float*>(table + 2 * slots), table + 3 * slots};
+  Ring inputs(barriers, plan.slots), weights(barriers + 16 * plan.slots, plan.stages);
+  Ring turns(barriers + 16 * (plan.slots + plan.stages), 1);  // of a tile's products: given, taken
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.slots; ++i) {
+      barrier_init(inputs.full + 8 * i, 1);
+      barrier_init(inputs.empty + 8 * i, kConsumers * 4);
+    }
+    for (int i = 0; i < plan.stages; ++i) {
+      barrier_init(weights.full + 8 * i, 1);
+      barrier_init(weights.empty + 8 * i, kConsumers * 4);
+    }
+    barrier_init(turns.full, 4);
+    barrier_init(turns.empty, 4);
+    fence_barrier_init();
+  }
+  fill_tables(call, tables);
+  __syncthreads();
+
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler sees that a warp agrees on it
+  if (group == 0) {
+    registers_shrink<40>();
+    if (threadIdx.x == 0) load_input(plan, &map, shared, inputs);
+    if (threadIdx.x == 32) load_weight(plan, call.packed, shared + plan.weight_offset, weights);
+  } else {
+    registers_grow<232>();
+    multiply<T, kColumns>(call, group - 1, shared, shared_pointer, tables, inputs, weights, turns);
+  }
+#endif
+}
+
+template <class T>
+__global__ void conv_pixel_shuffle_gelu_pack_kernel(const __grid_constant__ Plan plan, const T* weight, T* packed) {
+  const std::int64_t element = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (element >= plan.packed_elements()) return;
+  const std::int64_t source = packed_source(plan, element);
+  packed[element] = source < 0 ? T() : weight[source];
+}
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Describes x to the copy engine: boxes of a halo's pixels by 8 channels, zeros outside of the image and behind the last
+// channel.
+const char* describe_input(const ConvPixelShuffleGeluCuda& call, CUtensorMap& map) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(usable ? function : nullptr);
+  }();
+  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; it must support CUDA 12 or newer";
+  const Problem& p = call.plan.problem;
+  const cuuint64_t sizes[] = {cuuint64_t(p.channels), cuuint64_t(p.width), cuuint64_t(p.height), cuuint64_t(p.batch)};
+  const cuuint64_t strides[] = {cuuint64_t(p.x_pixel) * kElementBytes, cuuint64_t(p.x_row) * kElementBytes,
+                                cuuint64_t(p.x_image) * kElementBytes};
+  const cuuint32_t box[] = {kGroup, cuuint32_t(call.plan.pitch), cuuint32_t(call.plan.halo_rows), 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const CUresult result = encode(
+      &map, call.bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      const_cast<void*>(call.x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "the driver does not take the strides of x";
+}
+
+template <class T, int kColumns>
+const char* launch(const ConvPixelShuffleGeluCuda& call, const CUtensorMap& map, cudaStream_t stream) {
+  const auto kernel = conv_pixel_shuffle_gelu_kernel<T, kColumns>;
+  const Arguments<T> arguments{call.plan,
+                               call.tanh_form ? kGeluTanh : kGelu,
+                               static_cast<const T*>(call.packed),
+                               static_cast<const T*>(call.bias),
+                               static_cast<T*>(call.y),
+                               static_cast<T*>(call.z)};
+  const int bytes = call.plan.shared_bytes;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(call.plan.blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  if (const char* error = message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) {
+    return error;
+  }
+  return message(cudaLaunchKernelEx(&config, kernel, map, arguments));
+}
+
+template <class T>
+const char* launch(const ConvPixelShuffleGeluCuda& call, const CUtensorMap& map, cudaStream_t stream) {
+  switch (call.plan.columns) {
+    case 32:
+      return launch<T, 32>(call, map, stream);
+    case 64:
+      return launch<T, 64>(call, map, stream);
+    case 80:
+      return launch<T, 80>(call, map, stream);
+    case 96:
+      return launch<T, 96>(call, map, stream);
+    case 112:
+      return launch<T, 112>(call, map, stream);
+    case 128:
+      return launch<T, 128>(call, map, stream);
+    case 136:
+      return launch<T, 136>(call, map, stream);
+    default:
+      return launch<T, 160>(call, map, stream);
+  }
+}
+
+}  // namespace
+
+const char* cuda_device_unavailable(int device) { return message(cudaSetDevice(device)); }
+
+const char* conv_pixel_shuffle_gelu_cuda_plan(const Problem& problem, int device, Plan& plan) {
+  int multiprocessors = 0, shared = 0;
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return error == cudaSuccess ? make_plan(problem, multiprocessors, shared, plan) : message(error);
+}
+
+const char* conv_pixel_shuffle_gelu_cuda_pack(const Plan& plan, const void* weight, void* packed, void* stream) {
+  // Both types are moved as bits.
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((plan.packed_elements() + 255) / 256));
+  config.blockDim = dim3(256);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return message(cudaLaunchKernelEx(&config, conv_pixel_shuffle_gelu_pack_kernel<std::uint16_t>, plan,
+                                    static_cast<const std::uint16_t*>(weight), static_cast<std::uint16_t*>(packed)));
+}
+
+const char* conv_pixel_shuffle_gelu_cuda_fwd(const ConvPixelShuffleGeluCuda& call, void* stream) {
+  CUtensorMap map;
+  if (const char* error = describe_input(call, map)) return error;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  return call.bfloat16 ? launch<__nv_bfloat16>(call, map, cuda_stream) : launch<__half>(call, map, cuda_stream);
+}
+
+}  // namespace hflfnerv

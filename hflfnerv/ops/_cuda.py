@@ -1,0 +1,173 @@
+"""Why the CUDA kernels cannot run here, or on a tensor, in words; and what calling them takes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .. import _ext
+
+__all__ = ["conv_pixel_shuffle_gelu_fwd", "empty_result", "pack_weight", "rejects_tensor", "unavailable"]
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_GROUP = 8  # elements of 16 bytes, as which the kernel reads channels
+
+
+@functools.cache
+def _machine() -> str | None:
+    reason = _ext.unavailable_cuda()
+    if reason is not None:
+        return reason
+    return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
+@functools.cache
+def _capability(index: int) -> str | None:
+    found = torch.cuda.get_device_capability(index)
+    if found != (9, 0):
+        return f"compute capability {found[0]}.{found[1]} of cuda:{index} is not 9.0 (Hopper), for which the kernel is"
+    module = _ext.load()
+    if "90a" not in module.cuda_architectures.split(","):
+        return f"the extension was built for {module.cuda_architectures} (HFLFNERV_CUDA_ARCHITECTURES), not for 90a"
+    reason: str | None = module.cuda_device_unavailable(index)
+    return reason
+
+
+# torch.compile takes the answers of these two as constants instead of tracing into the extension and the driver.
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def unavailable() -> str | None:
+    """Return why this machine cannot run the CUDA kernels, or None."""
+    return _machine()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rejects_device(index: int) -> str | None:
+    return _capability(index)
+
+
+def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot take a tensor of ``dtype`` on ``device``, or None."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}, and the CUDA kernels run on CUDA devices"
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, _DTYPES))}"
+    reason: str | None = _rejects_device(device.index or 0)
+    return reason
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // _GROUP) * _GROUP
+
+
+def _result_pixel(n: int, r: int) -> int:
+    """Return the elements from one pixel of y to the next.
+
+    Where the r pixels from one of x are no multiple of 16 bytes, each is padded to one: the kernel then stores 16 bytes
+    at a time, and reads such a tensor as it is where it is the next block's x.
+    """
+    channels = n // (r * r)
+    return channels if r * channels % _GROUP == 0 else _padded(channels)
+
+
+def empty_result(x: torch.Tensor, n: int, r: int) -> torch.Tensor:
+    """Return memory for y ``[B, n / r², H r, W r]``, channels-last, its pixels padded as the kernel wants them."""
+    batch, _, height, width = x.shape
+    memory = x.new_empty((batch, height * r, width * r, _result_pixel(n, r)))
+    return memory[..., : n // (r * r)].permute(0, 3, 1, 2)
+
+
+def _strides(t: torch.Tensor) -> list[int] | None:
+    """Return the strides between images, rows and pixels as the kernel takes them, None where it cannot."""
+    batch, channels, height, width = t.shape
+    image, channel, row, pixel = t.stride()
+    # An axis of size 1 may have any stride; the kernel's copies want one that makes sense.
+    pixel = pixel if width > 1 else _padded(channels)
+    row = row if height > 1 else width * pixel
+    image = image if batch > 1 else height * row
+    whole = all(stride % _GROUP == 0 for stride in (image, row, pixel)) and t.data_ptr() % 16 == 0
+    apart = pixel >= channels and row >= width * pixel and image >= height * row
+    return [image, row, pixel] if whole and apart and (channel == 1 or channels == 1) else None
+
+
+def _default_strides(x: torch.Tensor) -> list[int]:
+    _, channels, height, width = x.shape
+    pixel = _padded(channels)
+    return [height * width * pixel, width * pixel, pixel]
+
+
+def _prepare(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Return x in memory as the kernel reads it, itself where possible, and its strides."""
+    strides = _strides(x)
+    if strides is not None:
+        return x, strides
+    batch, channels, height, width = x.shape
+    # What lies behind the channels is never read.
+    memory = x.new_empty((batch, height, width, _padded(channels)))
+    return memory[..., :channels].permute(0, 3, 1, 2).copy_(x), _default_strides(x)
+
+
+def _sizes(x: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int) -> list[int]:
+    n, _, rows, columns = weight.shape
+    return [*x.shape, n // (r * r), r, rows, columns, rows // 2, columns // 2, *strides, _result_pixel(n, r)]
+
+
+def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int) -> torch.Tensor:
+    """Return the weight as the kernel reads it where its input has the shape of ``x``.
+
+    Depends on the weight and on that shape alone, so a caller whose weights stay as they are can keep it.
+    """
+    module, device = _ext.load(), weight.device.index
+    sizes = _sizes(x, _default_strides(x), weight, r)
+    with torch.cuda.device_of(weight):
+        packed = weight.new_empty(module.conv_pixel_shuffle_gelu_cuda_packed_elements(sizes, device))
+        weight = weight.contiguous()
+        stream = torch.cuda.current_stream().cuda_stream
+        module.conv_pixel_shuffle_gelu_cuda_pack(sizes, device, weight.data_ptr(), packed.data_ptr(), stream)
+    return packed
+
+
+def conv_pixel_shuffle_gelu_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    packed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    r: int,
+    approximate: str,
+    *,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ``(y, z)``: y as from :func:`empty_result`, z ``[B, n, H, W]``, channels-last, in the order (i, j, c).
+
+    Args:
+        x: ``[B, C_in, H, W]``; read as it is if channels are adjacent and pixels multiples of 16 bytes, else copied.
+        weight: ``[n, C_in, K_h, K_w]``, odd; the padding is half of it.
+        packed: the same, from :func:`pack_weight`, or None.
+        bias: ``[n]`` in the order (c, i, j), or None.
+        r: upscale factor.
+        approximate: ``"none"`` (GELU by erf) or ``"tanh"`` (its tanh form).
+        keep_z: whether to write z; it is None otherwise.
+    """
+    module: Any = _ext.load()
+    batch, _, height, width = x.shape
+    n = weight.shape[0]
+    with torch.cuda.device_of(x):
+        y = empty_result(x, n, r)
+        options: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+        z = torch.empty((batch, n, height, width), **options) if keep_z else None
+        x, strides = _prepare(x)
+        packed = pack_weight(x, weight, r) if packed is None else packed
+        bias = None if bias is None else bias.contiguous()
+        addresses = [0 if t is None else t.data_ptr() for t in (x, packed, bias, y, z)]
+        module.conv_pixel_shuffle_gelu_cuda_fwd(
+            _sizes(x, strides, weight, r),
+            x.device.index,
+            _DTYPES[x.dtype],
+            approximate == "tanh",
+            *addresses,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return y, z

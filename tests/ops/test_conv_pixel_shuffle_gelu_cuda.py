@@ -1,0 +1,333 @@
+"""conv_pixel_shuffle_gelu: the CUDA kernel; without a GPU it is emulated, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hflfnerv import _ext, ops
+from hflfnerv.errors import BackendUnavailable
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, _cuda
+from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
+from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    convolution_magnitudes,
+    make_tensor,
+    poisoned_empty,
+    requires,
+)
+
+CSRC = Path(__file__).parents[2] / "csrc"
+MODULE = importlib.import_module("hflfnerv.ops.conv_pixel_shuffle_gelu")
+ENTRY = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "cuda")
+needs_gpu = pytest.mark.skipif(
+    ENTRY.unavailable() is not None and not requires("cuda"), reason=f"cuda: {ENTRY.unavailable()}"
+)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+# B, C_in, C_out, r, H, W, kernel: the ways to cut channels (full, half and gathered), tiles that are not full, several
+# tiles of columns, results that are stored 16, 4 and 2 bytes at a time.
+SHAPES = [
+    (1, 33, 28, 2, 19, 37, (5, 5)),
+    (1, 40, 33, 2, 16, 32, (5, 5)),
+    (2, 48, 40, 4, 20, 24, (5, 5)),
+    (1, 57, 48, 4, 10, 20, (3, 3)),
+    (2, 29, 24, 2, 17, 9, (5, 5)),
+    (1, 3, 5, 3, 9, 70, (3, 3)),
+    (1, 8, 7, 1, 5, 4, (1, 1)),
+    (3, 64, 9, 5, 33, 8, (1, 5)),
+    (1, 1, 3, 2, 1, 1, (7, 3)),
+    (1, 130, 33, 1, 40, 40, (3, 3)),
+]
+
+
+# ---- Without a GPU ----
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_emulated_ahead_of_time(tmp_path):
+    program = tmp_path / "emulation"
+    source = CSRC / "tests" / "test_conv_pixel_shuffle_gelu_cuda.cpp"
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-pthread",
+        "-fno-strict-aliasing",
+        f"-I{CSRC / 'tests' / 'emulation'}",
+        f"-I{CSRC}",
+    ]
+    subprocess.run(["c++", *options, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("architecture", ["80", "100"])
+def test_compiles_ahead_of_time(source, architecture, tmp_path):
+    # The kernel is empty there, what is around it is not.
+    options = ["-std=c++17", f"-arch=sm_{architecture}", "-cubin", f"-I{CSRC}"]
+    done = subprocess.run(
+        ["nvcc", *options, str(source), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+@pytest.mark.skipif(_ext.unavailable_cuda() is not None, reason=str(_ext.unavailable_cuda()))
+def test_resources_ahead_of_time():
+    # What is measured is what was built: hflfnerv._C itself.
+    cuobjdump = Path(pytest.importorskip("triton").knobs.nvidia.cuobjdump.path)
+    listing = subprocess.run(
+        [cuobjdump, "-res-usage", _ext.load().__file__], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.findall(
+        r"Function (\S*conv_pixel_shuffle_gelu_kernel\S*):\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing
+    )
+    assert len(found) == 16, "two types, eight widths"
+    for name, registers, stack, local in found:
+        # A block has 384 threads; which of them have more than these 168 registers, setmaxnreg says.
+        assert (int(registers), int(stack), int(local)) == (168, 0, 0), name
+    disassembler = cuobjdump.with_name("nvdisasm")
+    if not disassembler.exists():
+        pytest.skip("the products' instructions are not looked at: this Triton has no nvdisasm")
+    command = [cuobjdump, "-sass", _ext.load().__file__]
+    path = {"PATH": str(cuobjdump.parent)}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=path).stdout
+    for function in text.split("Function : ")[1:]:
+        name = function.split()[0]
+        if "conv_pixel_shuffle_gelu_kernel" in name:
+            columns = re.search(r"Li(\d+)E", name)[1]
+            # Stages of 1 to 5 steps, and the gathered ones, for two patches.
+            assert len(re.findall(rf"HGMMA\.64x{columns}x16\.F32", function)) >= 32, name
+            assert "UTMALDG.4D" in function, name
+            assert "UBLKCP" in function, name
+            assert not re.search(r"\b(HMMA|LDL|STL)\b", function), name
+
+
+def test_says_why_not(monkeypatch):
+    assert re.search("CUDA", _cuda.rejects_tensor(torch.device("cpu"), torch.float16))
+    assert re.search("float32 is not one of", _cuda.rejects_tensor(torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(_cuda, "rejects_tensor", lambda device, dtype: None)
+
+    def why(kernel, padding, size, n=8):
+        x, weight = torch.zeros(()).expand(size), torch.zeros(()).expand(n, size[1], *kernel)
+        return ENTRY.rejects(Call(x, weight, None, 2, padding, "none"))
+
+    assert why((5, 3), (2, 1), (1, 8, 4, 4)) is None
+    assert "changes the size of the image" in why((3, 3), (0, 0), (1, 8, 4, 4))
+    assert "more than 7 and 2048" in why((9, 9), (4, 4), (1, 8, 4, 4))
+    assert "more than 7 and 2048" in why((3, 3), (1, 1), (1, 8, 4, 4), n=2052)
+    assert "is empty" in why((3, 3), (1, 1), (0, 8, 4, 4))
+    assert "x has 2147483648 pixels" in why((3, 3), (1, 1), (2**28, 8, 2, 4))
+    assert "too many for offsets of 32 bits" in why((3, 3), (1, 1), (1, 8, 1, 2**27))
+
+
+def test_compute_capability(monkeypatch):
+    _cuda._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
+    assert "capability 10.0 of cuda:3 is not 9.0" in _cuda._capability(3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(cuda_architectures="80,100"))
+    assert "built for 80,100 (HFLFNERV_CUDA_ARCHITECTURES), not for 90a" in _cuda._capability(4)
+    for index, reason in ((5, None), (6, "the driver is too old")):
+        module = SimpleNamespace(cuda_architectures="80,90a", cuda_device_unavailable={index: reason}.__getitem__)
+        monkeypatch.setattr(_ext, "load", lambda module=module: module)
+        assert _cuda._capability(index) == reason
+    _cuda._capability.cache_clear()
+
+
+@pytest.mark.parametrize(("channels", "r", "pixel"), [(28, 2, 28), (33, 2, 40), (40, 4, 40), (3, 1, 8), (1, 8, 1)])
+def test_result_in_memory(channels, r, pixel):
+    y = _cuda.empty_result(torch.empty(2, 5, 3, 4), channels * r * r, r)
+    assert y.shape == (2, channels, 3 * r, 4 * r)
+    assert y.stride() == (12 * r * r * pixel, 1, 4 * r * pixel, pixel)
+
+
+def test_reads_aligned_pixels_as_they_are():
+    wide = torch.arange(2 * 4 * 6 * 16, dtype=torch.float32).half().view(2, 4, 6, 16).permute(0, 3, 1, 2)
+    for x in (wide, wide[:, :9], wide[:, 8:11], wide[:, :, 1:3, 2:5], wide[1:, :5]):
+        prepared, strides = _cuda._prepare(x)
+        assert prepared.data_ptr() == x.data_ptr()
+        assert strides == [384, 96, 16]
+    # An axis of size 1 may have any stride.
+    assert _cuda._prepare(wide[:1].as_strided((1, 16, 1, 6), (1, 1, 3, 16)))[1] == [96, 96, 16]
+    for x in (wide[:, 1:], wide[..., ::2].contiguous(), wide[:, :3].contiguous(memory_format=torch.channels_last)):
+        prepared, (image, row, pixel) = _cuda._prepare(x)
+        assert torch.equal(prepared, x)
+        assert prepared.stride() == (image, 1, row, pixel)
+        assert pixel % 8 == 0
+        assert prepared.data_ptr() != x.data_ptr()
+
+
+def test_what_the_kernel_is_told(monkeypatch):
+    calls = {}
+
+    def record(name, result=None):
+        return lambda *args: calls.setdefault(name, args) and result
+
+    module = SimpleNamespace(
+        conv_pixel_shuffle_gelu_cuda_packed_elements=record("elements", 640),
+        conv_pixel_shuffle_gelu_cuda_pack=record("pack"),
+        conv_pixel_shuffle_gelu_cuda_fwd=record("fwd"),
+    )
+    monkeypatch.setattr(_ext, "load", lambda: module)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    x, weight = torch.zeros(2, 9, 4, 6).half(), torch.zeros(20, 9, 3, 5).half()
+    y, z = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, None, None, 2, "tanh", keep_z=True)
+    sizes = [2, 9, 4, 6, 5, 2, 3, 5, 1, 2, 4 * 6 * 16, 6 * 16, 16, 8]
+    assert calls["elements"] == (sizes, None)
+    assert calls["pack"][:3] == (sizes, None, weight.data_ptr())
+    assert calls["pack"][4] == 77
+    assert calls["fwd"][:4] == (sizes, None, "float16", True)
+    assert calls["fwd"][5:] == (calls["pack"][3], 0, y.data_ptr(), z.data_ptr(), 77)
+    assert y.stride(3) == 8
+    assert z.shape == (2, 20, 4, 6)
+    assert z.stride() == (480, 1, 120, 20)
+
+
+@pytest.mark.parametrize("keep_z", [False, True])
+def test_fake(keep_z):
+    x, weight = torch.empty(2, 5, 3, 4, device="meta"), torch.empty(132, 5, 3, 3, device="meta")
+    arguments = (x, weight, None, None, 2, "none", keep_z, "cuda", "conv2d", "conv2d")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        y, z = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(*arguments)
+    assert y.shape == (2, 33, 6, 8)
+    assert y.stride() == (6 * 8 * 40, 1, 8 * 40, 40)
+    assert z.shape == ((2, 132, 3, 4) if keep_z else (0,))
+
+
+# ---- With one ----
+
+
+def operands(shape, dtype, *, with_bias=True, requires_grad=False):
+    batch, in_channels, channels, r, height, width, kernel = shape
+    scale = (in_channels * kernel[0] * kernel[1]) ** -0.5
+    options = {"dtype": dtype, "device": "cuda", "requires_grad": requires_grad}
+    x = make_tensor(batch, in_channels, height, width, layout="channels_last", **options)
+    weight = make_tensor(channels * r * r, in_channels, *kernel, scale=scale, seed=1, **options)
+    return x, weight, make_tensor(channels * r * r, seed=2, **options) if with_bias else None
+
+
+def run(tensors, shape, *, impl="cuda", dtype=None, approximate="none"):
+    x, weight, bias = (None if t is None else t.to(dtype or t.dtype) for t in tensors)
+    padding = tuple(size // 2 for size in shape[6])
+    function = reference.conv_pixel_shuffle_gelu if impl is None else ops.conv_pixel_shuffle_gelu
+    options = {} if impl is None else {"impl": impl}
+    return function(x, weight, bias, shape[3], padding=padding, approximate=approximate, **options)
+
+
+def compare(y, tensors, shape, approximate="none"):
+    expected = run(tensors, shape, impl=None, dtype=torch.float64, approximate=approximate)
+    assert_close_to_reference(y, expected, run(tensors, shape, impl=None, approximate=approximate))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(shape, dtype):
+    for approximate, with_bias in (("none", True), ("tanh", False)):
+        tensors = operands(shape, dtype, with_bias=with_bias)
+        with poisoned_empty():
+            y = run(tensors, shape, approximate=approximate)
+        compare(y, tensors, shape, approximate)
+
+
+@needs_gpu
+def test_forward_sees_a_wrong_tap():
+    shape = SHAPES[0]
+    x, weight, bias = operands(shape, torch.bfloat16)
+    y = run((x, weight, bias), shape)
+    shifted = weight.roll(1, dims=3)
+    with pytest.raises(AssertionError):
+        compare(y, (x, shifted, bias), shape)
+
+
+@needs_gpu
+def test_chain_of_blocks():
+    # The first result's pixels are padded, so that the second block reads it in place; what is behind is never read.
+    first, second = SHAPES[1], (1, 33, 28, 2, 32, 64, (5, 5))
+    tensors = operands(first, torch.float16)
+    with poisoned_empty():
+        y = run(tensors, first)
+    assert y.stride(3) == 40
+    x, (*_, pixel) = _cuda._prepare(y)
+    assert (x.data_ptr(), pixel) == (y.data_ptr(), 40)
+    following = (y, *operands(second, torch.float16)[1:])
+    compare(run(following, second), following, second)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES[:6])
+def test_backward(shape):
+    tensors = operands(shape, torch.bfloat16, requires_grad=True)
+    y = run(tensors, shape)
+    dy = make_tensor(*y.shape, dtype=torch.bfloat16, device="cuda", seed=3)
+    gradients = torch.autograd.grad(y, tensors, dy)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(run(doubles, shape, impl=None), doubles, dy.double())
+    same = torch.autograd.grad(run(tensors, shape, impl=None), tensors, dy)
+    padding = tuple(size // 2 for size in shape[6])
+    _, *magnitudes = convolution_magnitudes(tensors[0], tensors[1], dy, shape[3], padding)
+    for actual, true, rounded, size in zip(gradients, expected, same, magnitudes, strict=True):
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
+
+
+@needs_gpu
+def test_streams_graphs_and_kept_weights():
+    shape = SHAPES[0]
+    tensors = operands(shape, torch.float16)
+    with torch.inference_mode():
+        packed = _cuda.pack_weight(tensors[0], tensors[1], 2)
+        operation = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
+        arguments = (*tensors, packed, 2, "none", False, "cuda", "conv2d", "conv2d")
+        y = operation(*arguments)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = operation(*arguments)[0]
+        for seed in range(3):  # other values in the same place, each right at once
+            tensors[0].copy_(make_tensor(*tensors[0].shape, seed=seed))
+            graph.replay()
+            compare(replayed, tensors, shape)
+        assert torch.equal(replayed, operation(*arguments)[0])
+        assert y.shape == replayed.shape
+
+
+@needs_gpu
+def test_compile():
+    shape = SHAPES[1]
+    tensors = operands(shape, torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(lambda *t: run(t, shape), fullgraph=True)(*tensors)
+    assert torch.equal(compiled, run(tensors, shape))
+    assert torch.equal(
+        torch.autograd.grad(compiled.float().sum(), tensors[0])[0],
+        torch.autograd.grad(run(tensors, shape).float().sum(), tensors[0])[0],
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(8, 33, 28, 2, 80, 160, (5, 5)), (2, 40, 33, 2, 320, 640, (5, 5))])
+def test_deterministic(shape):
+    # Many tiles for each multiprocessor: rings of shared memory go round, with the weight in place and streamed.
+    tensors = operands(shape, torch.bfloat16)
+    y = run(tensors, shape)
+    for _ in range(3):
+        assert torch.equal(y, run(tensors, shape))
+    compare(y, tensors, shape)
+
+
+@needs_gpu
+def test_rejects():
+    x, weight, _ = operands((1, 8, 2, 2, 4, 4, (3, 3)), torch.float32)
+    with pytest.raises(BackendUnavailable, match=r"impl='cuda' cannot run: dtype torch\.float32 is not one of"):
+        ops.conv_pixel_shuffle_gelu(x, weight, None, 2, padding=1, impl="cuda")
