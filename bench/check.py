@@ -13,9 +13,11 @@ import torch
 from hflfnerv import ops
 from hflfnerv.reference import conv_pixel_shuffle_gelu as conv_reference
 from hflfnerv.reference import highpass as highpass_reference
+from hflfnerv.reference import output_stage as stage_reference
 from hflfnerv.reference import pixel_shuffle_gelu as shuffle_reference
+from hflfnerv.reference import stream_loss as loss_reference
 
-from .device import Machine, require_close
+from .device import Machine, cuda_kernels, require_close
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -86,11 +88,47 @@ def _block(
             y = conv_reference.conv_pixel_shuffle_gelu(
                 leaves[0], leaves[1], leaves[2], r, padding=padding, approximate=approximate
             )
+        elif impl == "triton":
+            # With the gradients by kernels whatever the shape; PyTorch's convolutions need no check.
+            y = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+                *leaves, None, r, approximate, True, "triton", "triton", "triton"
+            )[0]
         else:
             y = ops.conv_pixel_shuffle_gelu(
                 leaves[0], leaves[1], leaves[2], r, padding=padding, approximate=approximate, impl=impl
             )
         return _gradients(y, leaves, dy)
+
+    return run
+
+
+def _loss(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | None, dloss: torch.Tensor) -> Run:
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (low, high) if t is not None]
+        if impl == "reference":
+            y = loss_reference.stream_loss(leaves[0], target, *leaves[1:])
+        else:
+            y = ops.stream_loss(leaves[0], target, *leaves[1:], impl=impl)
+        return _gradients(y, leaves, dloss)
+
+    return run
+
+
+def _stage(features: list[torch.Tensor], weights: list[torch.Tensor], bias: torch.Tensor) -> Run:
+    groups, scales = ((0,), (0.5,)) if len(features) == 1 else ((0, 1, 1), (1.0, 0.5))
+    crop = (features[0].shape[2] - 1, features[0].shape[3] - 2)
+
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        tensors = [[t.to(dtype) for t in of] for of in (features, weights)]
+        if impl == "reference":
+            # Without a bias for the last features of a group: one for each group.
+            link: dict[str, Any] = {"groups": groups, "scales": scales, "offset": 0.5, "crop": crop}
+            sums = bias.to(dtype).expand(len(scales), 3)
+            frame = stage_reference.output_stage(*tensors, sums, **link, as_bytes=False)
+            return [frame if dtype == torch.float64 else frame.float()]
+        biases = [bias.to(dtype) if groups.index(g) == i else None for i, g in enumerate(groups)]
+        frame = ops.output_stage(*tensors, biases, groups=groups, scales=scales, crop=crop, as_bytes=False, impl=impl)
+        return [frame]
 
     return run
 
@@ -117,8 +155,8 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
         facts = {"what": f"check.{op}", "implementation": impl, "dtype": str(dtype)[6:]}
         return name, facts, functools.partial(_compare, name, run, dtype, impl)
 
-    shuffles = ["reference"] if machine.dry else ["triton"]
-    convolutions = ["reference"] if machine.dry else ["triton", "conv2d+triton"]
+    kernels = ["reference"] if machine.dry else ["triton"]
+    convolutions = ["reference"] if machine.dry else ["triton", "conv2d+triton", *cuda_kernels()]
     filters = ["fft"] if machine.dry else ["triton", "fft"]
     blocks = [(5, 3, 2, 3, 7, 9)] if machine.dry else BLOCKS
     for dtype, layout, block, approximate in itertools.product(DTYPES, LAYOUTS, blocks, ("none", "tanh")):
@@ -130,11 +168,23 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
         bias, dy = random(n).to(dtype), random(2, out_channels, height * r, width * r).to(dtype)
         what = f"r {r}, {height}x{width}, {approximate}, {str(layout)[6:]}"
         run = _shuffle(z, bias, dy, r, approximate)
-        for impl in shuffles:
+        for impl in kernels:
             yield case("pixel_shuffle_gelu", f"{out_channels} channels, {what}", run, dtype, impl)
         run = _block(x, weight, bias, dy, r, approximate)
         for impl in convolutions:
+            if impl == "cuda" and dtype == torch.float32:
+                continue
             size = f"{channels} to {out_channels} channels, kernel {kernel}"
             yield case("conv_pixel_shuffle_gelu", f"{size}, {what}", run, dtype, impl)
     for dtype, shape, impl in itertools.product(DTYPES, ((2, 3, 64, 96), (3, 63, 95), (1, 640, 1280)), filters):
         yield case("highpass", "x".join(map(str, shape)), _filter(random(*shape).to(dtype)), dtype, impl)
+    for dtype, (height, width), both, impl in itertools.product(DTYPES, ((64, 96), (63, 95)), (True, False), kernels):
+        low, high = (random(3, 3, 64, 96).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        target = torch.randint(0, 256, (3, height, width, 3), device=machine.device, generator=generator)
+        run = _loss(low, target.byte(), high if both else None, random(3))
+        yield case("stream_loss", f"{height}x{width} of 64x96, {1 + both} streams", run, dtype, impl)
+    for dtype, channels, impl in itertools.product(DTYPES, ((28,), (24, 5, 10), (64,)), kernels):
+        features = [random(2, c, 37, 83).to(dtype).contiguous(memory_format=torch.channels_last) for c in channels]
+        weights = [(random(3, c, 3, 3) * (9 * c) ** -0.5).to(dtype) for c in channels]
+        run = _stage(features, weights, random(3).to(dtype))
+        yield case("output_stage", f"{channels} channels, 36x81 of 37x83", run, dtype, impl)

@@ -6,13 +6,17 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hflfnerv.codec.engine_cuda import CudaEngine
 from hflfnerv.models import VideoNetwork, build_model
 from hflfnerv.models.hflf import HFLFNeRV
 from hflfnerv.models.hnerv import HNeRV
 from hflfnerv.nn import UpsampleBlock
+from hflfnerv.ops import PackedWeights
+from hflfnerv.train import CapturedStep, Clip, TrainConfig, Trainer
 
 from .device import Machine, require_close, without_autotuning
 from .registry import Contender, Point
@@ -21,6 +25,8 @@ FRAMES = 132
 BATCHES = (8, 1, 32)
 LAUNCHED = "eager fp32, launched"
 COMPILED = "torch.compile max-autotune bf16"
+ENGINE, ENGINE_TO_HOST = "Decoder's engine fp16", "Decoder's engine fp16, to the host"
+TRAINER = "Trainer bf16"
 
 
 def _network(machine: Machine, model: type[VideoNetwork], *, with_encoder: bool) -> VideoNetwork:
@@ -50,7 +56,7 @@ def _points(machine: Machine, seconds: float) -> Iterator[tuple[str, type[VideoN
 def decode_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure decoding, from embeddings to float frames that stay on the device."""
     for name, model, batch in _points(machine, 90):
-        with machine.room(), torch.inference_mode():
+        with machine.room(), torch.inference_mode(), PackedWeights():
             yield from _measure_decode(machine, name, model, batch)
 
 
@@ -82,7 +88,18 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
     runs["eager bf16"] = bf16, run("reference", bf16)
     runs[COMPILED] = bf16, compiled(bf16)
 
+    # To uint8, as a decoder is used; the others stop at floats.
+    engine = CudaEngine(copy.deepcopy(network), lambda wanted: torch.randn(len(wanted), *shape), machine.device, "fp16")
+    engine.batch_size = batch
+    wanted = [frame % network.spec.frames for frame in range(batch)]
+    on_host = np.empty((batch, network.spec.height, network.spec.width, 3), np.uint8)
+
     def check() -> None:
+        images = torch.stack(list(engine.float_frames(wanted[:2]))).clamp(0, 1) * 255
+        frames = engine.device_frames(wanted)[:2].cpu().permute(0, 3, 1, 2)
+        engine.fill(wanted, on_host)
+        assert torch.equal(engine.device_frames(wanted).cpu(), torch.from_numpy(on_host)), f"{name}: the copy differs"
+        assert float((images - frames).abs().max()) < 2, f"{name}: the engine's frames are not its images"
         # Frames do not depend on each other, and float64 takes its time.
         with without_autotuning():
             expected = run("reference", torch.float64, 2)()
@@ -101,13 +118,15 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
         scale=1.0,
         contenders=[
             *(Contender(run_name, of, batch) for run_name, (_, of) in runs.items()),
+            Contender(ENGINE, lambda: engine.device_frames(wanted), batch, "uint8 frames, which stay on the device"),
+            Contender(ENGINE_TO_HOST, lambda: engine.fill(wanted, on_host), batch, "uint8 frames in host memory"),
             Contender("eager fp32", eager, batch, "TF32 convolutions as PyTorch's default"),
             Contender(LAUNCHED, eager, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
         ],
         baseline=COMPILED,
         check=check,
     )
-    yield from machine.measure(point, launched=(LAUNCHED,), flush=False)
+    yield from machine.measure(point, launched=(LAUNCHED, ENGINE, ENGINE_TO_HOST), flush=False)
 
 
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
@@ -157,6 +176,7 @@ def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], ba
     trainees["eager bf16"] = Trainee("reference", bf16)
     trainees[COMPILED] = Trainee("reference", bf16, compiled=True)
     eager = Trainee("reference", None)
+    trainers_step = _trainers_step(machine, network, batch)
 
     def check() -> None:
         expected, same = eager.gradients(), trainees["eager bf16"].gradients()
@@ -172,10 +192,24 @@ def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], ba
         scale=1.0,
         contenders=[
             *(Contender(trainee_name, trainee.step, batch) for trainee_name, trainee in trainees.items()),
+            Contender(TRAINER, trainers_step, batch, "with the choice of frames, the schedule and the fused loss"),
             Contender("eager fp32", eager.step, batch, "TF32 convolutions as PyTorch's default"),
             Contender(LAUNCHED, eager.step, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
         ],
         baseline=COMPILED,
         check=check,
     )
-    yield from machine.measure(point, launched=(LAUNCHED,), flush=False)
+    yield from machine.measure(point, launched=(LAUNCHED, TRAINER), flush=False)
+
+
+def _trainers_step(machine: Machine, network: VideoNetwork, batch: int) -> Callable[[], None]:
+    """Return the step that ``hflfnerv encode`` takes, as a CUDA graph where there is CUDA."""
+    spec = network.spec
+    shape = (4 * batch, spec.height, spec.width, 3)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=machine.device)
+    highpass = torch.randn(shape, device=machine.device).half() if network.encoder_input == "highpass" else None
+    clip = Clip(frames, highpass, network.encoder_input)
+    # More steps than the clock will take.
+    config = TrainConfig(epochs=2000, lr=1e-3, batch_size=batch, seed=0, precision="bf16")
+    step = Trainer(copy.deepcopy(network), clip, config, device=machine.device).training_step
+    return step if machine.dry else CapturedStep(step, machine.device)

@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "hflfnerv"
 # A module may import what stands above it here, and its own package; nothing below it, and nothing beside it.
 LAYERS = [
     {"errors", "_version"},
-    {"_impl", "_ext", "_device", "_atomic", "config", "reference", "triton_kernels"},
+    {"_impl", "_ext", "_device", "_atomic", "_memory", "config", "reference", "triton_kernels"},
     {"ops", "huffman", "data", "metrics", "testing"},
     {"nn"},
     {"models", "fusion"},
@@ -92,9 +92,33 @@ def test_imports_run_one_way():
     assert [str(found) for found in IMPORTS if layer(found.imported) != "_C" and wrong_way(found)] == []
 
 
-def test_kernels_import_nothing_of_the_package():
-    wrong = [str(f) for f in IMPORTS if f.importer.startswith("triton_kernels.") and layer(f.imported) is not None]
-    assert wrong == []
+def shared_by_kernels(imported: str) -> bool:
+    return imported.startswith("hflfnerv.triton_kernels._")
+
+
+def test_kernels_import_nothing_of_the_package_but_what_they_share():
+    found = [f for f in IMPORTS if f.importer.startswith("triton_kernels.") and layer(f.imported) is not None]
+    assert [str(f) for f in found if not shared_by_kernels(f.imported)] == []
+
+
+def test_what_kernels_share_is_theirs_alone():
+    found = [f for f in IMPORTS if shared_by_kernels(f.imported)]
+    assert [str(f) for f in found if not f.importer.startswith("triton_kernels.")] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("from ._activations import gelu", True),
+        ("from . import _activations", True),
+        ("from .highpass import highpass_fwd", False),
+        ("from . import highpass", False),
+        ("from ..ops import _check", False),
+    ],
+)
+def test_what_kernels_may_import(line, allowed):
+    (found,) = imports(ast.parse(line), "triton_kernels.x", ["hflfnerv", "triton_kernels"])
+    assert shared_by_kernels(found.imported) is allowed
 
 
 def test_kernels_are_imported_lazily_and_by_operations_alone():

@@ -9,29 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ._activations import gelu, gelu_derivative
+
 _TILE = 2048
 _STEPS = 8  # tiles that a channels-last backward program goes through before it writes its share of the bias gradient
-
-
-@triton.jit
-def _gelu(z, TANH: tl.constexpr):
-    if TANH:
-        # z (1 + tanh(u)) / 2 = z sigmoid(2 u)
-        return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_derivative(z, TANH: tl.constexpr):
-    if TANH:
-        e = tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z))
-        s = 1.0 / (1.0 + e)
-        # e s is 1 - s without the cancellation.
-        d = s + z * (e * s * s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    else:
-        d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    # Both forms are within 1e-17 of their limits at |z| = 9 and overflow later. A NaN fails both comparisons and stays.
-    return tl.where(z > 9.0, 1.0, tl.where(z < -9.0, 0.0, d))
 
 
 @triton.jit
@@ -71,7 +52,7 @@ def pixel_shuffle_gelu_nchw_fwd_kernel(
     z = tl.load(x_ptr + base + x_offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + channel, mask=tl.arange(0, BLOCK_J)[None, :] < R, other=0.0).to(tl.float32)
-    tl.store(y_ptr + base + y_offset, _gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + base + y_offset, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -95,7 +76,7 @@ def pixel_shuffle_gelu_nchw_bwd_kernel(
     dy = tl.load(dy_ptr + base + y_offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + channel, mask=tl.arange(0, BLOCK_J)[None, :] < R, other=0.0).to(tl.float32)
-    dx = dy * _gelu_derivative(z, TANH)
+    dx = dy * gelu_derivative(z, TANH)
     tl.store(dx_ptr + base + x_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         sums = tl.sum(dx, axis=0)[None, :]
@@ -145,7 +126,7 @@ def pixel_shuffle_gelu_nhwc_fwd_kernel(
     z = tl.load(x_ptr + base + x_offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += _nhwc_bias(bias_ptr, c_start, C, R, BLOCK_C, BLOCK_RR)
-    tl.store(y_ptr + base + y_offset, _gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + base + y_offset, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -182,7 +163,7 @@ def pixel_shuffle_gelu_nhwc_bwd_kernel(
         dy = tl.load(dy_ptr + base + y_offset, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             z += bias
-        dx = dy * _gelu_derivative(z, TANH)
+        dx = dy * gelu_derivative(z, TANH)
         tl.store(dx_ptr + base + x_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
             total += dx

@@ -1,8 +1,9 @@
-"""The upsampling block on a GPU: cuDNN's convolutions alone, and the block fused, in two steps, eager and compiled."""
+"""The upsampling block on a GPU: cuDNN's convolutions alone, the gradients, and the block fused, eager and compiled."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from hflfnerv import ops
+from hflfnerv.ops._conv_pixel_shuffle_gelu import conv2d_gradients
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
 
-from ..device import Machine, require_close, without_autotuning
+from ..device import Machine, cuda_kernels, require_close, without_autotuning
 from ..registry import Contender, Point
 
 # C_in, output channels, r, kernel, height and width of the input: the large blocks of the 1.5 M network at 640x1280.
@@ -98,6 +100,81 @@ def _measure_library(machine: Machine, name: str, stage: str, batch: int) -> Ite
         yield from machine.measure(point, share_of=("matmul", machine.matmul_tflop_per_second))
 
 
+def gradient_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure the gradients of x and weight: every tile of the kernels against cuDNN, to tell which to use by shape.
+
+    Each with all it takes in a backward pass: packing the weight, padding x, summing up the shares.
+    """
+    for batch in (8, 1):
+        for stage in STAGES:
+            name = f"{stage}, batch {batch}, bfloat16, channels_last"
+            if machine.wants(name, seconds=40):
+                with machine.room(), torch.inference_mode():
+                    yield from _measure_gradients(machine, name, stage, batch)
+
+
+def _measure_gradients(machine: Machine, name: str, stage: str, batch: int) -> Iterator[dict[str, Any]]:
+    x, weight, _, _, r = operands(machine, stage, batch, torch.bfloat16)
+    n = weight.shape[0]
+    dz = torch.randn(batch, n, *x.shape[2:], device=machine.device).bfloat16()
+    dz = F.pad(dz, (0, 0, 0, 0, 0, -n % 8)).contiguous(memory_format=torch.channels_last)
+    for index, which in enumerate(("dgrad", "wgrad")):
+        wanted = [index == 0, index == 1]
+
+        def library(to: torch.dtype = torch.bfloat16, index: int = index, wanted: Any = wanted) -> torch.Tensor:
+            gradient = conv2d_gradients(*(t.to(to) for t in (dz, x, weight)), r, wanted)[index]
+            assert gradient is not None
+            return gradient
+
+        runs: dict[str, Callable[[], torch.Tensor]] = (
+            {} if machine.dry else _every_gradient_tile(which, x, dz, weight, r)
+        )
+        runs["conv2d"] = library
+
+        def check(runs: Any = runs, library: Any = library, which: str = which) -> None:
+            with without_autotuning():
+                expected = library(torch.float64)
+            same = library()
+            for run_name, run in runs.items():
+                require_close(f"{name}, {which}, {run_name}", run(), expected, same)
+
+        work = flops(x, weight)
+        point = Point(
+            what=f"conv_pixel_shuffle_gelu.{which}",
+            data=name,
+            dtype="bfloat16",
+            shape=x.shape,
+            unit="TFLOP/s",
+            scale=1e12,
+            contenders=[Contender(run_name, run, work) for run_name, run in runs.items()],
+            baseline="conv2d",
+            check=check,
+        )
+        yield from machine.measure(point, share_of=("matmul", machine.matmul_tflop_per_second))
+
+
+def _every_gradient_tile(
+    which: str, x: torch.Tensor, dz: torch.Tensor, weight: torch.Tensor, r: int
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return a run for each tile that fits the device, the preferred one first."""
+    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+
+    limits = kernels.device_limits(x.device.index)
+    n, channels, rows, columns = weight.shape
+    if which == "dgrad":
+        found = kernels.tiles(x.shape[0] * x.shape[2] * x.shape[3], channels, x.dtype, limits)
+        gradient = functools.partial(kernels.conv_pixel_shuffle_gelu_dgrad, dz, weight, r)
+    else:
+        found = kernels.wgrad_tiles(rows * columns * (channels + -channels % 8), n, x.dtype, limits)
+        gradient = functools.partial(kernels.conv_pixel_shuffle_gelu_wgrad, x, dz, weight, r)
+    return {
+        f"triton {t.block_m} pixels, depth {t.block_k}, {t.num_warps} warps, {t.num_stages} stages": functools.partial(
+            gradient, tile=t
+        )
+        for t in found
+    }
+
+
 def _blocks(machine: Machine, *, training: bool) -> Iterator[tuple[str, str, int, torch.dtype]]:
     for dtype, batch in ((torch.bfloat16, 8), (torch.bfloat16, 1), (torch.float16, 8), (torch.float16, 1)):
         for stage in STAGES:
@@ -126,10 +203,12 @@ def _measure_forward(
         return lambda: ops.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=padding, impl=impl)
 
     runs: dict[str, Callable[[], torch.Tensor]] = {}
-    for impl in ("reference",) if machine.dry else ("triton", "conv2d+triton"):
+    for impl in ("reference",) if machine.dry else ("triton", "conv2d+triton", *cuda_kernels()):
         runs[impl] = ours(impl)
     if not machine.dry:
         runs |= _every_tile(x, weight, bias, r)
+        if cuda_kernels():
+            runs["cuda, packed, pixels of x as the kernel reads them"] = _cuda_prepared(x, weight, bias, r)
     runs |= {"eager": eager, COMPILED: machine.compile(eager)}
 
     def check() -> None:
@@ -160,14 +239,8 @@ def _every_tile(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r: in
     from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
 
     packed = kernels.pack_weight(weight, r)
-    capability, shared = kernels.device_limits(x.device.index)
-    found = kernels.tiles(
-        x.shape[0] * x.shape[2] * x.shape[3],
-        weight.shape[0],
-        x.dtype,
-        capability,
-        shared,
-    )
+    limits = kernels.device_limits(x.device.index)
+    found = kernels.tiles(x.shape[0] * x.shape[2] * x.shape[3], weight.shape[0], x.dtype, limits)
 
     def run(tile: Any) -> Callable[[], torch.Tensor]:
         kernel_size = (weight.shape[2], weight.shape[3])
@@ -180,6 +253,18 @@ def _every_tile(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r: in
         f"triton {t.block_m}x{columns}x{t.block_k}, {t.num_warps} warps, {t.num_stages} stages, packed": run(t)
         for t in found
     }
+
+
+def _cuda_prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r: int) -> Callable[[], torch.Tensor]:
+    """Return a run as between two blocks of a network: the weight was packed before, and x is read in place."""
+    from hflfnerv.ops import _cuda
+
+    packed = _cuda.pack_weight(x, weight, r)
+    batch, channels, height, width = x.shape
+    memory = x.new_empty((batch, height, width, channels + -channels % 8))
+    pixels = memory[..., :channels].permute(0, 3, 1, 2).copy_(x)
+    operation = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
+    return lambda: operation(pixels, weight, bias, packed, r, "none", False, "cuda", "conv2d", "conv2d")[0]
 
 
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
@@ -198,6 +283,11 @@ def _measure_training(
     def block(impl: str) -> Callable[..., torch.Tensor]:
         return lambda x, w, b: ops.conv_pixel_shuffle_gelu(x, w, b, r, padding=padding, impl=impl)
 
+    def with_gradients(dgrad: str, wgrad: str) -> Callable[..., torch.Tensor]:
+        """The fused kernel, with a choice of what makes the gradients instead of the one by shape."""
+        operation = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
+        return lambda x, w, b: operation(x, w, b, None, r, "none", True, "triton", dgrad, wgrad)[0]
+
     def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return reference.conv_pixel_shuffle_gelu(x, w, b, r, padding=padding)
 
@@ -206,7 +296,11 @@ def _measure_training(
         y = function(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(to))]
 
-    functions = {impl: block(impl) for impl in (["reference"] if machine.dry else ["triton", "conv2d+triton"])}
+    functions = {"reference": block("reference")} if machine.dry else {"conv2d+triton": block("conv2d+triton")}
+    if not machine.dry:
+        for dgrad, wgrad in itertools.product(("triton", "conv2d"), repeat=2):
+            functions[f"triton, dgrad {dgrad}, wgrad {wgrad}"] = with_gradients(dgrad, wgrad)
+        functions |= {impl: block(impl) for impl in cuda_kernels()}
     functions |= {"eager": eager, COMPILED: machine.compile(eager)}
 
     def check() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hflfnerv import ops
 from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
+from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
 from hflfnerv.testing import assert_close_to_reference
 
 from ..registry import Contender, Point, Skipped, suite
@@ -76,13 +77,11 @@ def inference(in_channels: int, channels: int, r: int, kernel: int, height: int,
         with torch.inference_mode():
             return ops.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=kernel // 2, impl=impl)
 
+    call = Call(x, weight, bias, r, (kernel // 2, kernel // 2), "none")
     names = [
         name
         for name in ("cpp", "conv2d+cpp")
-        if next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == name).why_not(
-            x, weight, bias, r, (kernel // 2, kernel // 2), "none"
-        )
-        is None
+        if next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == name).why_not(call) is None
     ]
 
     def check() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_approximate", "check_like", "check_tensor", "check_upscale_factor"]
+__all__ = ["check_approximate", "check_like", "check_tensor", "check_upscale_factor", "compute_dtype"]
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -37,3 +37,9 @@ def check_approximate(approximate: object) -> None:
     """Raise ValueError unless ``approximate`` names a form of GELU."""
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which an operation on x computes: autocast's where that is on, else x's own."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

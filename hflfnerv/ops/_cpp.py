@@ -25,7 +25,7 @@ def _machine() -> str | None:
 
 @functools.cache
 def _amx() -> str | None:
-    reason: str | None = _ext.unavailable() or load().conv_pixel_shuffle_gelu_unavailable()
+    reason: str | None = _ext.unavailable() or load().amx_unavailable()
     return reason
 
 

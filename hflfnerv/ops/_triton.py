@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
+import shutil
 
 import torch
 
@@ -28,6 +30,8 @@ def _machine() -> str | None:
         return "hflfnerv.triton_kernels is not on the path: install the package (pip install -e . in its source tree)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    if not os.environ.get("CC") and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "Triton compiles with a C compiler, and there is neither gcc nor clang: install one, or set CC"
     return None
 
 

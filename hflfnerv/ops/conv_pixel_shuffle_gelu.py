@@ -2,110 +2,159 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
 from ..reference import conv_pixel_shuffle_gelu as reference
-from . import _cpp
-from ._check import check_approximate, check_like, check_tensor, check_upscale_factor
-from ._library import register
+from . import (
+    _conv_pixel_shuffle_gelu,  # noqa: F401  registers the operations
+    _cpp,
+    _cuda,
+)
+from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype
 from ._triton import rejects_tensor, unavailable
+from .packed_weights import kept_weight
 from .pixel_shuffle_gelu import image_is_small, pixel_shuffle_gelu, rejects_shape
 
-__all__ = ["CONV_PIXEL_SHUFFLE_GELU", "conv_pixel_shuffle_gelu"]
+__all__ = ["CONV_PIXEL_SHUFFLE_GELU", "Call", "conv_pixel_shuffle_gelu"]
 
 _INT32_MAX = 2**31 - 1
+_CUDA_MAX_KERNEL, _CUDA_MAX_N = 7, 2048
 
 
-def _run_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> torch.Tensor:
+class Call(NamedTuple):
+    """The checked arguments of one call: what each entry of the table runs or rejects."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    r: int
+    padding: tuple[int, int]
+    approximate: str
+
+
+def _tensors(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return x, weight and bias in the dtype of the result."""
+    dtype = compute_dtype(call.x)
+    return call.x.to(dtype), call.weight.to(dtype), None if call.bias is None else call.bias.to(dtype)
+
+
+def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _convolved_size(call: Call) -> tuple[int, int]:
+    """Return the height and the width of the convolution's result."""
+    height, width = (call.x.shape[i + 2] + 2 * call.padding[i] - call.weight.shape[i + 2] + 1 for i in range(2))
+    return height, width
+
+
+def _run_reference(call: Call) -> torch.Tensor:
+    x, weight, bias, r, padding, approximate = call
     return reference.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=padding, approximate=approximate)
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+def _run_composed(call: Call, impl: str, *, bias_in_convolution: bool) -> torch.Tensor:
+    """Run PyTorch's convolution and the kernel of :func:`pixel_shuffle_gelu`, one of which adds the bias."""
+    x, weight, bias, r, padding, approximate = call
+    first, second = (bias, None) if bias_in_convolution else (None, bias)
+    return pixel_shuffle_gelu(
+        F.conv2d(x, weight, first, padding=padding), r, second, approximate=approximate, impl=impl
+    )
 
 
-def _composed_rejects(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> str | None:
-    height, width = (x.shape[i + 2] + 2 * padding[i] - weight.shape[i + 2] + 1 for i in range(2))
-    return rejects_tensor(x.device, _autocast_dtype(x)) or rejects_shape(r, weight.shape[0], height, width)
+def _composed_triton_rejects(call: Call) -> str | None:
+    return rejects_tensor(call.x.device, compute_dtype(call.x)) or rejects_shape(
+        call.r, call.weight.shape[0], *_convolved_size(call)
+    )
 
 
-def _run_composed(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> torch.Tensor:
+def _run_composed_triton(call: Call) -> torch.Tensor:
     # The bias goes into the second kernel, where it costs no pass over memory of its own.
-    return pixel_shuffle_gelu(F.conv2d(x, weight, padding=padding), r, bias, approximate=approximate, impl="triton")
+    return _run_composed(call, "triton", bias_in_convolution=False)
 
 
-def _triton_rejects(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> str | None:
-    reason = rejects_tensor(x.device, _autocast_dtype(x))
+def _changes_size(call: Call) -> str | None:
+    rows, columns = call.weight.shape[2:]
+    if rows % 2 == 1 and columns % 2 == 1 and call.padding == (rows // 2, columns // 2):
+        return None
+    return (
+        f"kernel {(rows, columns)} with padding {call.padding} changes the size of the image; the kernel takes odd "
+        "sizes with half of them as padding, so that x and the convolution's result share their pixels"
+    )
+
+
+def _triton_rejects(call: Call) -> str | None:
+    reason = rejects_tensor(call.x.device, compute_dtype(call.x)) or _changes_size(call)
     if reason is not None:
         return reason
-    n, channels, rows, columns = weight.shape
-    if rows % 2 == 0 or columns % 2 == 0 or padding != (rows // 2, columns // 2):
-        return (
-            f"kernel {(rows, columns)} with padding {padding} changes the size of the image; the kernel takes odd "
-            "sizes with half of them as padding, so that x and the convolution's result share their pixels"
-        )
-    batch, _, height, width = x.shape
-    padded = -(-channels // 8) * 8
-    image = max(padded, n) * height * width
+    n, channels, rows, columns = call.weight.shape
+    batch, _, height, width = call.x.shape
+    padded, padded_n = (-(-size // 8) * 8 for size in (channels, n))
+    image = max(padded, padded_n) * height * width
     if image > _INT32_MAX:
         return f"one image has {image} elements, more than {_INT32_MAX}"
     if n * (2 * width + 256) > _INT32_MAX:
         return f"two rows of the result have {2 * n * width} elements, too many for offsets of 32 bits in a tile"
     if batch * height * width > _INT32_MAX - 256:
         return f"x has {batch * height * width} pixels, more than {_INT32_MAX - 256}"
-    if (rows * columns * padded + 64) * (n + 128) > _INT32_MAX:
-        return f"weight has {weight.numel()} elements, too many for offsets of 32 bits"
+    taps = rows * columns
+    if max((taps * padded + 64) * (n + 128), (taps * padded_n + 64) * (channels + 128)) > _INT32_MAX:
+        return f"weight has {call.weight.numel()} elements, too many for offsets of 32 bits"
     return None
 
 
-def _run_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> torch.Tensor:
-    dtype = _autocast_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    leaves = (x, weight) if bias is None else (x, weight, bias)
-    keep_z = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+def _pack_triton(weight: torch.Tensor, r: int) -> torch.Tensor:
+    from ..triton_kernels.conv_pixel_shuffle_gelu import pack_weight
+
+    packed: torch.Tensor = pack_weight(weight, r)
+    return packed
+
+
+def _run_triton(call: Call) -> torch.Tensor:
+    x, weight, bias = _tensors(call)
+    keep_z = _wants_gradient(x, weight, bias)
+    layout = ("triton", call.r, x.dtype)
+    packed = None if keep_z else kept_weight(call.weight, layout, lambda: _pack_triton(weight, call.r))
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
-        x, weight, bias, None, r, approximate, keep_z, "triton"
+        x, weight, bias, packed, call.r, call.approximate, keep_z, "triton", *_gradients_by_shape(x, weight)
+    )[0]
+    return out
+
+
+def _cuda_rejects(call: Call) -> str | None:
+    x, weight, bias = call[:3]
+    reason = _cuda.rejects_tensor(x.device, compute_dtype(x)) or _changes_size(call)
+    if reason is not None:
+        return reason
+    n, _, rows, columns = weight.shape
+    if max(rows, columns) > _CUDA_MAX_KERNEL or n > _CUDA_MAX_N:
+        return (
+            f"kernel {(rows, columns)} or {n} output channels are more than {_CUDA_MAX_KERNEL} and {_CUDA_MAX_N}, for "
+            "which shared memory has room"
+        )
+    if x.numel() == 0 or weight.numel() == 0:
+        return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"
+    batch, _, height, width = x.shape
+    if batch * height * width > _INT32_MAX:
+        return f"x has {batch * height * width} pixels, more than {_INT32_MAX}"
+    if width * (n + 7 * call.r**2) > _INT32_MAX:
+        return f"{call.r} rows of the result have {n * width} elements, too many for offsets of 32 bits"
+    if _wants_gradient(x, weight, bias) and unavailable() is not None:
+        return f"a gradient is wanted, and the backward pass runs Triton's kernels: {unavailable()}"
+    return None
+
+
+def _run_cuda(call: Call) -> torch.Tensor:
+    x, weight, bias = _tensors(call)
+    keep_z = _wants_gradient(x, weight, bias)
+    layout = ("cuda", call.r, x.dtype, x.shape)
+    packed = None if keep_z else kept_weight(call.weight, layout, lambda: _cuda.pack_weight(x, weight, call.r))
+    out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+        x, weight, bias, packed, call.r, call.approximate, keep_z, "cuda", *_gradients_by_shape(x, weight)
     )[0]
     return out
 
@@ -114,23 +163,12 @@ def _is_channels_last(t: torch.Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
-def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _cpp_rejects(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> str | None:
+def _cpp_rejects(call: Call) -> str | None:
+    x, weight, bias = call[:3]
     if x.device.type != "cpu":
         return _cpp.rejects_tensor(x.device, x.dtype)
-    dtype = _autocast_dtype(x)
-    if dtype != torch.bfloat16:
-        return f"dtype {dtype} is not torch.bfloat16, the one that AMX multiplies"
+    if compute_dtype(x) != torch.bfloat16:
+        return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
     if _wants_gradient(x, weight, bias):
         return "a gradient is wanted, and this kernel is for inference alone; 'conv2d+cpp' has gradients"
     if not _is_channels_last(x) and not _is_channels_last(weight):
@@ -142,51 +180,30 @@ def _cpp_rejects(
     return None
 
 
-def _run_cpp(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> torch.Tensor:
-    x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-    bias = None if bias is None else bias.to(torch.bfloat16)
-    out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_inference(x, weight, bias, r, padding, approximate)
+def _run_cpp(call: Call) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_inference(
+        *_tensors(call), call.r, call.padding, call.approximate
+    )
     return out
 
 
-def _composed_cpp_rejects(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> str | None:
-    return _cpp.rejects_tensor(x.device, _autocast_dtype(x) if x.device.type == "cpu" else x.dtype)
+def _composed_cpp_rejects(call: Call) -> str | None:
+    x = call.x
+    return _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
 
 
-def _run_composed_cpp(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> torch.Tensor:
+def _run_composed_cpp(call: Call) -> torch.Tensor:
     # With a gradient the second kernel takes the bias, because it gets the bias's gradient for nothing; PyTorch's
     # convolution rounds once for both otherwise.
-    if _wants_gradient(bias):
-        return pixel_shuffle_gelu(F.conv2d(x, weight, padding=padding), r, bias, approximate=approximate, impl="cpp")
-    return pixel_shuffle_gelu(F.conv2d(x, weight, bias, padding=padding), r, approximate=approximate, impl="cpp")
+    return _run_composed(call, "cpp", bias_in_convolution=not _wants_gradient(call.bias))
 
 
 CONV_PIXEL_SHUFFLE_GELU = ImplementationTable(
     "conv_pixel_shuffle_gelu",
     [
-        Implementation("conv2d+triton", _run_composed, unavailable, _composed_rejects),
+        Implementation("conv2d+triton", _run_composed_triton, unavailable, _composed_triton_rejects),
         Implementation("triton", _run_triton, unavailable, _triton_rejects),
+        Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable_amx, _cpp_rejects),
         Implementation("conv2d+cpp", _run_composed_cpp, _cpp.unavailable, _composed_cpp_rejects),
         Implementation("reference", _run_reference),
@@ -194,222 +211,48 @@ CONV_PIXEL_SHUFFLE_GELU = ImplementationTable(
 )
 
 
+# Which of two implementations is faster, by shape: predictions, not measurements. No GPU has run these comparisons yet;
+# ``python -m bench.gpu --parts conv`` makes them all.
+
+
+def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the matrix product is large in all three directions, in half precision."""
+    n, channels, rows, columns = weight.shape
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return compute_dtype(x).itemsize == 2 and pixels >= 2048 and n >= 96 and channels * rows * columns >= 512
+
+
 def _predicted_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether "triton" should beat "conv2d+triton".
 
-    A prediction, not a measurement: no GPU has run this comparison yet (``python -m bench.gpu --parts conv`` makes it).
-    By a model of the L2 cache's traffic the fused kernel wins where the matrix product is large in all three
-    directions, in half precision, and x is channels-last already.
+    By a model of the L2 cache's traffic the fused kernel wins where the matrix product is large, and x is channels-last
+    already.
     """
-    n, channels, rows, columns = weight.shape
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return (
-        _autocast_dtype(x).itemsize == 2
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and pixels >= 2048
-        and n >= 96
-        and channels * rows * columns >= 512
-    )
+    return _is_large(x, weight) and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _by_shape(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    r: int,
-    padding: tuple[int, int],
-    approximate: str,
-) -> str:
+def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str]:
+    """Return what makes the gradients of x and weight where the forward pass is "triton".
+
+    Both read the same bytes from L2, which limits them, so cuDNN should not be slower where it takes tensors as they
+    are. Where the channels of x are no multiple of 8 it pads them in passes of its own, and 33 fill tiles of 64.
+    """
+    predicted = "triton" if _is_large(x, weight) and weight.shape[1] % 8 != 0 else "conv2d"
+    return predicted, predicted
+
+
+def _by_shape(call: Call) -> str:
     """Return what "auto" is for these inputs: "triton" where it is predicted to be faster, else the table's order.
 
     On the CPU that is not "conv2d+cpp" for images so small that the call takes longer than it saves.
     """
-    if x.device.type == "cpu":
-        rows, columns = (x.shape[i + 2] + 2 * padding[i] - weight.shape[i + 2] + 1 for i in range(2))
-        small = image_is_small(weight.shape[0], rows, columns)
-        whole = _cpp.unavailable_amx() is None and _cpp_rejects(x, weight, bias, r, padding, approximate) is None
+    if call.x.device.type == "cpu":
+        small = image_is_small(call.weight.shape[0], *_convolved_size(call))
+        whole = _cpp.unavailable_amx() is None and _cpp_rejects(call) is None
         return "reference" if small and not whole else "auto"
-    if unavailable() is not None or _triton_rejects(x, weight, bias, r, padding, approximate) is not None:
+    if unavailable() is not None or _triton_rejects(call) is not None:
         return "auto"
-    return "triton" if _predicted_faster(x, weight) else "auto"
-
-
-def _shuffled_order(t: torch.Tensor, r: int) -> torch.Tensor:
-    """Reorder the first axis from (c, i, j), that of PixelShuffle, to (i, j, c), in which y's rows are contiguous."""
-    reordered: torch.Tensor = t.unflatten(0, (-1, r * r)).transpose(0, 1).flatten(0, 1)
-    return reordered
-
-
-def _shuffle_order(t: torch.Tensor, r: int) -> torch.Tensor:
-    """Undo :func:`_shuffled_order`."""
-    reordered: torch.Tensor = t.unflatten(0, (r * r, -1)).transpose(0, 1).flatten(0, 1)
-    return reordered
-
-
-def _half_padding(weight: torch.Tensor) -> list[int]:
-    return [weight.shape[2] // 2, weight.shape[3] // 2]
-
-
-def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    packed: torch.Tensor | None,
-    r: int,
-    approximate: str,
-    keep_z: bool,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if impl == "reference":
-        y = F.conv2d(x, weight, bias, padding=_half_padding(weight))
-        z = _shuffled_order(y.transpose(0, 1), r).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        y = F.gelu(F.pixel_shuffle(y, r), approximate=approximate).contiguous(memory_format=torch.channels_last)
-        return y, z if keep_z else x.new_empty(0)
-    from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight
-
-    if packed is None:
-        packed = pack_weight(weight, r)
-    kernel_size = (weight.shape[2], weight.shape[3])
-    y, kept = conv_pixel_shuffle_gelu_fwd(x, packed, bias, weight.shape[0], kernel_size, r, approximate, keep_z=keep_z)
-    return y, x.new_empty(0) if kept is None else kept
-
-
-def _forward_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    packed: torch.Tensor | None,
-    r: int,
-    approximate: str,
-    keep_z: bool,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, _, height, width = x.shape
-    n = weight.shape[0]
-    y = x.new_empty((batch, n // (r * r), height * r, width * r)).contiguous(memory_format=torch.channels_last)
-    if not keep_z:
-        return y, x.new_empty(0)
-    return y, x.new_empty((batch, n, height, width)).contiguous(memory_format=torch.channels_last)
-
-
-def _backward(
-    dy: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    z = z.contiguous(memory_format=torch.channels_last)
-    if impl == "reference":
-        spread = _shuffled_order(F.pixel_unshuffle(dy, r).transpose(0, 1), r).transpose(0, 1)
-        dz = torch.ops.aten.gelu_backward(spread, z, approximate=approximate)
-        dz = dz.contiguous(memory_format=torch.channels_last)
-        dbias = _shuffle_order(dz.sum(dim=(0, 2, 3)), r) if with_bias else None
-    else:
-        from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_bwd
-
-        dz, dbias = conv_pixel_shuffle_gelu_bwd(dy, z, r, approximate, with_bias)
-    return dz, z.new_empty(0) if dbias is None else dbias
-
-
-def _backward_fake(
-    dy: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dz = z.new_empty(z.shape).contiguous(memory_format=torch.channels_last)
-    return dz, z.new_empty(z.shape[1] if with_bias else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, bias, _, ctx.r, ctx.approximate, ctx.keep_z, ctx.impl = inputs
-    ctx.with_bias = bias is not None
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, dy: torch.Tensor | None, _dz: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    if not ctx.keep_z:
-        raise RuntimeError("keep_z must be True where a gradient is wanted, got False: the gradient is a function of z")
-    x, weight, z = ctx.saved_tensors
-    dz, dbias = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_backward(
-        dy, z, ctx.r, ctx.approximate, ctx.with_bias, ctx.impl
-    )
-    # The channels of dz are in the order (i, j, c), so the weight's are put there, and those of its gradient back.
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz,
-        x,
-        _shuffled_order(weight, ctx.r),
-        None,
-        [1, 1],
-        _half_padding(weight),
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
-    )
-    if dweight is not None:
-        dweight = _shuffle_order(dweight, ctx.r)
-    return dx, dweight, dbias if ctx.with_bias else None, None, None, None, None, None
-
-
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("conv_pixel_shuffle_gelu has no second derivative in its kernels; use impl='reference'")
-
-
-# ``packed`` is ``pack_weight(weight, r)`` of the Triton kernels for a caller who keeps it, or None.
-register(
-    "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
-    "bool keep_z, str impl) -> (Tensor, Tensor)",
-    run=_forward,
-    fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-register(
-    "conv_pixel_shuffle_gelu_backward(Tensor dy, Tensor z, int r, str approximate, bool with_bias, str impl)"
-    " -> (Tensor, Tensor)",
-    run=_backward,
-    fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
-)
-
-
-def _inference_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, r: int, padding: list[int], approximate: str
-) -> torch.Tensor:
-    height, width = (x.shape[i + 2] + 2 * padding[i] - weight.shape[i + 2] + 1 for i in range(2))
-    size = (x.shape[0], weight.shape[0] // (r * r), height * r, width * r)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _inference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, r: int, padding: list[int], approximate: str
-) -> torch.Tensor:
-    y = _inference_fake(x, weight, bias, r, padding, approximate)
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    biases = _cpp.float_bias(bias)
-    _cpp.load().conv_pixel_shuffle_gelu_fwd(
-        [*x.shape, y.shape[1], r, *weight.shape[2:], *padding],
-        approximate == "tanh",
-        *(_cpp.address(t) for t in (x, weight, biases, y)),
-        threads=torch.get_num_threads(),
-    )
-    return y
-
-
-def _no_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("conv_pixel_shuffle_gelu_inference has no gradient; use impl='conv2d+cpp'")
-
-
-register(
-    "conv_pixel_shuffle_gelu_inference(Tensor x, Tensor weight, Tensor? bias, int r, int[] padding, str approximate)"
-    " -> Tensor",
-    run=_inference,
-    fake=_inference_fake,
-    setup_context=None,
-    backward=_no_gradient,
-)
+    return "triton" if _predicted_faster(call.x, call.weight) else "auto"
 
 
 def _pair(padding: object) -> tuple[int, int]:
@@ -447,9 +290,12 @@ def conv_pixel_shuffle_gelu(
         approximate: ``"none"`` for the exact GELU (erf), ``"tanh"`` for its tanh form.
         impl: ``"auto"``, ``"conv2d+triton"`` (PyTorch's convolution, then the fused kernel of
             :func:`pixel_shuffle_gelu`, which adds the bias as well), ``"triton"`` (one kernel for all, half of an odd
-            kernel as padding; the gradients of x and weight are PyTorch's convolutions), ``"cpp"`` (CPU with AMX:
-            one kernel for all, bfloat16, channels-last, without gradients), ``"conv2d+cpp"`` (CPU: PyTorch's
-            convolution, then the kernel of :func:`pixel_shuffle_gelu`) or ``"reference"`` (PyTorch, anywhere).
+            kernel as padding; the gradients of x and weight by kernels too, or by PyTorch's convolutions where those
+            should be faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
+            float16, half of an odd kernel as padding; the gradients as with ``"triton"``), ``"cpp"`` (CPU with AMX:
+            one kernel for all, bfloat16, channels-last, without gradients),
+            ``"conv2d+cpp"`` (CPU: PyTorch's convolution, then the kernel of :func:`pixel_shuffle_gelu`) or
+            ``"reference"`` (PyTorch, anywhere).
 
     Returns:
         ``[B, C_out, H' r, W' r]``, with ``H' = H + 2 padding - K_h + 1`` and W' likewise; x's dtype, or autocast's.
@@ -464,8 +310,12 @@ def conv_pixel_shuffle_gelu(
         bias after the convolution's result was rounded to its dtype; from there on see :func:`pixel_shuffle_gelu`.
         ``"triton"`` sums in float32, adds the bias and applies GELU in float32, and rounds once; float32 products are
         rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so, which is PyTorch's default. Its
-        result is channels-last, and so is what it keeps for the backward pass. ``"cpp"`` sums in float32 in an order
-        that depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
+        result is channels-last, and so is what it keeps for the backward pass. The gradients that kernels make are
+        summed in float32, in an order that depends on shapes and the device alone. ``"cuda"`` does likewise, in the
+        same order in every run; its GELU is within 3e-5 of the exact one plus the error of the hardware's tanh, 5e-4 of
+        its value, and where r C_out is no multiple of 8 the pixels of its result are padded in memory to a multiple of
+        8 channels, as which the next block reads them without a copy. ``"cpp"`` sums in float32 in an order that
+        depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
         result is channels-last, and the same bits on any number of threads and in any batch.
 
     Example:
@@ -499,8 +349,7 @@ def conv_pixel_shuffle_gelu(
             raise ValueError(
                 f"bias must have shape ({weight.shape[0]},), one value per output channel, got {tuple(bias.shape)}"
             )
-    if impl == "auto":
-        impl = _by_shape(x, weight, bias, r, pair, approximate)
-    entry = CONV_PIXEL_SHUFFLE_GELU.select(impl, x, weight, bias, r, pair, approximate)
-    out: torch.Tensor = entry.run(x, weight, bias, r, pair, approximate)
+    call = Call(x, weight, bias, r, pair, approximate)
+    entry = CONV_PIXEL_SHUFFLE_GELU.select(_by_shape(call) if impl == "auto" else impl, call)
+    out: torch.Tensor = entry.run(call)
     return out

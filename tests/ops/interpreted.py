@@ -12,7 +12,9 @@ import torch
 from hflfnerv import ops
 from hflfnerv.reference import conv_pixel_shuffle_gelu as conv_reference
 from hflfnerv.reference import highpass as highpass_reference
+from hflfnerv.reference import output_stage as stage_reference
 from hflfnerv.reference import pixel_shuffle_gelu as reference
+from hflfnerv.reference import stream_loss as loss_reference
 from hflfnerv.testing import (
     assert_close_to_reference,
     assert_gradient_close_to_reference,
@@ -143,27 +145,27 @@ def run_conv_reference(tensors, dy, shape, approximate, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "approximate", "layout", "with_bias"),
+    ("shape", "approximate", "layout", "with_bias", "gradients"),
     [
-        (CONV_SHAPES[0], "none", "channels_last", True),
-        (CONV_SHAPES[0], "tanh", "strided", False),
-        (CONV_SHAPES[1], "none", "contiguous", True),
-        (CONV_SHAPES[2], "none", "channels_last", True),
-        (CONV_SHAPES[3], "tanh", "contiguous", True),
-        (CONV_SHAPES[4], "none", "channels_last", False),
-        (CONV_SHAPES[5], "none", "channels_last", True),
+        (CONV_SHAPES[0], "none", "channels_last", True, "triton"),
+        (CONV_SHAPES[0], "tanh", "strided", False, "conv2d"),
+        (CONV_SHAPES[1], "none", "contiguous", True, "triton"),
+        (CONV_SHAPES[2], "none", "channels_last", True, "conv2d"),
+        (CONV_SHAPES[3], "tanh", "contiguous", True, "triton"),
+        (CONV_SHAPES[4], "none", "channels_last", False, "triton"),
+        (CONV_SHAPES[5], "none", "channels_last", True, "triton"),
     ],
 )
-def test_conv_shuffle(shape, approximate, layout, with_bias, dtype):
+def test_conv_shuffle(shape, approximate, layout, with_bias, dtype, gradients):
     x, weight, bias = conv_operands(shape, dtype, layout)
     tensors = (x, weight, bias) if with_bias else (x, weight)
     batch, _, out_channels, r, _, height, width = shape
     dy = make_tensor(batch, out_channels, height * r, width * r, dtype=dtype, seed=3)
     with poisoned_empty():
         y, z = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
-            x, weight, bias if with_bias else None, None, r, approximate, True, "triton"
+            x, weight, bias if with_bias else None, None, r, approximate, True, "triton", gradients, gradients
         )
-        gradients = torch.autograd.grad(y, tensors, dy)
+        actual_gradients = torch.autograd.grad(y, tensors, dy)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert z.is_contiguous(memory_format=torch.channels_last)
     expected, expected_gradients = run_conv_reference(tensors, dy, shape, approximate, torch.float64)
@@ -171,7 +173,7 @@ def test_conv_shuffle(shape, approximate, layout, with_bias, dtype):
     kernel = shape[4]
     size, *sizes = convolution_magnitudes(x, weight, dy, r, (kernel[0] // 2, kernel[1] // 2))
     assert_close_to_reference(y, expected, same, magnitude=size)
-    for actual, true, rounded, size in zip(gradients, expected_gradients, same_gradients, sizes, strict=False):
+    for actual, true, rounded, size in zip(actual_gradients, expected_gradients, same_gradients, sizes, strict=False):
         assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
 
 
@@ -188,7 +190,7 @@ def test_conv_shuffle_every_tile(keep_z):
             run_conv_reference((x, weight, bias), dy, shape, "none", d) for d in (torch.float64, dtype)
         )
         packed = kernels.pack_weight(weight, 2)
-        for tile in kernels.tiles(10**6, n, dtype, (9, 0), 232448):
+        for tile in kernels.tiles(10**6, n, dtype, kernels.HOPPER):
             with poisoned_empty():
                 y, z = kernels.conv_pixel_shuffle_gelu_fwd(
                     x, packed, bias, n, (1, 1), 2, "none", keep_z=keep_z, tile=tile
@@ -207,13 +209,84 @@ def test_conv_shuffle_every_tile(keep_z):
             assert_close_to_reference(z, spread, rounded)
 
 
+def test_conv_shuffle_takes_pixels_that_lie_apart():
+    # As the CUDA kernel leaves them, with anything in between.
+    x, weight, bias = conv_operands((2, 5, 3, 2, (3, 3), 4, 5), torch.float32, requires_grad=False)
+    memory = torch.full((2, 4, 5, 8), float("nan"))
+    apart = memory[..., :5].permute(0, 3, 1, 2).copy_(x)
+    run = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
+    y, expected = (run(t, weight, bias, None, 2, "none", False, "triton", "conv2d", "conv2d")[0] for t in (apart, x))
+    assert torch.equal(y, expected)
+
+
+def test_conv_shuffle_keeps_the_packed_weight(monkeypatch):
+    import importlib
+
+    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+
+    module = importlib.import_module("hflfnerv.ops.conv_pixel_shuffle_gelu")
+    x, weight, bias = conv_operands((1, 9, 3, 2, (3, 3), 4, 5), torch.float32, requires_grad=False)
+    call = module.Call(x, torch.nn.Parameter(weight), bias, 2, (1, 1), "none")
+    packed, pack = [], kernels.pack_weight
+    monkeypatch.setattr(kernels, "pack_weight", lambda *args: packed.append(args) or pack(*args))
+    with torch.no_grad(), ops.PackedWeights():
+        first, second = module._run_triton(call), module._run_triton(call)
+        assert len(packed) == 1
+        assert torch.equal(first, second)
+        call.weight.mul_(0.5)
+        third = module._run_triton(call)
+    assert len(packed) == 2
+    expected = conv_reference.conv_pixel_shuffle_gelu(x.double(), weight.double(), bias.double(), 2, padding=1)
+    torch.testing.assert_close(third.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(28, torch.float16), (132, torch.float16), (132, torch.float32)])
+def test_conv_shuffle_every_tile_of_the_gradients(n, dtype):
+    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+
+    # Pixels of several steps in several shares, in rows that a step does not divide; rows of the result of two blocks.
+    shape = (2, 33, n // 4, 2, (3, 3), 5, 37)
+    x, weight, _ = conv_operands(shape, dtype, requires_grad=False)
+    dz = make_tensor(2, n, 5, 37, dtype=dtype, layout="channels_last", seed=1)
+    padded = torch.nn.functional.pad(dz, (0, 0, 0, 0, 0, -n % 8)).contiguous(memory_format=torch.channels_last)
+    # The order (i, j, c) of dz as the order (c, i, j) of the weight.
+    spread = dz.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
+
+    def gradients(to):
+        tensors = [t.to(to) for t in (spread, x, weight)]
+        return torch.ops.aten.convolution_backward(
+            *tensors, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        )
+
+    expected, same = gradients(torch.float64), gradients(dtype)
+    sizes = torch.ops.aten.convolution_backward(
+        *(t.double().abs() for t in (spread, x, weight)),
+        *(None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]),
+    )
+    found = {
+        0: [
+            kernels.conv_pixel_shuffle_gelu_dgrad(padded, weight, 2, tile=tile)
+            for tile in kernels.tiles(10**6, 33, dtype, kernels.HOPPER)
+        ],
+        1: [
+            kernels.conv_pixel_shuffle_gelu_wgrad(x, padded, weight, 2, tile=tile)
+            for tile in kernels.wgrad_tiles(9 * 40, n, dtype, kernels.HOPPER)
+        ],
+    }
+    for which, results in found.items():
+        for actual in results:
+            assert_gradient_close_to_reference(actual, expected[which], same[which], magnitude=sizes[which])
+
+
 def test_conv_shuffle_takes_a_kept_weight():
     from hflfnerv.triton_kernels.conv_pixel_shuffle_gelu import pack_weight
 
     x, weight, bias = conv_operands((1, 9, 3, 2, (3, 3), 4, 5), torch.float32, requires_grad=False)
     op = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
-    y, z = op(x, weight, bias, None, 2, "none", False, "triton")
-    assert torch.equal(op(x, weight, bias, pack_weight(weight, 2), 2, "none", False, "triton")[0], y)
+    y, z = op(x, weight, bias, None, 2, "none", False, "triton", "conv2d", "conv2d")
+    assert torch.equal(
+        op(x, weight, bias, pack_weight(weight, 2), 2, "none", False, "triton", "conv2d", "conv2d")[0], y
+    )
     assert z.numel() == 0
 
 
@@ -222,18 +295,128 @@ def test_conv_shuffle_reads_nothing_outside_its_window():
     x, weight, _ = conv_operands((1, 5, 1, 2, (3, 3), 7, 9), torch.float32, requires_grad=False)
     x[0, 0, 3, 4] = float("inf")
     x[0, 1, 0, 0] = float("nan")
-    y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(x, weight, None, None, 2, "none", False, "triton")
+    y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+        x, weight, None, None, 2, "none", False, "triton", "conv2d", "conv2d"
+    )
     expected = conv_reference.conv_pixel_shuffle_gelu(x.double(), weight.double(), None, 2, padding=1)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-def test_conv_shuffle_empty():
+@pytest.mark.parametrize("gradients", ["triton", "conv2d"])
+def test_conv_shuffle_empty(gradients):
     x = torch.empty(0, 5, 3, 4, requires_grad=True)
     _, weight, bias = conv_operands((1, 5, 2, 2, (3, 3), 3, 4), torch.float32)
-    y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(x, weight, bias, None, 2, "none", True, "triton")
+    y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+        x, weight, bias, None, 2, "none", True, "triton", gradients, gradients
+    )
     y.sum().backward()
     assert y.shape == (0, 2, 6, 8)
     assert x.grad.shape == x.shape
     assert torch.equal(bias.grad, torch.zeros(8))
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("size", "image", "larger", "layout"),
+    [
+        ((5, 7), (5, 7), (5, 7), "channels_last"),
+        ((6, 9), (7, 12), (9, 10), "contiguous"),
+        ((1, 1), (3, 2), (1, 4), "channels_last"),
+        ((3, 700), (4, 701), (3, 700), "strided"),  # rows of more than one block
+    ],
+)
+def test_stream_loss(size, image, larger, layout, dtype, both):
+    low, high = (
+        make_tensor(3, 3, *shape, dtype=dtype, layout=layout, seed=seed, scale=3, requires_grad=True)
+        for seed, shape in enumerate((image, larger))
+    )
+    images = [low, high] if both else [low]
+    target = torch.randint(0, 256, (3, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    dloss = make_tensor(3, seed=4)
+    with poisoned_empty():
+        loss = torch.ops.hflfnerv.stream_loss(low, target, high if both else None, "triton")
+        gradients = torch.autograd.grad(loss, images, dloss)
+
+    def run(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in images]
+        loss = loss_reference.stream_loss(leaves[0], target, *leaves[1:])
+        return loss, torch.autograd.grad(loss, leaves, dloss.to(loss.dtype))
+
+    (expected, expected_gradients), (same, same_gradients) = run(torch.float64), run(dtype)
+    assert_close_to_reference(loss, expected, same)
+    for actual, true, rounded in zip(gradients, expected_gradients, same_gradients, strict=True):
+        assert_gradient_close_to_reference(actual, true, rounded)
+
+
+def test_stream_loss_extremes():
+    values = torch.tensor([-1e30, -50.0, 0.0, 50.0, 1e30, float("nan")])
+    low = values.repeat_interleave(3).view(6, 3, 1, 1).requires_grad_()
+    loss = torch.ops.hflfnerv.stream_loss(low, torch.zeros(6, 1, 1, 3, dtype=torch.uint8), None, "triton")
+    (dlow,) = torch.autograd.grad(loss.sum(), low)
+    assert torch.equal(loss[:5], torch.tensor([0.0, 0.0, 0.25, 1.0, 1.0]))
+    torch.testing.assert_close(dlow[:5, 0, 0, 0], torch.tensor([0.0, 0.0, 1 / 6, 0.0, 0.0]))
+    assert loss[5].isnan()
+    assert dlow[5].isnan().all()
+
+
+# Channels of the features, rows and columns of each beyond the frame, H, W, groups, scales.
+STAGES = [
+    ((28,), ((0, 0),), (11, 19), (0,), (0.5,)),
+    ((24, 5, 10), ((0, 0), (2, 0), (0, 7)), (9, 33), (0, 1, 1), (1.0, 0.5)),
+    ((3, 33), ((1, 1), (0, 0)), (1, 5), (0, 1), (-0.75, 0.25)),
+    ((16, 1), ((0, 0), (0, 1)), (6, 9), (0, 0), (0.5,)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", STAGES)
+def test_output_stage(case, dtype):
+    channels, beyond, crop, groups, scales = case
+    features = [
+        make_tensor(2, c, crop[0] + rows, crop[1] + columns, dtype=dtype, layout="channels_last", seed=i)
+        for i, (c, (rows, columns)) in enumerate(zip(channels, beyond, strict=True))
+    ]
+    weights = [make_tensor(3, c, 3, 3, dtype=dtype, scale=(9 * c) ** -0.5, seed=9 + c) for c in channels]
+    biases = make_tensor(len(scales), 3, seed=20)
+    rest = (list(groups), list(scales), 0.5, list(crop))
+    run = torch.ops.hflfnerv.output_stage
+    with poisoned_empty():
+        frames = run(features, weights, biases, *rest, False, "triton")
+        levels = run(features, weights, biases, *rest, True, "triton")
+    options = {"groups": groups, "scales": scales, "offset": 0.5, "crop": crop, "as_bytes": False}
+    expected, same = (
+        stage_reference.output_stage(
+            [x.to(d) for x in features], [weight.to(d) for weight in weights], biases.to(d), **options
+        )
+        for d in (torch.float64, torch.float32)
+    )
+    # What is rounded: the terms of the sums, and tanh, whose error of 2e-7 is less than 4 units of roundoff.
+    terms = sum(
+        torch.nn.functional.conv2d(x.double().abs(), weight.double().abs(), padding=1).max()
+        for x, weight in zip(features, weights, strict=True)
+    )
+    assert_close_to_reference(frames, expected, same, magnitude=terms + 4)
+    assert torch.equal(levels, (frames.clamp(0, 1) * 255).round().byte())
+
+
+def test_output_stage_rounds_halves_to_even():
+    # With no weights the image is the offset: every level, every half between two, and what is to be clamped.
+    values = [-1.0, 2.0, *(level / 510 for level in range(511))]
+    x, weight = torch.zeros(1, 1, 1, 1), torch.zeros(3, 1, 3, 3)
+    run = torch.ops.hflfnerv.output_stage
+    for value in (values[0], values[1], *values[2::37]):
+        levels = run([x], [weight], torch.zeros(1, 3), [0], [1.0], value, [1, 1], True, "triton")
+        expected = (torch.tensor(value).clamp(0, 1) * 255).round().byte()
+        assert levels.flatten().tolist() == [expected.item()] * 3
+
+
+def test_output_stage_reads_nothing_outside_its_window():
+    x, weight = torch.zeros(2, 5, 7, 9), make_tensor(3, 5, 3, 3)
+    x[0, 0, 3, 4] = float("nan")
+    frames = torch.ops.hflfnerv.output_stage([x], [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [7, 9], False, "triton")
+    bad = frames.isnan().all(dim=3)
+    assert bad[0, 2:5, 3:6].all()
+    assert bad.sum() == frames.isnan().sum() / 3 == 9

@@ -9,6 +9,7 @@ from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.nn import UpsampleBlock
 from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
+from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
 from hflfnerv.testing import assert_close_to_reference, make_tensor, poisoned_empty
 
@@ -161,9 +162,9 @@ def test_autocast_and_auto():
 
 def test_there_is_no_gradient_in_it():
     x, weight, bias = (t.requires_grad_() for t in operands(SHAPES[0]))
-    assert "a gradient is wanted" in ENTRY.rejects(x, weight, bias, 2, (2, 2), "none")
+    assert "a gradient is wanted" in ENTRY.rejects(Call(x, weight, bias, 2, (2, 2), "none"))
     with torch.no_grad():
-        assert ENTRY.rejects(x, weight, bias, 2, (2, 2), "none") is None
+        assert ENTRY.rejects(Call(x, weight, bias, 2, (2, 2), "none")) is None
     if ENTRY.unavailable() is None:
         with pytest.raises(RuntimeError, match=r"has no gradient; use impl='conv2d\+cpp'"):
             OP(x, weight, bias, 2, [2, 2], "none").sum().backward()
@@ -180,7 +181,7 @@ def test_there_is_no_gradient_in_it():
 )
 def test_rejects(change, reason):
     x, weight, _ = operands(SHAPES[0])
-    assert reason in ENTRY.rejects(*change(x, weight), None, 2, (2, 2), "none")
+    assert reason in ENTRY.rejects(Call(*change(x, weight), None, 2, (2, 2), "none"))
 
 
 def test_says_what_the_machine_lacks(monkeypatch):

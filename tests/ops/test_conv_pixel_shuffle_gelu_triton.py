@@ -11,11 +11,13 @@ import torch
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
-from hflfnerv.testing import make_tensor
+from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
+from hflfnerv.testing import assert_gradient_close_to_reference, convolution_magnitudes, make_tensor, requires
 
 MODULE = importlib.import_module("hflfnerv.ops.conv_pixel_shuffle_gelu")
 OP = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
 BACKWARD_OP = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_backward
+LIBRARY = ("reference", "conv2d", "conv2d")  # nothing that needs a GPU
 ENTRY = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "triton")
 
 
@@ -32,27 +34,28 @@ def operands(batch=2, channels=3, out_channels=2, r=2, height=3, width=4, kernel
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_opcheck(approximate, keep_z):
     x, weight, bias = operands(requires_grad=keep_z)
-    torch.library.opcheck(OP, (x, weight, bias, None, 2, approximate, keep_z, "reference"))
-    torch.library.opcheck(OP, (x, weight, None, None, 2, approximate, keep_z, "reference"))
+    torch.library.opcheck(OP, (x, weight, bias, None, 2, approximate, keep_z, *LIBRARY))
+    torch.library.opcheck(OP, (x, weight, None, None, 2, approximate, keep_z, *LIBRARY))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_opcheck_backward(with_bias):
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False), (False,) * 3])
+def test_opcheck_backward(wanted):
+    x, weight, _ = operands()
     z, dy = make_tensor(2, 8, 3, 4, layout="channels_last"), make_tensor(2, 2, 6, 8, seed=1)
-    torch.library.opcheck(BACKWARD_OP, (dy, z, 2, "none", with_bias, "reference"))
+    torch.library.opcheck(BACKWARD_OP, (dy, x, weight, z, 2, "none", list(wanted), *LIBRARY))
 
 
 @pytest.mark.parametrize("r", [1, 2, 3])
 def test_gradcheck(r):
     # The formula that every kernel shares: the order of channels, PyTorch's two convolutions, the bias.
     x, weight, bias = operands(1, 2, 2, r, 3, 4, dtype=torch.float64, requires_grad=True)
-    function = lambda x, w, b: OP(x, w, b, None, r, "none", True, "reference")[0]  # noqa: E731
+    function = lambda x, w, b: OP(x, w, b, None, r, "none", True, *LIBRARY)[0]  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, weight, bias))
 
 
 def test_same_as_the_definition():
     x, weight, bias = operands(2, 5, 3, 2, 4, 7, 5, dtype=torch.float64)
-    y, z = OP(x, weight, bias, None, 2, "none", True, "reference")
+    y, z = OP(x, weight, bias, None, 2, "none", True, *LIBRARY)
     assert torch.equal(y, ops.conv_pixel_shuffle_gelu(x, weight, bias, 2, padding=2, impl="reference"))
     # Channel (i, j, c) of z is channel (c, i, j) of the convolution.
     conv = torch.nn.functional.conv2d(x, weight, bias, padding=2)
@@ -61,14 +64,14 @@ def test_same_as_the_definition():
 
 def test_gradient_needs_z():
     x, weight, bias = operands(requires_grad=True)
-    y, _ = OP(x, weight, bias, None, 2, "none", False, "reference")
+    y, _ = OP(x, weight, bias, None, 2, "none", False, *LIBRARY)
     with pytest.raises(RuntimeError, match="keep_z must be True where a gradient is wanted, got False"):
         y.sum().backward()
 
 
 def test_no_second_derivative():
     x, weight, bias = operands(requires_grad=True)
-    y, _ = OP(x, weight, bias, None, 2, "none", True, "reference")
+    y, _ = OP(x, weight, bias, None, 2, "none", True, *LIBRARY)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative in its kernels; use impl='reference'"):
         dx.sum().backward()
@@ -76,7 +79,7 @@ def test_no_second_derivative():
 
 def test_compile_of_the_registered_operation():
     compiled = torch.compile(
-        lambda x, w, b: OP(x, w, b, None, 2, "none", True, "reference")[0],
+        lambda x, w, b: OP(x, w, b, None, 2, "none", True, *LIBRARY)[0],
         fullgraph=True,
         backend="aot_eager",
         dynamic=True,
@@ -108,14 +111,14 @@ def test_says_why_not(monkeypatch, kernel, padding, size, reason):
     # As on a machine with a GPU: the device's own limits come first.
     monkeypatch.setattr(MODULE, "rejects_tensor", lambda device, dtype: None)
     x, weight = torch.zeros(()).expand(size), torch.zeros(()).expand(8, 8, *kernel)
-    found = ENTRY.rejects(x, weight, None, 2, padding, "none")
+    found = ENTRY.rejects(Call(x, weight, None, 2, padding, "none"))
     assert found is None if reason is None else re.match(reason, found), found
 
 
 def test_weights_too_large(monkeypatch):
     monkeypatch.setattr(MODULE, "rejects_tensor", lambda device, dtype: None)
     x, weight = torch.zeros(()).expand(1, 2**15, 4, 4), torch.zeros(()).expand(2**14, 2**15, 3, 3)
-    assert "too many for offsets of 32 bits" in ENTRY.rejects(x, weight, None, 2, (1, 1), "none")
+    assert "too many for offsets of 32 bits" in ENTRY.rejects(Call(x, weight, None, 2, (1, 1), "none"))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,28 @@ def test_unavailable_here():
     x, weight, bias = operands()
     with pytest.raises(BackendUnavailable, match=r"impl='triton' cannot run: .+"):
         ops.conv_pixel_shuffle_gelu(x, weight, bias, 2, padding=1, impl="triton")
-    assert "the tensors are on cpu" in ENTRY.rejects(x, weight, bias, 2, (1, 1), "none")
+    assert "the tensors are on cpu" in ENTRY.rejects(Call(x, weight, bias, 2, (1, 1), "none"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and not requires("cuda"), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [(33, 28, 2, 5), (40, 33, 2, 5), (57, 48, 4, 3), (24, 7, 5, 1)])
+def test_gradients_by_kernels_on_the_device(block, dtype):
+    channels, out_channels, r, kernel = block
+    tensors = operands(2, channels, out_channels, r, 37, 53, kernel, dtype=dtype)
+    dy = make_tensor(2, out_channels, 37 * r, 53 * r, dtype=dtype, seed=3).cuda()
+
+    def run(dtype, implementations):
+        leaves = [t.cuda().to(dtype).requires_grad_() for t in tensors]
+        y, _ = OP(*leaves, None, r, "none", True, *implementations)
+        return torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    expected, same = run(torch.float64, LIBRARY), run(dtype, LIBRARY)
+    sizes = convolution_magnitudes(tensors[0], tensors[1], dy.cpu(), r, (kernel // 2, kernel // 2))[1:]
+    for actual, true, rounded, size in zip(run(dtype, ["triton"] * 3), expected, same, sizes, strict=True):
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
+    first, second = (run(dtype, ["triton"] * 3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_interpreter(interpreter):
@@ -160,13 +184,23 @@ BLOCKS = {
     "768 columns": (57, 48, 4, 3, 10, 20),
     "48 columns": (12, 12, 2, 3, 7, 9),
 }
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
 
-def launch(block, dtype, approximate, **options):
+def limits(capability):
+    """The device's capability, shared memory of one program and multiprocessors."""
+    shared, multiprocessors = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148)}[capability]
+    return kernels_module().Limits(divmod(capability, 10), shared, multiprocessors)
+
+
+def kernels_module():
     from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
 
+    return kernels
+
+
+def launch(block, dtype, approximate, **options):
+    kernels = kernels_module()
     channels, out_channels, r, kernel, height, width = BLOCKS[block]
     weight = make_tensor(out_channels * r * r, channels, kernel, kernel, dtype=dtype)
     bias = make_tensor(len(weight), dtype=dtype)
@@ -179,10 +213,25 @@ def launch(block, dtype, approximate, **options):
         kernels.conv_pixel_shuffle_gelu_bwd(y, z, r, approximate, True)
 
 
+def launch_gradient(block, dtype, which, **options):
+    kernels = kernels_module()
+    channels, out_channels, r, kernel, height, width = BLOCKS[block]
+    n = out_channels * r * r
+    weight = torch.zeros(n, channels, kernel, kernel, dtype=dtype)
+    x, dz = (
+        torch.empty(1, c, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for c in (channels, n + -n % 8)
+    )
+    if which == "dgrad":
+        kernels.conv_pixel_shuffle_gelu_dgrad(dz, weight, r, **options)
+    else:
+        kernels.conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r, **options)
+
+
 def check(compiled, capability, dtype, precision="ieee"):
     for found in compiled:
         assert found.stack_bytes == found.local_bytes == 0, found
-        if found.kernel != "conv_pixel_shuffle_gelu_fwd_kernel":
+        if found.kernel not in ("conv_pixel_shuffle_gelu_fwd_kernel", "conv_pixel_shuffle_gelu_wgrad_kernel"):
             assert found.registers <= 64, found
             continue
         if dtype == torch.float32 and precision == "ieee":
@@ -193,40 +242,66 @@ def check(compiled, capability, dtype, precision="ieee"):
         assert 16 in found.async_copy_bytes, found
 
 
-def all_tiles():
+def all_tiles(found):
+    """Parameters of found(kernels, capability), which yields tuples that end in a tile."""
     try:
-        from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+        kernels = kernels_module()
     except ImportError:
-        return [pytest.param(None, None, None, None, marks=pytest.mark.skip(reason="Triton is not installed"))]
-    parameters = []
-    for capability in (80, 90, 100):
-        for block, keep_z in (("112 columns", False), ("132 columns", True)):
-            _, out_channels, r, _, height, width = BLOCKS[block]
-            found = kernels.tiles(
-                height * width,
-                out_channels * r * r,
-                torch.bfloat16,
-                divmod(capability, 10),
-                SHARED_BYTES[capability],
-            )
-            parameters += [
-                pytest.param(capability, block, keep_z, tile, id=f"sm_{capability}-{block}-{'-'.join(map(str, tile))}")
-                for tile in found
-                # A fourth stage takes shared memory and no registers; once is enough.
-                if tile.num_stages == 3 or (capability, block) == (90, "112 columns")
-            ]
-    return parameters
+        return [pytest.param(*[None] * 4, marks=pytest.mark.skip(reason="Triton is not installed"))]
+    return [
+        pytest.param(capability, *rest, tile, id="-".join(map(str, (f"sm_{capability}", *rest, *tile))))
+        for capability in (80, 90, 100)
+        for *rest, tile in found(kernels, capability)
+    ]
 
 
-@pytest.mark.parametrize(("capability", "block", "keep_z", "tile"), all_tiles())
+def forward_tiles(kernels, capability):
+    for block, keep_z in (("112 columns", False), ("132 columns", True)):
+        _, out_channels, r, _, height, width = BLOCKS[block]
+        for tile in kernels.tiles(height * width, out_channels * r * r, torch.bfloat16, limits(capability)):
+            # A fourth stage takes shared memory and no registers; once is enough.
+            if tile.num_stages == 3 or (capability, block) == (90, "112 columns"):
+                yield block, keep_z, tile
+
+
+def gradient_tiles(kernels, capability):
+    # Of devices other than Hopper the preferred tile alone: compiling takes seconds.
+    first = slice(None if capability == 90 else 1)
+    for block in ("112 columns", "132 columns"):
+        channels, out_channels, r, kernel, *_ = BLOCKS[block]
+        depth, n = kernel**2 * (channels + -channels % 8), out_channels * r * r
+        for tile in kernels.wgrad_tiles(depth, n, torch.bfloat16, limits(capability))[first]:
+            yield block, "wgrad", tile
+    # Columns of two accumulators; those of one are the forward pass's.
+    for tile in kernels.tiles(320 * 640, 33, torch.bfloat16, limits(capability))[first]:
+        if tile.num_stages == 3:
+            yield "112 columns", "dgrad", tile
+
+
+@pytest.mark.parametrize(("capability", "block", "keep_z", "tile"), all_tiles(forward_tiles))
 def test_ahead_of_time_every_tile(compile_launch, capability, block, keep_z, tile):
-    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
-
-    found = compile_launch(kernels, lambda: launch(block, torch.bfloat16, "none", keep_z=keep_z, tile=tile), capability)
+    run = lambda: launch(block, torch.bfloat16, "none", keep_z=keep_z, tile=tile)  # noqa: E731
+    found = compile_launch(kernels_module(), run, capability)
     check(found, capability, torch.bfloat16)
     if (capability, block, tile.block_m) == (90, "112 columns", 128):
         kernel = next(one for one in found if one.kernel == "conv_pixel_shuffle_gelu_fwd_kernel")
         assert kernel.registers <= 128, kernel  # two programs on a multiprocessor
+
+
+@pytest.mark.parametrize(("capability", "block", "which", "tile"), all_tiles(gradient_tiles))
+def test_ahead_of_time_every_tile_of_the_gradients(compile_launch, capability, block, which, tile):
+    run = lambda: launch_gradient(block, torch.bfloat16, which, tile=tile)  # noqa: E731
+    found = compile_launch(kernels_module(), run, capability)
+    check(found, capability, torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("which", ["dgrad", "wgrad"])
+def test_ahead_of_time_gradients_in_float32(compile_launch, which, precision):
+    run = lambda: launch_gradient("112 columns", torch.float32, which, precision=precision)  # noqa: E731
+    (*_, found) = compile_launch(kernels_module(), run, 90)
+    assert found.stack_bytes == found.local_bytes == 0, found
+    assert found.matrix_instructions == (set() if precision == "ieee" else {"wgmma"}), found
 
 
 @pytest.mark.parametrize(
@@ -241,21 +316,44 @@ def test_ahead_of_time_every_tile(compile_launch, capability, block, keep_z, til
     ],
 )
 def test_ahead_of_time(compile_launch, capability, block, dtype, approximate, precision):
-    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
-
     found = compile_launch(
-        kernels, lambda: launch(block, dtype, approximate, keep_z=True, precision=precision), capability
+        kernels_module(), lambda: launch(block, dtype, approximate, keep_z=True, precision=precision), capability
     )
     check(found, capability, dtype, precision)
 
 
 def test_tiles_fit_every_device():
-    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
-
-    consumer = 101376  # of a multiprocessor of compute capability 8.6, 8.9 and 12.0
+    kernels = kernels_module()
+    consumer = kernels.Limits((8, 6), 101376, 28)  # the shared memory of compute capability 8.6, 8.9 and 12.0
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for precision in ("ieee", "tf32"):
-            for n in (4, 12, 48, 112, 132, 200, 256, 640):
+            for n in (4, 12, 33, 48, 80, 112, 132, 200, 256, 640):
                 for pixels in (1, 1000, 10**6):
-                    found = kernels.tiles(pixels, n, dtype, (8, 6), consumer, precision=precision)
+                    found = kernels.tiles(pixels, n, dtype, consumer, precision=precision)
                     assert found, (dtype, precision, n, pixels)
+                for depth in (8, 64, 1000):
+                    assert kernels.wgrad_tiles(depth, n, dtype, consumer, precision=precision), (dtype, n, depth)
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks"),
+    [(4, (16, 0)), (33, (32, 16)), (57, (64, 0)), (96, (64, 32)), (112, (128, 0)), (132, (128, 16)), (200, (128, 0))],
+)
+def test_columns_are_padded_little(n, blocks):
+    assert kernels_module().column_blocks(n) == blocks
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "expected"),
+    [
+        ((33, 28, 2, 5, 320, 640), torch.bfloat16, ("triton", "triton")),
+        ((40, 33, 2, 5, 160, 320), torch.bfloat16, ("conv2d", "conv2d")),
+        ((33, 28, 2, 5, 320, 640), torch.float32, ("conv2d", "conv2d")),
+        ((57, 48, 4, 3, 10, 20), torch.float16, ("conv2d", "conv2d")),
+    ],
+)
+def test_which_gradients_are_predicted_to_be_faster(stage, dtype, expected):
+    channels, out_channels, r, kernel, height, width = stage
+    x = torch.zeros(1, channels, height, width, dtype=dtype)
+    weight = torch.zeros(out_channels * r * r, channels, kernel, kernel, dtype=dtype)
+    assert MODULE._gradients_by_shape(x, weight) == expected

@@ -1,0 +1,76 @@
+"""A training step on the CPU, from frames to updated weights: the trainer against the same network in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from hflfnerv._device import training_precision
+from hflfnerv._memory import keep_freed_memory
+from hflfnerv.codec.benchmark import eager_step
+from hflfnerv.config import PRESETS
+from hflfnerv.models import MODELS, VideoNetwork, build_model
+from hflfnerv.train import Clip, TrainConfig, Trainer
+
+from ..registry import Contender, Point, suite
+
+# Parameters, height and width.
+SIZES = [(150_000, 160, 320), (1_500_000, 640, 1280)]
+FRAMES = 16
+EPOCHS = 200  # more steps than the clock will take
+BASELINE = "PyTorch, eager float32"
+CPU = torch.device("cpu")
+
+
+@suite("train_cpu")
+def points() -> Iterable[Point]:
+    """Yield every network at every size."""
+    keep_freed_memory()  # as the command line does
+    for size, height, width in SIZES:
+        for name, network in MODELS.items():
+            torch.manual_seed(0)
+            yield _point(name, build_model(network.plan(size, FRAMES, height, width)), size)
+
+
+def _trainer(network: VideoNetwork, batch: int, precision: str) -> Trainer:
+    spec = network.spec
+    shape = (FRAMES, spec.height, spec.width, 3)
+    highpass = torch.randn(shape).half() if network.encoder_input == "highpass" else None
+    clip = Clip(torch.randint(0, 256, shape, dtype=torch.uint8), highpass, network.encoder_input)
+    model = build_model(spec)
+    model.load_state_dict(network.state_dict())
+    return Trainer(model, clip, TrainConfig(EPOCHS, 1e-3, batch, 0, precision), device=CPU)
+
+
+def _point(name: str, network: VideoNetwork, size: int) -> Point:
+    batch = PRESETS["paper"][name].batch_size
+    auto = training_precision("auto", CPU)
+    trainers = {precision: _trainer(network, batch, precision) for precision in dict.fromkeys((auto, "fp32"))}
+    spec, threads = network.spec, torch.get_num_threads()
+
+    def check() -> None:
+        for trainer in trainers.values():
+            trainer.training_step()
+        # The first step's errors are those of the initial weights, alike in all precisions.
+        first = {precision: trainer.training_step.errors[0] for precision, trainer in trainers.items()}
+        torch.testing.assert_close(first[auto], first["fp32"], rtol=2e-2, atol=0)
+
+    return Point(
+        what="train",
+        data=f"{name} {size / 1e6:g}M, {spec.height} x {spec.width}, batch {batch}",
+        dtype=auto,
+        shape=(batch, 3, spec.height, spec.width),
+        unit="steps/s",
+        scale=1,
+        contenders=[
+            *(
+                Contender(f"hflfnerv {precision}", trainer.training_step, 1, f"{threads} threads")
+                for precision, trainer in trainers.items()
+            ),
+            Contender(BASELINE, eager_step(network, CPU, batch), 1, f"{threads} threads"),
+        ],
+        baseline=BASELINE,
+        check=check,
+        facts={"threads": threads},
+    )

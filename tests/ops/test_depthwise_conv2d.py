@@ -1,0 +1,85 @@
+"""``depthwise_conv2d`` against PyTorch's convolution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hflfnerv.ops import depthwise_conv2d
+from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference
+
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+
+def operands(dtype, channels=32, size=(9, 13), kernel=(7, 7), layout=torch.channels_last):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *size, generator=generator).to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn(channels, 1, *kernel, generator=generator).to(dtype)
+    return x, weight, torch.randn(channels, generator=generator).to(dtype)
+
+
+def run(function, operands, dtype, padding, *, absolute=False):
+    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in operands]
+    y = function(*leaves, padding=padding)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    dy = dy.abs() if absolute else dy
+    gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy)
+    return y.detach(), gradients
+
+
+def pytorch(x, weight, bias, padding):
+    return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [16, 32, 20])
+@pytest.mark.parametrize(("kernel", "padding"), [((7, 7), (3, 3)), ((3, 5), (1, 0))])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_forward_and_backward(dtype, layout, channels, kernel, padding, with_bias):
+    given = operands(dtype, channels, kernel=kernel, layout=layout)
+    given = given if with_bias else (*given[:2], None)
+    exact, exact_gradients = run(pytorch, given, torch.float64, padding)
+    same, same_gradients = run(pytorch, given, dtype, padding)
+    y, gradients = run(depthwise_conv2d, given, dtype, padding)
+    assert_close_to_reference(y, exact, same)
+    # Sums, in an order that is free: what each rounds is the sum of the absolute terms.
+    _, magnitudes = run(pytorch, [None if t is None else t.abs() for t in given], torch.float64, padding, absolute=True)
+    for four in zip(gradients, exact_gradients, same_gradients, magnitudes, strict=True):
+        assert_gradient_close_to_reference(*four[:3], magnitude=four[3])
+
+
+def test_gradients_that_are_not_wanted_are_left_out():
+    x, weight, bias = operands(torch.float32)
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(depthwise_conv2d(x, weight, bias, padding=(3, 3)).sum(), weight)
+    assert gradient.shape == weight.shape
+
+
+def test_float64_is_exact():
+    leaves = [t[:1, :2].double().requires_grad_() if t.dim() == 4 else t for t in operands(torch.float32)[:1]]
+    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: depthwise_conv2d(x, w, None, padding=(1, 1)), (*leaves, weight))
+
+
+def test_autocast():
+    leaves = [t.requires_grad_() for t in operands(torch.float32)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = depthwise_conv2d(*leaves, padding=(3, 3))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+def test_deterministic():
+    given = operands(torch.bfloat16)
+    first, second = (run(depthwise_conv2d, given, torch.bfloat16, (3, 3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_compile():
+    given = operands(torch.float32)
+    compiled = torch.compile(depthwise_conv2d, backend="aot_eager", fullgraph=True)
+    expected, actual = (run(function, given, torch.float32, (3, 3)) for function in (depthwise_conv2d, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(expected[1], actual[1], strict=True))
