@@ -85,15 +85,22 @@ PARTS = {
         "bias, PixelShuffle, GELU, forward and backward", "bench.ops.bench_pixel_shuffle_gelu:gpu_points"
     ),
     "cudnn": Part("the blocks' convolutions alone", "bench.ops.bench_conv_pixel_shuffle_gelu:library_points"),
+    "gradients": Part(
+        "the gradients of x and weight, kernels against cuDNN",
+        "bench.ops.bench_conv_pixel_shuffle_gelu:gradient_points",
+    ),
     "block": Part("the whole block, forward", "bench.ops.bench_conv_pixel_shuffle_gelu:forward_points"),
     "block-training": Part(
         "the whole block, forward and backward", "bench.ops.bench_conv_pixel_shuffle_gelu:training_points"
     ),
     "highpass": Part("the FFT high-pass filter", "bench.ops.bench_highpass:gpu_points"),
+    "output": Part("the output stage", "bench.ops.bench_output_stage:gpu_points"),
+    "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
     "decode": Part("decoding with HNeRV and HFLF-NeRV", "bench.networks:decode_points"),
     "training": Part("their training steps", "bench.networks:training_points"),
+    "encode": Part("whole encodes of a clip with both, 300 epochs (--clip)", "bench.encode:points"),
 }
-GROUPS = {"conv": ["cudnn", "block", "block-training"], "models": ["decode", "training"]}
+GROUPS = {"conv": ["cudnn", "gradients", "block", "block-training"], "models": ["decode", "training"]}
 
 
 def run_part(name: str, arguments: argparse.Namespace) -> list[Row]:
@@ -111,7 +118,9 @@ def run_part(name: str, arguments: argparse.Namespace) -> list[Row]:
     if not arguments.dry_run and not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no CUDA device (--dry-run goes through the parts without one)")
     torch.backends.cudnn.benchmark = True
-    machine = Machine(dry=arguments.dry_run, seconds=arguments.seconds, deadline=deadline, only=arguments.only)
+    machine = Machine(
+        dry=arguments.dry_run, seconds=arguments.seconds, deadline=deadline, only=arguments.only, clip=arguments.clip
+    )
     module, attribute = function.split(":")
     rows: list[Row] = []
     with results_path(name, arguments).open("w") as file:
@@ -177,6 +186,7 @@ def run_apart(name: str, arguments: argparse.Namespace) -> str | None:
     command += ["--seconds", str(arguments.seconds), "--only", arguments.only]
     command += ["--results", str(arguments.results.resolve())] if arguments.results else []
     command += ["--dry-run"] if arguments.dry_run else []
+    command += ["--clip", str(pathlib.Path(arguments.clip).resolve())] if arguments.clip else []
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         # A point that has begun may outlast the deadline a little; what hangs is ended here, with what it started.
@@ -203,6 +213,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="go through it all on the CPU with tiny shapes; times nothing"
+    )
+    parser.add_argument(
+        "--clip", metavar="PATH", help="video of the part encode (default: bunny.mp4 of the shared data)"
     )
     parser.add_argument("--here", action="store_true", help="in this process, not each part in its own")
     arguments = parser.parse_args(argv)

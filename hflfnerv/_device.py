@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 
 from .errors import BackendUnavailable
 
-__all__ = ["autocast_dtype", "resolve_device"]
+__all__ = [
+    "autocast_dtype",
+    "device_failure",
+    "exact_convolutions",
+    "first_line",
+    "resolve_device",
+    "training_precision",
+]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,11 +41,32 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {text!r}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no CUDA device was found"
-            raise BackendUnavailable(f"device {text!r} cannot be used: {reason}; use --device cpu")
+            raise BackendUnavailable(f"device {text!r} cannot be used: {_why_no_cuda()}; use --device cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise BackendUnavailable(f"device {text!r} cannot be used: there are {torch.cuda.device_count()}")
     return device
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)  # no driver, or one too old
+    return "no CUDA device was found"
+
+
+def device_failure(error: BaseException) -> str | None:
+    """Return in one line what failed where the device did, and what can be done; None for any other error."""
+    text = first_line(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU has not enough memory ({text}): fewer frames a step (--batch-size), smaller ones, --device cpu"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return f"not enough memory ({text}): fewer frames (--frames), smaller ones (--resize)"
+    if isinstance(error, RuntimeError) and ("CUDA error" in text or "CUDA driver" in text or "cuDNN" in text):
+        return f"the GPU failed ({text}): the same command goes on from the last checkpoint, or use --device cpu"
+    return None
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -41,3 +74,40 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     if precision not in _DTYPES:
         raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
     return _DTYPES[precision]
+
+
+def training_precision(name: str, device: torch.device) -> str:
+    """Return the precision that ``name`` means for training; ``"auto"`` is bf16 where the device multiplies in it.
+
+    That is a CUDA device from compute capability 8.0 on, or a CPU with AMX or the AVX-512 instructions for bf16.
+    """
+    if name != "auto":
+        return name
+    multiplies = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else _cpu_has_bf16()
+    return "bf16" if multiplies else "fp32"
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Let cuDNN convolve float32 in float32 meanwhile; PyTorch's default is TF32, of 10 bits."""
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message: those of CUDA and Triton go on for pages."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(":. ")

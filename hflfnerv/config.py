@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["PRESETS", "EncodeConfig", "TrainingDefaults", "parse_size"]
+__all__ = ["PRESETS", "EncodeConfig", "EncoderInput", "TrainingDefaults", "parse_size"]
+
+EncoderInput = Literal["frame", "highpass"]
 
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 
@@ -15,16 +17,24 @@ _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 class TrainingDefaults(NamedTuple):
     """Settings that a preset fixes per model where the user gives none."""
 
+    optimizer: str
     lr: float
     batch_size: int
+    encoder_input: EncoderInput | None
 
 
-#: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with.
+#: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with. ``best``:
+#: what ``docs/ablations.md`` shows to be better.
 PRESETS: dict[str, dict[str, TrainingDefaults]] = {
     "paper": {
-        "hflf": TrainingDefaults(lr=2e-3, batch_size=1),
-        "hnerv": TrainingDefaults(lr=1e-3, batch_size=2),
-        "nerv": TrainingDefaults(lr=1e-3, batch_size=2),
+        "hflf": TrainingDefaults("adam", lr=2e-3, batch_size=1, encoder_input="highpass"),
+        "hnerv": TrainingDefaults("adam", lr=1e-3, batch_size=2, encoder_input="frame"),
+        "nerv": TrainingDefaults("adam", lr=1e-3, batch_size=2, encoder_input=None),
+    },
+    "best": {
+        "hflf": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input="frame"),
+        "hnerv": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input="frame"),
+        "nerv": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input=None),
     },
 }
 
@@ -55,10 +65,15 @@ class EncodeConfig:
 
     Attributes:
         model: ``"hflf"`` (the paper's dual stream), ``"hnerv"`` or ``"nerv"``.
-        preset: ``"paper"``, the settings the method was published with.
+        preset: ``"best"``, the best known here, or ``"paper"``, as the method was published.
         size: parameters of embeddings and decoders together; a number or a string such as ``"1.5M"``.
         epochs: passes over the frames.
-        lr: learning rate; None for the preset's.
+        optimizer: ``"adam"``, or ``"muon"`` for the weights of convolutions and Adam for the rest; None for the
+            preset's.
+        lr: learning rate; None for the preset's. With ``"muon"`` it is that of the convolutions, and Adam's is a
+            tenth of it.
+        encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
+            part of the file.
         batch_size: frames a step; None for the preset's.
         crop: ``(height, width)`` of a centre crop, after resizing and high-pass filtering; None for the whole frame.
         resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
@@ -68,7 +83,8 @@ class EncodeConfig:
         embedding_bits: bits of a quantised embedding value, 2 to 8.
         entropy: the entropy coder, ``"huffman"`` or ``"range"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        precision: compute type of the training step, ``"fp32"``, ``"bf16"`` or ``"fp16"``; weights stay float32.
+        precision: compute type of the training step, ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the
+            device multiplies in it, else fp32. Weights and loss stay float32.
         seed: seed of the initial weights and of the frame order.
         workdir: folder for checkpoints; training resumes from what is there. None for no checkpoints.
         checkpoint_seconds: time between checkpoints.
@@ -76,11 +92,13 @@ class EncodeConfig:
     """
 
     model: str = "hflf"
-    preset: str = "paper"
+    preset: str = "best"
     size: int | float | str = "1.5M"
     epochs: int = 300
+    optimizer: str | None = None
     lr: float | None = None
     batch_size: int | None = None
+    encoder_input: EncoderInput | None = None
     crop: tuple[int, int] | None = None
     resize: tuple[int, int] | None = None
     frames: slice | tuple[int | None, int | None] | str | None = None
@@ -99,7 +117,13 @@ class EncodeConfig:
         _choice("preset", self.preset, PRESETS)
         _choice("model", self.model, PRESETS[self.preset])
         _choice("entropy", self.entropy, ("huffman", "range"))
-        _choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        _choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        if self.optimizer is not None:
+            _choice("optimizer", self.optimizer, ("adam", "muon"))
+        if self.encoder_input is not None:
+            _choice("encoder_input", self.encoder_input, ("highpass", "frame"))
+            if PRESETS[self.preset][self.model].encoder_input is None:
+                raise ValueError(f"encoder_input must be None for model {self.model!r}, which has no encoder")
         parse_size(self.size)
         _integer("epochs", self.epochs, 1)
         _integer("seed", self.seed, 0, 2**31 - 1)
@@ -128,13 +152,25 @@ class EncodeConfig:
         return parse_size(self.size)
 
     def resolved(self) -> EncodeConfig:
-        """Return the same configuration with the preset's learning rate and batch size filled in."""
+        """Return the same configuration with the preset's settings filled in where there are none.
+
+        Raises:
+            ValueError: there is another optimiser than the preset's and no learning rate for it.
+        """
         defaults = PRESETS[self.preset][self.model]
+        optimizer = defaults.optimizer if self.optimizer is None else self.optimizer
+        if self.lr is None and optimizer != defaults.optimizer:
+            raise ValueError(
+                f"lr must be given with optimizer {optimizer!r}, got None: that of preset {self.preset!r} is for "
+                f"{defaults.optimizer!r}"
+            )
         return replace(
             self,
             size=self.parameters,
+            optimizer=optimizer,
             lr=defaults.lr if self.lr is None else self.lr,
             batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
+            encoder_input=defaults.encoder_input if self.encoder_input is None else self.encoder_input,
         )
 
 

@@ -6,9 +6,12 @@ import argparse
 import time
 from pathlib import Path
 
+from ._ahead import Ahead
 from ._options import add_device, add_frames
 
 __all__ = ["add_parser", "run"]
+
+_FRAMES_AHEAD = 8
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,16 +31,28 @@ def run(arguments: argparse.Namespace) -> int:
     from ..codec import Decoder
     from ..data import VideoWriter
 
+    began = time.perf_counter()
     decoder = Decoder(arguments.input, device=arguments.device, precision=arguments.precision)
     start, stop, _ = (arguments.frames or slice(None)).indices(len(decoder))
     if start >= stop:
         raise ValueError(f"--frames must select at least one of {len(decoder)} frames, got {start}:{stop}")
     _, height, width, _ = decoder.shape
     aspect = decoder.header.sample_aspect_ratio
-    started = time.perf_counter()
+    opened = time.perf_counter()
+    frames = Ahead(decoder.iter_frames(start, stop), _FRAMES_AHEAD)
+    writing = 0.0
     with VideoWriter(arguments.output, decoder.fps, (height, width), sample_aspect_ratio=aspect) as writer:
-        for frame in decoder.iter_frames(start, stop):
+        for frame in frames:
+            before = time.perf_counter()
             writer.write(frame)
-    seconds = time.perf_counter() - started
-    print(f"{arguments.output}: {stop - start} frames of {height}x{width} in {seconds:.1f} s")
+            writing += time.perf_counter() - before
+        before = time.perf_counter()
+    ended = time.perf_counter()
+    count, total = stop - start, ended - began
+    copying = decoder.engine.copy_seconds
+    stages = {"weights": opened - began, "network": frames.seconds - copying, "copy": copying}
+    stages["writing"] = writing + ended - before
+    shares = ", ".join(f"{name} {seconds:.2f} s ({100 * seconds / total:.0f} %)" for name, seconds in stages.items())
+    print(f"{arguments.output}: {count} frames of {height}x{width} in {total:.1f} s, {count / total:.1f} a second")
+    print(f"  {shares}; network and writing overlap")
     return 0

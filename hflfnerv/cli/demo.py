@@ -92,13 +92,14 @@ def _comparison(decoder: Decoder, original: Tensor, index: int, removed: float) 
     assert isinstance(decoder.model, HFLFNeRV)
     with torch.inference_mode():
         embedding = torch.from_numpy(decoder.bitstream.read_embeddings([index])).to(decoder.device)
-        high, low = decoder.model.decode_streams(embedding, torch.tensor([index], device=decoder.device))
+        stems = decoder.model.stems(embedding, torch.tensor([index], device=decoder.device))
+        high, low = (torch.tanh(image)[0].cpu() for image in decoder.model.stream_images(stems))
     panels = {
         "original": original,
         f"decoded, frame {index}": decoded,
         f"high-pass input, x{_HIGHPASS_GAIN}": _to_image(0.5 + _HIGHPASS_GAIN / 2 * filtered),
-        "high-frequency image": _to_image(0.5 + 0.5 * high[0].cpu()),
-        "low-frequency image": _to_image(low[0].cpu()),
+        "high-frequency image": _to_image(0.5 + 0.5 * high),
+        "low-frequency image": _to_image(0.5 + 0.5 * low),
         f"error, x{_ERROR_GAIN}": (original.int() - decoded.int()).abs().mul(_ERROR_GAIN).clamp(max=255).byte(),
     }
     height, width = original.shape[:2]

@@ -24,18 +24,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("input", type=Path, help="video file, or folder of images (sorted naturally)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.hflf")
     parser.add_argument("--model", choices=("hflf", "hnerv", "nerv"), default="hflf", help="(default: hflf)")
-    parser.add_argument("--preset", choices=("paper",), default="paper", help="(default: paper)")
+    parser.add_argument("--preset", choices=("best", "paper"), default="best", help="(default: best)")
     parser.add_argument(
         "--size", type=argument(_size), default="1.5M", help="parameters of embeddings and decoders (default: 1.5M)"
     )
     parser.add_argument("--epochs", type=int, default=300, help="(default: 300)")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), help="(default: the preset's)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="frames a step (default: the preset's)")
+    parser.add_argument(
+        "--encoder-input", choices=("highpass", "frame"), help="what the encoder sees (default: the preset's)"
+    )
     add_selection(parser)
     parser.add_argument("--weight-bits", type=int, default=8, help="(default: 8)")
     parser.add_argument("--embedding-bits", type=int, default=6, help="(default: 6)")
     parser.add_argument("--entropy", choices=("huffman", "range"), default="huffman", help="(default: huffman)")
-    add_device(parser, ("fp32", "bf16", "fp16"), "fp32")
+    add_device(parser, ("auto", "fp32", "bf16", "fp16"), "fp32")
     parser.add_argument("--seed", type=int, default=1, help="(default: 1)")
     parser.add_argument(
         "--workdir",
@@ -69,8 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
         preset=arguments.preset,
         size=arguments.size,
         epochs=arguments.epochs,
+        optimizer=arguments.optimizer,
         lr=arguments.lr,
         batch_size=arguments.batch_size,
+        encoder_input=arguments.encoder_input,
         crop=arguments.crop,
         resize=arguments.resize,
         frames=arguments.frames,

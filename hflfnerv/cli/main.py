@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .._memory import keep_freed_memory
 from .._version import __version__
-from . import decode, demo, encode, evaluate, explain, import_checkpoint, info
+from . import bench, decode, demo, encode, evaluate, explain, import_checkpoint, info, rd
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = (encode, decode, info, evaluate, import_checkpoint, demo, explain)
+_COMMANDS = (encode, decode, info, evaluate, rd, import_checkpoint, demo, bench, explain)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # step many times slower as soon as another program wants one of the cores; 30 microseconds cost 8 % on idle ones.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = build_parser().parse_args(argv)
+    keep_freed_memory()
     # Imported late: --help and usage errors need no torch.
+    from .._device import device_failure
     from ..errors import HflfnervError, TrainingInterrupted
 
     try:
@@ -62,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (HflfnervError, OSError, ValueError, TypeError) as error:
         print(f"hflfnerv: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        failure = device_failure(error)
+        if failure is None:
+            raise
+        print(f"hflfnerv: error: {failure}", file=sys.stderr)
         return 1
 
 

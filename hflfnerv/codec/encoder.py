@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._atomic import atomic_path
-from .._device import resolve_device
+from .._device import resolve_device, training_precision
 from .._version import __version__
 from ..config import EncodeConfig
 from ..data import Video, centre_offset, load_video
@@ -27,7 +27,8 @@ from ..metrics import psnr
 from ..models import MODELS, VideoNetwork, build_model
 from ..train import Clip, TrainConfig, Trainer, prepare_clip
 from .bitstream import Bitstream, Color, Header, Source, write_bitstream
-from .decoder import Decoder, to_uint8
+from .decoder import Decoder
+from .engine import to_uint8
 from .entropy import entropy_coder
 from .evaluation import evaluate
 from .quantization import quantize, quantize_tensors
@@ -97,7 +98,7 @@ def encode(
 
     Whole frames are resized, high-pass filtered and cropped, in this order (the filter of the paper runs before the
     crop). The network is trained, its weights and all frames' embeddings are quantised and entropy coded, and the
-    bytes are decoded again: the quality in the report is that of the decoded file.
+    bytes are decoded again: the quality in the report is that of the decoded file, in float32, whatever the machine.
 
     Args:
         source: a video file, a folder of images (sorted naturally), or uint8 frames ``[T, H, W, 3]``.
@@ -122,8 +123,8 @@ def encode(
         video = load_video(source, frames=config.frames, resize=config.resize, fps=fps)
         count = len(video)
         height, width = config.crop or video.frames.shape[1:3]
-        spec = network.plan(config.parameters, count, height, width)
-        clip = prepare_clip(video.frames, network.encoder_input, crop=config.crop, removed=config.highpass_removed)
+        spec = network.plan(config.parameters, count, height, width, preset=config.preset)
+        clip = prepare_clip(video.frames, config.encoder_input, crop=config.crop, removed=config.highpass_removed)
 
     with stages("train"):
         with torch.random.fork_rng([]):
@@ -141,7 +142,7 @@ def encode(
         data = write_bitstream(header, weights, quantised, entropy=config.entropy)
 
     with stages("check"):
-        quality = evaluate(Decoder(data, device=device), clip.frames)
+        quality = evaluate(Decoder(data, device=device, precision="fp32"), trainer.clip.frames)
 
     report = {
         "model": config.model,
@@ -158,6 +159,7 @@ def encode(
         "seconds": stages.seconds,
         "epochs": [vars(result) for result in trainer.history],
         "device": str(device),
+        "precision": trainer.config.precision,
         "config": _json_config(config),
         "version": __version__,
     }
@@ -167,12 +169,20 @@ def encode(
 def _train(
     model: VideoNetwork, clip: Clip, config: EncodeConfig, device: torch.device, observer: EncodeObserver
 ) -> Trainer:
+    assert config.optimizer is not None
     assert config.lr is not None
     assert config.batch_size is not None
     trainer = Trainer(
         model,
         clip,
-        TrainConfig(config.epochs, config.lr, config.batch_size, config.seed, config.precision),
+        TrainConfig(
+            epochs=config.epochs,
+            lr=config.lr,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            precision=training_precision(config.precision, device),
+            optimizer=config.optimizer,
+        ),
         device=device,
         workdir=None if config.workdir is None else Path(config.workdir),
         checkpoint_seconds=config.checkpoint_seconds,

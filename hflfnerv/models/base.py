@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import EncoderInput
+from ..nn import UpsampleBlock
+from ..ops import stream_loss
 from .spec import ModelSpec
 
 __all__ = ["EncoderInput", "VideoNetwork"]
 
-EncoderInput = Literal["frame", "highpass"]
 _ENCODER_PREFIX = "encoder."
 
 
@@ -24,7 +28,7 @@ class VideoNetwork(nn.Module, ABC):
 
     Attributes:
         name: the model's name on the command line and in files.
-        encoder_input: what the encoder sees, or None for a network driven by the time alone.
+        encoder_input: what the encoder sees as published, or None for a network driven by the time alone.
         spec: the architecture.
         encoder: the embedding encoder; None if the network has none, or was built for decoding.
     """
@@ -41,7 +45,7 @@ class VideoNetwork(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def plan(cls, size: int, frames: int, height: int, width: int) -> ModelSpec:
+    def plan(cls, size: int, frames: int, height: int, width: int, *, preset: str = "paper") -> ModelSpec:
         """Return the architecture that spends ``size`` parameters on embeddings and decoders.
 
         Args:
@@ -49,12 +53,40 @@ class VideoNetwork(nn.Module, ABC):
             frames: number of frames T.
             height: frame height in pixels.
             width: frame width in pixels.
+            preset: ``"paper"`` for the widths of the published formulas, whose true size is within a few per cent of
+                ``size``; ``"best"`` for the largest network of at most ``size`` parameters.
 
         Raises:
             ValueError: ``size`` does not pay for the embeddings and the smallest decoders; names the least size.
         """
 
     @abstractmethod
+    def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
+        """Make what each stream's upsampling blocks start from: all that a frame is made of, while it is small.
+
+        Args:
+            embeddings: as in :meth:`decode`.
+            index: as in :meth:`decode`.
+
+        Returns:
+            float ``[B, C, h, w]`` for each stream, in the order of ``spec.streams``.
+        """
+
+    @abstractmethod
+    def images(self, stems: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Make the images of the streams from :meth:`stems`, before activation and crop.
+
+        Returns:
+            ``(low, high)``, float ``[B, 3, H', W']`` with the frame at the top left; ``high`` is None for a network of
+            one stream. The frame is ``tanh(low) / 2 + 1/2 + tanh(high)``.
+        """
+
+    def render(self, stems: Sequence[Tensor]) -> Tensor:
+        """Make frames of :meth:`stems`; returns what :meth:`decode` returns."""
+        low, high = self.images(stems)
+        frame = torch.tanh(self.crop(low)) * 0.5 + 0.5
+        return frame if high is None else frame + torch.tanh(self.crop(high))
+
     def decode(self, embeddings: Tensor | None, index: Tensor) -> Tensor:
         """Make frames.
 
@@ -65,6 +97,7 @@ class VideoNetwork(nn.Module, ABC):
         Returns:
             float ``[B, 3, H, W]``, nominally in [0, 1] and not clamped.
         """
+        return self.render(self.stems(embeddings, index))
 
     def embed(self, x: Tensor) -> Tensor:
         """Make embeddings ``[B, C, h, w]`` of encoder inputs ``[B, 3, H, W]``.
@@ -79,8 +112,19 @@ class VideoNetwork(nn.Module, ABC):
         return embeddings
 
     def forward(self, x: Tensor | None, index: Tensor) -> Tensor:
-        """Encode and decode: what training differentiates. ``x`` is None for a network without an encoder."""
+        """Encode and decode. ``x`` is None for a network without an encoder."""
         return self.decode(None if x is None else self.embed(x), index)
+
+    def errors(self, x: Tensor | None, index: Tensor, frames: Tensor) -> Tensor:
+        """Encode, decode and compare: the mean squared error of each frame, float32 ``[B]``.
+
+        Args:
+            x: as in :meth:`forward`.
+            index: as in :meth:`decode`.
+            frames: what the frames should be, uint8 ``[B, H, W, 3]``.
+        """
+        low, high = self.images(self.stems(None if x is None else self.embed(x), index))
+        return stream_loss(low, frames, high)
 
     def crop(self, image: Tensor) -> Tensor:
         """Crop a stream's output to the frame: its top left ``[..., H, W]``."""
@@ -89,6 +133,17 @@ class VideoNetwork(nn.Module, ABC):
     def coded_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are coded, by name, in the order in which they are coded."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(_ENCODER_PREFIX)}
+
+    def hidden_weights(self) -> list[Tensor]:
+        """Return the weights between hidden layers that are matrices: what Muon is for.
+
+        The upsampling blocks' convolutions, and all of the encoder's but the depthwise ones. Stems and heads, whose
+        inputs or outputs are numbers with a meaning, are not among them.
+        """
+        blocks = [m.conv.weight for m in self.modules() if isinstance(m, UpsampleBlock)]
+        encoder = [] if self.encoder is None else self.encoder.modules()
+        full = [m.weight for m in encoder if isinstance(m, (nn.Conv2d, nn.Linear)) and getattr(m, "groups", 1) == 1]
+        return blocks + full
 
     def load_coded(self, tensors: dict[str, Tensor]) -> None:
         """Make ``tensors`` the coded parameters, without a copy; names and shapes must match exactly."""

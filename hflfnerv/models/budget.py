@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .layout import Layout
 from .spec import ModelSpec, StreamSpec
 
 __all__ = [
     "embedding_count",
+    "grid_stream",
     "hfd_stream",
     "lfd_stream",
     "nerv_stream",
+    "parameter_count",
     "plan_or_explain",
     "width_for_budget",
 ]
@@ -79,6 +82,15 @@ def lfd_stream(budget: float, layout: Layout, time_features: int) -> StreamSpec 
     return StreamSpec(layout.grid, block_widths(first, 1.2, len(kernels)), layout.strides, kernels)
 
 
+def grid_stream(budget: float, layout: Layout, knots: int) -> StreamSpec | None:
+    """The low-frequency stream of ``"best"``: learned maps, kernels 1, 3, 3, 3, widths divided by 1.2. None below 1."""
+    kernels = block_kernels(1, 3, len(layout.strides))
+    first = width_for_budget(budget, layout.strides, kernels, 1.2, knots * layout.cells)
+    if first < 1:
+        return None
+    return StreamSpec(layout.grid, block_widths(first, 1.2, len(kernels)), layout.strides, kernels, knots)
+
+
 def nerv_stream(budget: float, layout: Layout, time_features: int) -> StreamSpec | None:
     """NeRV's decoder: kernels 3, widths halved and not under 12. None where the budget does not pay for that."""
     kernels = block_kernels(3, 3, len(layout.strides))
@@ -88,28 +100,79 @@ def nerv_stream(budget: float, layout: Layout, time_features: int) -> StreamSpec
     return StreamSpec(layout.grid, block_widths(first, 2.0, len(kernels), _LOWEST_WIDTH), layout.strides, kernels)
 
 
+def parameter_count(spec: ModelSpec) -> int:
+    """Return the number of coded parameters of a network: embeddings of all frames, weights and biases."""
+    levels = spec.time.levels if spec.time else 0
+    features = {"lfd1": 2 * spec.time_split, "lfd2": 2 * (levels - spec.time_split)}
+    shape = spec.embedding_shape
+    count = spec.frames * math.prod(shape) if shape else 0
+    for name, stream in spec.streams.items():
+        first, cells = stream.widths[0], stream.layout.cells
+        if stream.knots:
+            count += stream.knots * first * cells
+        elif spec.embedding_channels and name not in features:
+            count += first * (spec.embedding_channels + 1)
+        else:
+            count += first * cells * (features.get(name, 2 * levels) + 1)
+        for c_in, c_out, s, k in zip(
+            stream.widths[:-1], stream.widths[1:], stream.strides, stream.kernels, strict=True
+        ):
+            count += c_out * s * s * (c_in * k * k + 1)
+        count += 3 * (9 * stream.widths[-1] + 1)
+    return count
+
+
 def plan_or_explain(
-    model: str, size: int, frames: int, height: int, width: int, spec_for: Callable[[int], ModelSpec | None]
+    model: str,
+    size: int,
+    frames: int,
+    height: int,
+    width: int,
+    spec_for: Callable[[int], ModelSpec | None],
+    *,
+    exact: bool = False,
 ) -> ModelSpec:
-    """Return ``spec_for(size)``, or raise a ValueError that names the least size that gives a network."""
+    """Return ``spec_for(size)``, or raise a ValueError that names the least size that gives a network.
+
+    With ``exact`` it is the largest ``spec_for(n)`` of at most ``size`` parameters, and widths of its first stream are
+    one larger where that is then still affordable: the formulas leave out biases and round widths down.
+    """
     for name, value in (("size", size), ("frames", frames)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    spec = spec_for(size)
+
+    def count(nominal: int) -> int:
+        spec = spec_for(nominal)
+        return 0 if spec is None else parameter_count(spec)
+
+    spec = spec_for(_least(lambda nominal: count(nominal) > size) - 1 if exact else size)
     if spec is not None:
-        return spec
-    low, high = size, 2 * size
-    while spec_for(high) is None:
+        return _widened(spec, size) if exact else spec
+    smallest = _least(lambda nominal: count(nominal) > 0)
+    raise ValueError(
+        f"size must be at least {count(smallest) if exact else smallest} parameters for {frames} frames of "
+        f"{height} x {width} with model {model!r} (embeddings of all frames and the smallest decoders), got {size}"
+    )
+
+
+def _widened(spec: ModelSpec, size: int) -> ModelSpec:
+    name, stream = next(iter(spec.streams.items()))
+    for i, width in enumerate(stream.widths):
+        wider = replace(stream, widths=(*stream.widths[:i], width + 1, *stream.widths[i + 1 :]))
+        candidate = replace(spec, streams={**spec.streams, name: wider})
+        if parameter_count(candidate) <= size:
+            spec, stream = candidate, wider
+    return spec
+
+
+def _least(condition: Callable[[int], bool]) -> int:
+    """Return the least positive number that fulfils a condition, which all larger ones fulfil too."""
+    low, high = 0, 1
+    while not condition(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if spec_for(middle) is None:
-            low = middle
-        else:
-            high = middle
-    raise ValueError(
-        f"size must be at least {high} parameters for {frames} frames of {height} x {width} with model {model!r} "
-        f"(embeddings of all frames and the smallest decoders), got {size}"
-    )
+        low, high = (low, middle) if condition(middle) else (middle, high)
+    return high

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import depthwise_conv2d
+
 __all__ = ["ConvNeXtEncoder"]
 
 _NORM_EPSILON = 1e-6
@@ -27,12 +29,23 @@ class ChannelNorm(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+class DepthwiseConv(nn.Conv2d):
+    """Convolution of each channel with a kernel of its own, with a quick gradient on the CPU."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.kernel_size
+        return depthwise_conv2d(x, self.weight, self.bias, padding=(rows // 2, columns // 2))
+
+
 class ConvNeXtBlock(nn.Module):
     """``x + gamma * pwconv2(GELU(pwconv1(LayerNorm(dwconv7x7(x)))))`` (Liu et al., "A ConvNet for the 2020s")."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.dwconv = DepthwiseConv(channels, 7)
         self.norm = nn.LayerNorm(channels, eps=_NORM_EPSILON)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.act = nn.GELU()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .base import VideoNetwork
-from .budget import embedding_count, hfd_stream, lfd_stream, plan_or_explain
+from .budget import embedding_count, grid_stream, hfd_stream, lfd_stream, plan_or_explain
 from .convnext import ConvNeXtEncoder
 from .layout import choose_layout
-from .spec import ModelSpec, TimeSpec
-from .streams import DecoderStream
+from .spec import ModelSpec, StreamSpec, TimeSpec
+from .streams import DecoderStream, EmbeddingStem, GridStem, TimeStem
 from .time_encoding import TimeEncoding
 
 __all__ = ["HFLFNeRV"]
@@ -19,13 +21,21 @@ _EMBEDDING_CHANNELS = 16
 _TIME = TimeSpec(base=1.25, levels=30, first=1)
 _TIME_SPLIT = 10
 _SHARES = (20, 1, 5)
+# Of "best": HFD and LFD, and the frames from one knot of the LFD to the next.
+_BEST_SHARES = (19, 1)
+_FRAMES_PER_KNOT = 4
 
 
 class HFLFNeRV(VideoNetwork):
-    """High-frequency decoder on embeddings of the high-pass frame, two low-frequency decoders on the time.
+    """High-frequency decoder on embeddings of the high-pass frame, low-frequency decoders on the time.
 
-    ``frame = tanh(HFD(e_t)) + (tanh(LFD1(p_t[:10 levels]) + LFD2(p_t[10:])) + 1) / 2``: the additive link of the
-    paper, with ``e_t`` the ConvNeXt embedding of the high-pass frame and ``p_t`` the time encoding of Eq. (1).
+    ``preset="paper"``: ``frame = tanh(HFD(e_t)) + (tanh(LFD1(p_t[:10 levels]) + LFD2(p_t[10:])) + 1) / 2``, the
+    additive link of the paper, with ``e_t`` the ConvNeXt embedding of the high-pass frame and ``p_t`` the time encoding
+    of Eq. (1).
+
+    ``preset="best"``: ``frame = (tanh(HFD(e_t) + LFD(g_t)) + 1) / 2``, with ``g_t`` interpolated between feature maps
+    that are learned, one for four frames. That costs a twentieth of the parameters, where the paper's LFD1 and LFD2
+    cost nearly a quarter, most of it in the linear layers on the time.
 
     Args:
         spec: the architecture, from :meth:`plan` or from a file's header.
@@ -44,30 +54,49 @@ class HFLFNeRV(VideoNetwork):
 
     def __init__(self, spec: ModelSpec, *, with_encoder: bool = True) -> None:
         super().__init__(spec)
-        if set(spec.streams) != {"hfd", "lfd1", "lfd2"} or spec.time is None or not spec.embedding_channels:
-            raise ValueError("spec must hold the streams hfd, lfd1, lfd2, a time encoding and embedding channels")
-        if not 0 < spec.time_split < spec.time.levels:
-            raise ValueError(f"spec.time_split must be in 1..{spec.time.levels - 1}, got {spec.time_split}")
+        if not spec.embedding_channels or "hfd" not in spec.streams:
+            raise ValueError("spec must hold the stream hfd and embedding channels")
         hfd = spec.streams["hfd"]
         if with_encoder:
             self.encoder = ConvNeXtEncoder(hfd.strides, embedding_channels=spec.embedding_channels)
-        self.hfd = DecoderStream(hfd, spec.embedding_channels, spatial=True)
-        self.lfd1 = DecoderStream(spec.streams["lfd1"], 2 * spec.time_split, spatial=False)
-        self.lfd2 = DecoderStream(spec.streams["lfd2"], 2 * (spec.time.levels - spec.time_split), spatial=False)
+        self.hfd = DecoderStream(hfd, EmbeddingStem(hfd, spec.embedding_channels))
+        others = set(spec.streams) - {"hfd"}
+        if others == {"lfd"} and spec.streams["lfd"].knots:
+            lfd = spec.streams["lfd"]
+            self.lfd = DecoderStream(lfd, GridStem(lfd, spec.frames))
+            return
+        if others != {"lfd1", "lfd2"} or spec.time is None:
+            raise ValueError("spec must hold the streams lfd1, lfd2 and a time encoding, or a stream lfd with knots")
+        if not 0 < spec.time_split < spec.time.levels:
+            raise ValueError(f"spec.time_split must be in 1..{spec.time.levels - 1}, got {spec.time_split}")
+        lfd1, lfd2 = spec.streams["lfd1"], spec.streams["lfd2"]
+        self.lfd1 = DecoderStream(lfd1, TimeStem(lfd1, 2 * spec.time_split))
+        self.lfd2 = DecoderStream(lfd2, TimeStem(lfd2, 2 * (spec.time.levels - spec.time_split)))
         self.time = TimeEncoding(spec.time, spec.frames, cached=with_encoder)
 
     @classmethod
-    def plan(cls, size: int, frames: int, height: int, width: int) -> ModelSpec:
+    def plan(cls, size: int, frames: int, height: int, width: int, *, preset: str = "paper") -> ModelSpec:
         hfd_layout = choose_layout(height, width, stages=5, target_cells=2 * 4)
         lfd_layout = choose_layout(height, width, stages=4, target_cells=5 * 10)
+        best = preset == "best"
+
+        def streams_for(budget: int) -> dict[str, StreamSpec | None]:
+            if best:
+                hfd_share, lfd_share = (budget * share / sum(_BEST_SHARES) for share in _BEST_SHARES)
+                knots = max(2, math.ceil(frames / _FRAMES_PER_KNOT))
+                lfd = grid_stream(lfd_share, lfd_layout, knots)
+                return {"hfd": hfd_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS), "lfd": lfd}
+            hfd_share, lfd1_share, lfd2_share = (budget * share / sum(_SHARES) for share in _SHARES)
+            return {
+                "hfd": hfd_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS),
+                "lfd1": lfd_stream(lfd1_share, lfd_layout, 2 * _TIME_SPLIT),
+                "lfd2": lfd_stream(lfd2_share, lfd_layout, 2 * (_TIME.levels - _TIME_SPLIT)),
+            }
 
         def spec_for(size: int) -> ModelSpec | None:
-            rest = size - embedding_count(frames, _EMBEDDING_CHANNELS, hfd_layout)
-            hfd_share, lfd1_share, lfd2_share = (rest * share / sum(_SHARES) for share in _SHARES)
-            hfd = hfd_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS)
-            lfd1 = lfd_stream(lfd1_share, lfd_layout, 2 * _TIME_SPLIT)
-            lfd2 = lfd_stream(lfd2_share, lfd_layout, 2 * (_TIME.levels - _TIME_SPLIT))
-            if hfd is None or lfd1 is None or lfd2 is None:
+            streams = streams_for(size - embedding_count(frames, _EMBEDDING_CHANNELS, hfd_layout))
+            found = {name: stream for name, stream in streams.items() if stream is not None}
+            if len(found) < len(streams):
                 return None
             return ModelSpec(
                 model=cls.name,
@@ -75,23 +104,31 @@ class HFLFNeRV(VideoNetwork):
                 height=height,
                 width=width,
                 embedding_channels=_EMBEDDING_CHANNELS,
-                streams={"hfd": hfd, "lfd1": lfd1, "lfd2": lfd2},
-                time=_TIME,
-                time_split=_TIME_SPLIT,
+                streams=found,
+                time=None if best else _TIME,
+                time_split=0 if best else _TIME_SPLIT,
             )
 
-        return plan_or_explain(cls.name, size, frames, height, width, spec_for)
+        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=best)
 
-    def decode_streams(self, embeddings: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the high-frequency image in (-1, 1) and the low-frequency image in (0, 1), whose sum is the frame."""
-        time = self.time(index).to(embeddings.dtype)
-        split = 2 * self.spec.time_split
-        high = torch.tanh(self.crop(self.hfd(embeddings)))
-        low = self.crop(self.lfd1(time[:, :split])) + self.crop(self.lfd2(time[:, split:]))
-        return high, torch.tanh(low) * 0.5 + 0.5
-
-    def decode(self, embeddings: Tensor | None, index: Tensor) -> Tensor:
+    def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
         if embeddings is None:
             raise ValueError("embeddings must be a tensor for this network, got None")
-        high, low = self.decode_streams(embeddings, index)
-        return high + low
+        if "lfd" in self.spec.streams:
+            return [self.hfd.begin(embeddings), self.lfd.begin(index)]
+        time = self.time(index).to(embeddings.dtype)
+        split = 2 * self.spec.time_split
+        return [self.hfd.begin(embeddings), self.lfd1.begin(time[:, :split]), self.lfd2.begin(time[:, split:])]
+
+    def stream_images(self, stems: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the high- and the low-frequency image of :meth:`stems`, before any tanh, cropped to the frame."""
+        hfd, *lfds = stems
+        high = self.crop(self.hfd.finish(hfd))
+        if "lfd" in self.spec.streams:
+            return high, self.crop(self.lfd.finish(lfds[0]))
+        lfd1, lfd2 = lfds
+        return high, self.crop(self.lfd1.finish(lfd1)) + self.crop(self.lfd2.finish(lfd2))
+
+    def images(self, stems: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        high, low = self.stream_images(stems)
+        return (low + high, None) if "lfd" in self.spec.streams else (low, high)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .base import VideoNetwork
@@ -10,7 +11,7 @@ from .budget import embedding_count, hfd_stream, plan_or_explain
 from .convnext import ConvNeXtEncoder
 from .layout import choose_layout
 from .spec import ModelSpec
-from .streams import DecoderStream
+from .streams import DecoderStream, EmbeddingStem
 
 __all__ = ["HNeRV"]
 
@@ -35,10 +36,10 @@ class HNeRV(VideoNetwork):
         stream = spec.streams["decoder"]
         if with_encoder:
             self.encoder = ConvNeXtEncoder(stream.strides, embedding_channels=spec.embedding_channels)
-        self.decoder = DecoderStream(stream, spec.embedding_channels, spatial=True)
+        self.decoder = DecoderStream(stream, EmbeddingStem(stream, spec.embedding_channels))
 
     @classmethod
-    def plan(cls, size: int, frames: int, height: int, width: int) -> ModelSpec:
+    def plan(cls, size: int, frames: int, height: int, width: int, *, preset: str = "paper") -> ModelSpec:
         layout = choose_layout(height, width, stages=5, target_cells=2 * 4)
 
         def spec_for(size: int) -> ModelSpec | None:
@@ -55,9 +56,13 @@ class HNeRV(VideoNetwork):
                 streams={"decoder": stream},
             )
 
-        return plan_or_explain(cls.name, size, frames, height, width, spec_for)
+        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=preset == "best")
 
-    def decode(self, embeddings: Tensor | None, index: Tensor) -> Tensor:
+    def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
         if embeddings is None:
             raise ValueError("embeddings must be a tensor for this network, got None")
-        return torch.tanh(self.crop(self.decoder(embeddings))) * 0.5 + 0.5
+        return [self.decoder.begin(embeddings)]
+
+    def images(self, stems: Sequence[Tensor]) -> tuple[Tensor, None]:
+        (stem,) = stems
+        return self.decoder.finish(stem), None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .base import VideoNetwork
 from .budget import nerv_stream, plan_or_explain
 from .layout import choose_layout
 from .spec import ModelSpec, TimeSpec
-from .streams import DecoderStream
+from .streams import DecoderStream, TimeStem
 from .time_encoding import TimeEncoding
 
 __all__ = ["NeRV"]
@@ -32,11 +33,12 @@ class NeRV(VideoNetwork):
         super().__init__(spec)
         if set(spec.streams) != {"decoder"} or spec.time is None or spec.embedding_channels:
             raise ValueError("spec must hold the stream decoder, a time encoding and no embedding channels")
-        self.decoder = DecoderStream(spec.streams["decoder"], 2 * spec.time.levels, spatial=False)
+        stream = spec.streams["decoder"]
+        self.decoder = DecoderStream(stream, TimeStem(stream, 2 * spec.time.levels))
         self.time = TimeEncoding(spec.time, spec.frames, cached=with_encoder)
 
     @classmethod
-    def plan(cls, size: int, frames: int, height: int, width: int) -> ModelSpec:
+    def plan(cls, size: int, frames: int, height: int, width: int, *, preset: str = "paper") -> ModelSpec:
         def spec_for(size: int) -> ModelSpec | None:
             # The stem's weights grow with the grid. Sizes too small for the baseline's 8 x 16 cells get a coarser grid.
             for target_cells in (8 * 16, 64, 32, 16, 8):
@@ -56,8 +58,11 @@ class NeRV(VideoNetwork):
                 time=_TIME,
             )
 
-        return plan_or_explain(cls.name, size, frames, height, width, spec_for)
+        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=preset == "best")
 
-    def decode(self, embeddings: Tensor | None, index: Tensor) -> Tensor:
-        time = self.time(index).to(self.decoder.head.weight.dtype)
-        return torch.tanh(self.crop(self.decoder(time))) * 0.5 + 0.5
+    def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
+        return [self.decoder.begin(self.time(index).to(self.decoder.head.weight.dtype))]
+
+    def images(self, stems: Sequence[Tensor]) -> tuple[Tensor, None]:
+        (stem,) = stems
+        return self.decoder.finish(stem), None

@@ -29,12 +29,14 @@ class StreamSpec:
         widths: channels after the stem and after each block.
         strides: upscale factor of each block.
         kernels: kernel size of each block's convolution, odd.
+        knots: learned feature maps along time, between which a frame's is interpolated, instead of a stem; 0 for none.
     """
 
     grid: tuple[int, int]
     widths: tuple[int, ...]
     strides: tuple[int, ...]
     kernels: tuple[int, ...]
+    knots: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -83,8 +85,12 @@ class ModelSpec:
         return self.embedding_channels, *grid
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as JSON-ready dictionaries, lists, numbers and strings."""
-        return asdict(self)
+        """Return the spec as JSON-ready dictionaries, lists, numbers and strings; ``knots`` only if there are any."""
+        fields = asdict(self)
+        for stream in fields["streams"].values():
+            if not stream["knots"]:
+                del stream["knots"]
+        return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -164,4 +170,7 @@ def _stream_from_dict(name: str, data: Any) -> StreamSpec:
     )
     if weights + widths[0] * math.prod(grid) > _MAX_PARAMETERS:
         raise ValueError(f"streams.{name} must have at most {_MAX_PARAMETERS} weights, got {weights}")
-    return StreamSpec((grid[0], grid[1]), widths, strides, kernels)
+    knots = _int(data, "knots", 2, _MAX_FRAMES) if "knots" in data else 0
+    if knots * widths[0] * math.prod(grid) > _MAX_PARAMETERS:
+        raise ValueError(f"streams.{name}.knots must hold at most {_MAX_PARAMETERS} values, got {knots}")
+    return StreamSpec((grid[0], grid[1]), widths, strides, kernels, knots)

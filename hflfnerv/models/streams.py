@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import UpsampleBlock
 from .spec import StreamSpec
 
-__all__ = ["DecoderStream"]
+__all__ = ["DecoderStream", "EmbeddingStem", "GridStem", "TimeStem"]
+
+
+class EmbeddingStem(nn.Conv2d):
+    """``GELU(conv1x1(e))`` of an embedding ``[B, channels, h, w]`` that has the grid's size."""
+
+    def __init__(self, spec: StreamSpec, channels: int) -> None:
+        super().__init__(channels, spec.widths[0], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x))
+
+
+class TimeStem(nn.Linear):
+    """``GELU(W p + b)`` of a vector ``[B, features]``, laid out as ``[B, widths[0], h, w]``."""
+
+    def __init__(self, spec: StreamSpec, features: int) -> None:
+        super().__init__(features, spec.widths[0] * spec.layout.cells)
+        self._shape = (-1, spec.widths[0], *spec.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x)).view(self._shape)
+
+
+class GridStem(nn.Module):
+    """Feature maps at knots along time, linear in between: frame 0 is at the first knot, the last one at the last.
+
+    Args:
+        spec: of the stream; ``knots`` maps of ``widths[0]`` channels on its grid.
+        frames: number of frames T.
+    """
+
+    def __init__(self, spec: StreamSpec, frames: int) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(0.1 * torch.randn(spec.knots, spec.widths[0], *spec.grid))
+        self._knots_per_frame = (spec.knots - 1) / max(frames - 1, 1)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return ``[B, widths[0], h, w]`` for frame indices ``[B]``."""
+        position = index.double() * self._knots_per_frame
+        left = position.floor().long().clamp(max=self.grid.shape[0] - 2)
+        weight = (position - left)[:, None, None, None].to(self.grid.dtype)
+        return torch.lerp(self.grid[left], self.grid[left + 1], weight)
 
 
 class DecoderStream(nn.Module):
-    """A stem to ``widths[0]`` channels on the grid, GELU, upsampling blocks, and a 3x3 convolution to three channels.
+    """A stem to ``widths[0]`` channels on the grid, upsampling blocks, and a 3x3 convolution to three channels.
 
     Args:
         spec: grid, widths, strides and kernels.
-        in_features: length of the stem's input. With ``spatial=True`` the stem is a 1x1 convolution on an embedding
-            ``[B, in_features, h, w]`` that already has the grid's size; otherwise a linear layer on a vector
-            ``[B, in_features]``, whose output is laid out as ``[B, widths[0], h, w]``.
-        spatial: which of the two.
+        stem: makes ``[B, widths[0], grid_h, grid_w]`` of the stream's input.
 
     Shape:
         Output ``[B, 3, grid_h * prod(strides), grid_w * prod(strides)]``, before any tanh.
     """
 
-    def __init__(self, spec: StreamSpec, in_features: int, *, spatial: bool) -> None:
+    def __init__(self, spec: StreamSpec, stem: nn.Module) -> None:
         super().__init__()
         self.spec = spec
-        self.spatial = spatial
-        first = spec.widths[0]
-        self.stem: nn.Module = (
-            nn.Conv2d(in_features, first, 1) if spatial else nn.Linear(in_features, first * spec.layout.cells)
-        )
-        self.act = nn.GELU()
+        self.stem = stem
         self.blocks = nn.ModuleList(
             UpsampleBlock(c_in, c_out, stride, kernel)
             for c_in, c_out, stride, kernel in zip(
@@ -41,20 +77,28 @@ class DecoderStream(nn.Module):
         )
         self.head = nn.Conv2d(spec.widths[-1], 3, 3, padding=1)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        x = self.act(self.stem(x))
-        return x if self.spatial else x.view(-1, self.spec.widths[0], *self.spec.grid)
+    def begin(self, x: Tensor) -> Tensor:
+        """Return the output of the stem, ``[B, widths[0], grid_h, grid_w]``."""
+        features: Tensor = self.stem(x)
+        return features
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the output of the stem and of each block, coarsest first."""
-        outputs = [self._stem(x)]
+        outputs = [self.begin(x)]
         for block in self.blocks:
             outputs.append(block(outputs[-1]))
         return outputs
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the image that the blocks and the head make of :meth:`begin`'s output."""
+        image: Tensor = self.head(self.upsample(x))
+        return image
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """Return what the head takes: the output of the last block."""
         for block in self.blocks:
             x = block(x)
-        image: Tensor = self.head(x)
-        return image
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.begin(x))

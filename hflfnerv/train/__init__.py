@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .clip import Clip, prepare_clip
+from .graph import CapturedStep
+from .muon import Muon
 from .schedule import learning_rate_factor
 from .trainer import EpochResult, TrainConfig, Trainer
 
 __all__ = [
+    "CapturedStep",
     "Checkpoint",
     "Clip",
     "EpochResult",
+    "Muon",
     "TrainConfig",
     "Trainer",
     "learning_rate_factor",

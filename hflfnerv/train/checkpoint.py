@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _KEY = "hflfnerv"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

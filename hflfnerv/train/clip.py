@@ -48,12 +48,9 @@ class Clip:
 
     def inputs(self, index: Tensor) -> Tensor | None:
         """Return float32 encoder inputs ``[B, 3, H, W]``, channels-last in memory, or None."""
-        if self.encoder_input is None:
-            return None
         if self.encoder_input == "frame":
             return self.targets(index)
-        assert self.highpass is not None
-        return self.highpass[index].permute(0, 3, 1, 2).float()
+        return None if self.highpass is None else self.highpass[index].permute(0, 3, 1, 2).float()
 
     def digest(self) -> str:
         """Return a hash of the frames and inputs, to tell whether a checkpoint belongs to them."""

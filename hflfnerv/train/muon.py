@@ -19,8 +19,8 @@ _STEPS = 5
 def orthogonalise(x: Tensor) -> Tensor:
     """Take the singular values of a matrix near 1 and keep its singular vectors.
 
-    Five Newton-Schulz steps ``X <- a X + (b X X^T + c (X X^T)^2) X`` from ``X = x / |x|_F`` (K. Jordan et al., "Muon: An
-    optimizer for hidden layers in neural networks", 2024).
+    Five Newton-Schulz steps ``X <- a X + (b X X^T + c (X X^T)^2) X`` from ``X = x / |x|_F`` (K. Jordan et al.,
+    "Muon: An optimizer for hidden layers in neural networks", 2024).
 
     Args:
         x: floating ``[M, N]``; computed in its own dtype.

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,22 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._atomic import check_writable
-from .._device import autocast_dtype
 from ..errors import CheckpointError, TrainingDiverged, TrainingInterrupted
 from ..models import VideoNetwork
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .clip import Clip
+from .graph import CapturedStep
+from .muon import Muon
 from .schedule import learning_rate_factor
+from .step import TrainingStep, use_device_lr
 
 __all__ = ["EpochResult", "TrainConfig", "Trainer"]
 
+# The learning rate of Adam beside Muon, as a part of Muon's: 2e-3 beside 0.02.
+_ADAM_SHARE = 0.1
 _CHECKPOINT_NAME = "checkpoint.safetensors"
 
 
@@ -34,12 +37,15 @@ _CHECKPOINT_NAME = "checkpoint.safetensors"
 class TrainConfig:
     """The numbers of a training run; two runs with equal ones on the same clip and machine end bit-identical.
 
+    On a GPU that is so as far as the gradients of cuDNN's convolutions are, some of which sum in no fixed order.
+
     Attributes:
         epochs: passes over the frames.
-        lr: peak learning rate.
+        lr: peak learning rate; with ``"muon"`` that of Muon.
         batch_size: frames a step; an incomplete last batch is dropped, as in the published code.
         seed: seed of the frame order.
         precision: compute type of forward and backward, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        optimizer: ``"adam"``, or ``"muon"`` for :meth:`VideoNetwork.hidden_weights` and Adam for the rest.
     """
 
     epochs: int
@@ -47,6 +53,7 @@ class TrainConfig:
     batch_size: int
     seed: int
     precision: str = "fp32"
+    optimizer: str = "adam"
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ class Trainer:
         workdir: folder of the checkpoint; None for none.
         checkpoint_seconds: time between checkpoints; 0 for one after every epoch.
 
+    Attributes:
+        training_step: takes the next step when it is called; :meth:`run` replays it as a CUDA graph on a GPU.
+
     Raises:
         CheckpointError: ``workdir`` holds another run's checkpoint, or a damaged one.
         OSError: ``workdir`` cannot be written.
@@ -95,12 +105,23 @@ class Trainer:
         self.batch_size = min(config.batch_size, len(clip))
         self.steps_per_epoch = len(clip) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.optimizers = _make_optimizers(self.model, config)
+        for optimizer in self.optimizers:
+            use_device_lr(optimizer, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = 0
         self.history: list[EpochResult] = []
         self.resumed_from = 0
-        self._epoch_errors: list[Tensor] = []
+        self.training_step = TrainingStep(
+            self.model,
+            self.clip,
+            self.optimizers,
+            self.scaler,
+            precision=config.precision,
+            orders=self._orders(),
+            factors=torch.tensor([self._lr_factor(step) for step in range(self.total_steps)], device=device),
+            steps_per_epoch=self.steps_per_epoch,
+        )
         self._epoch_seconds = 0.0
         self._path = None if workdir is None else Path(workdir) / _CHECKPOINT_NAME
         self._checkpoint_seconds = checkpoint_seconds
@@ -127,24 +148,22 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _stop_signals() as stopped:
             self._seed_or_restore_random_state()
-            saved = time.monotonic()
-            order: Tensor | None = None
+            self.training_step.seek(self.step)
+            take_step = self._captured_step() if self.device.type == "cuda" else self.training_step
+            saved = started = time.monotonic()
             while self.step < self.total_steps:
-                epoch, position = divmod(self.step, self.steps_per_epoch)
-                if order is None or position == 0:
-                    order = self._order(epoch)
-                started = time.perf_counter()
-                lr = self._train_step(order[position * self.batch_size : (position + 1) * self.batch_size])
-                self._epoch_seconds += time.perf_counter() - started
+                take_step()
                 self.step += 1
-                if position + 1 == self.steps_per_epoch:
-                    self._end_epoch(epoch, lr)
+                if self.step % self.steps_per_epoch == 0:
+                    self._end_epoch(started)
                     if time.monotonic() - saved >= self._checkpoint_seconds and self.step < self.total_steps:
                         self._save()
                         saved = time.monotonic()
+                    started = time.monotonic()
                 if on_step is not None:
                     on_step(self)
                 if stopped() and self.step < self.total_steps:
+                    self._epoch_seconds += time.monotonic() - started
                     self._save()
                     where = "no checkpoint was kept (no workdir)" if self._path is None else f"saved in {self._path}"
                     raise TrainingInterrupted(
@@ -152,36 +171,35 @@ class Trainer:
                     )
             self._save()
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
-        return torch.randperm(len(self.clip), generator=generator).to(self.device)
+    def _captured_step(self) -> Callable[[], None]:
+        # Unless the optimiser itself looks at it, the GradScaler of fp16 reads the check of the gradients back.
+        if self.scaler.is_enabled() and not all(hasattr(o, "_step_supports_amp_scaling") for o in self.optimizers):
+            return self.training_step
+        return CapturedStep(self.training_step, self.device)
 
-    def _train_step(self, index: Tensor) -> float:
-        lr = self.config.lr * learning_rate_factor(self.step / self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        targets = self.clip.targets(index)
-        dtype = autocast_dtype(self.config.precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.model(self.clip.inputs(index), index)
-        errors = F.mse_loss(output.float(), targets, reduction="none").flatten(1).mean(1)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(errors.mean()).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._epoch_errors.append(errors.detach())
-        return lr
+    def _orders(self) -> Tensor:
+        """Return the frames of each step, int64 ``[steps, B]``; an epoch's follow from the seed and its number."""
+        orders = []
+        for epoch in range(self.config.epochs):
+            generator = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
+            orders.append(torch.randperm(len(self.clip), generator=generator)[: self.steps_per_epoch * self.batch_size])
+        return torch.cat(orders).view(-1, self.batch_size).to(self.device)
 
-    def _end_epoch(self, epoch: int, lr: float) -> None:
-        errors = torch.cat(self._epoch_errors).double()
-        psnr_db = float((-10.0 * torch.log10(errors + 1e-9)).mean())
+    def _lr_factor(self, step: int) -> float:
+        return learning_rate_factor(step / self.total_steps)
+
+    def _end_epoch(self, started: float) -> None:
+        epoch = self.step // self.steps_per_epoch
+        # Reading the errors waits for the device: the one place in an epoch that does.
+        psnr_db = float((-10.0 * torch.log10(self.training_step.errors.double() + 1e-9)).mean())
         if not math.isfinite(psnr_db):
             raise TrainingDiverged(
-                f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (--lr, now {self.config.lr}) "
+                f"the loss is not finite in epoch {epoch}: lower the learning rate (--lr, now {self.config.lr}) "
                 "or use --precision fp32"
             )
-        self.history.append(EpochResult(epoch + 1, psnr_db, lr, self._epoch_seconds))
-        self._epoch_errors, self._epoch_seconds = [], 0.0
+        lr = self.config.lr * self._lr_factor(self.step - 1)
+        self.history.append(EpochResult(epoch, psnr_db, lr, self._epoch_seconds + time.monotonic() - started))
+        self._epoch_seconds = 0.0
 
     def _seed_or_restore_random_state(self) -> None:
         if not self._random_state:
@@ -195,13 +213,13 @@ class Trainer:
         if self._path is None:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{index}.{key}": value for key, value in state.items()})
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer.{number}.{index}.{key}": value for key, value in state.items()})
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        if self._epoch_errors:
-            tensors["epoch_errors"] = torch.cat(self._epoch_errors)
+        tensors["epoch_errors"] = self.training_step.errors
         state = {
             "step": self.step,
             "fingerprint": self._fingerprint,
@@ -221,25 +239,42 @@ class Trainer:
             )
         try:
             self.model.load_state_dict(_take(tensors, "model."))
-            optimizer_state: dict[int, dict[str, Tensor]] = {}
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for name, value in _take(tensors, "optimizer.").items():
-                number, key = name.split(".", 1)
-                parameter = parameters[int(number)]
-                if value.shape == parameter.shape:
-                    # Fused optimisers walk the memory: a moment must be laid out like its channels-last parameter.
-                    value = torch.empty_like(parameter).copy_(value)
-                optimizer_state.setdefault(int(number), {})[key] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+            for number, optimizer in enumerate(self.optimizers):
+                _restore_optimizer(optimizer, _take(tensors, f"optimizer.{number}."))
             self.scaler.load_state_dict(state["scaler"])
             self.step = self.resumed_from = int(state["step"])
             self.history = [EpochResult(*row) for row in state["history"]]
             self._epoch_seconds = float(state["epoch_seconds"])
-            self._epoch_errors = [tensors["epoch_errors"].to(self.device)] if "epoch_errors" in tensors else []
+            self.training_step.errors.copy_(tensors["epoch_errors"])
             self._random_state = _take(tensors, "random.")
         except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self._path} is damaged ({error}); delete it to start again") from error
+
+
+def _make_optimizers(model: VideoNetwork, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return the optimisers. Their learning rates become tensors on the device afterwards."""
+    on_cuda = next(model.parameters()).is_cuda
+    if config.optimizer == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=config.lr, fused=True, capturable=on_cuda)]
+    muon = model.hidden_weights()
+    others = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in muon)]
+    return [
+        Muon(muon, lr=config.lr),
+        torch.optim.Adam(others, lr=_ADAM_SHARE * config.lr, fused=True, capturable=on_cuda),
+    ]
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
+        number, key = name.split(".", 1)
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            # Fused optimisers walk the memory: a moment must be laid out like its channels-last parameter.
+            value = torch.empty_like(parameter).copy_(value)
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @contextmanager

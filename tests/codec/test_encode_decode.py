@@ -91,7 +91,7 @@ def test_header_tells_how_it_was_made(coded, moving_frames):
     header = Bitstream.open(coded.bitstream).header
     assert (header.frames, header.height, header.width) == moving_frames.shape[:3]
     assert header.training["epochs"] == 2
-    assert header.preset == "paper"
+    assert header.preset == CONFIG.preset == "best"
     assert header.writer.startswith("hflfnerv ")
     assert header.source.crop is None
 
@@ -234,11 +234,26 @@ def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
         ({"entropy": "zip"}, "entropy must be one of"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"seed": -1}, "seed must be"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
+        ({"encoder_input": "x"}, "encoder_input must be one of"),
+        ({"model": "nerv", "encoder_input": "frame"}, "encoder_input must be None for model 'nerv'"),
     ],
 )
 def test_config_rejects(change, message):
     with pytest.raises(ValueError, match=message):
         EncodeConfig(**change)
+
+
+def test_presets_fill_in_what_is_not_given():
+    paper = EncodeConfig(preset="paper").resolved()
+    assert (paper.optimizer, paper.lr, paper.batch_size, paper.encoder_input) == ("adam", 2e-3, 1, "highpass")
+    best = EncodeConfig().resolved()
+    assert (best.optimizer, best.lr, best.batch_size, best.encoder_input) == ("muon", 0.02, 1, "frame")
+    assert EncodeConfig(encoder_input="highpass").resolved().encoder_input == "highpass"
+    assert EncodeConfig(lr=0.01).resolved().lr == 0.01
+    assert EncodeConfig(optimizer="adam", lr=1e-3).resolved().optimizer == "adam"
+    with pytest.raises(ValueError, match=r"lr must be given with optimizer 'adam', got None"):
+        EncodeConfig(optimizer="adam").resolved()
 
 
 @pytest.mark.parametrize(("text", "value"), [("1.5M", 1_500_000), ("300k", 300_000), ("42", 42), (0.5e6, 500_000)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hflfnerv.models import MODELS, HFLFNeRV, HNeRV, NeRV, build_model, choose_layout
+from hflfnerv.models.budget import parameter_count
 
 
 def widths(spec, name):
@@ -51,6 +54,33 @@ def test_the_network_is_about_as_large_as_asked(model, size):
     # Widths are rounded (one channel of 34 is 3 %, twice that in weights), biases and heads are not in the formula, and
     # NeRV's lowest width of 12 costs more than the formula says.
     assert 0.92 * size <= total <= 1.12 * size
+
+
+@pytest.mark.parametrize("frames_height_width", [(80, 640, 1280), (32, 160, 320), (7, 45, 80)])
+@pytest.mark.parametrize("model", MODELS)
+def test_best_is_as_large_as_asked_and_no_larger(model, frames_height_width):
+    for size in (150_000, 400_000, 1_500_000):
+        spec = MODELS[model].plan(size, *frames_height_width, preset="best")
+        total = build_model(spec, with_encoder=False).parameter_counts()["total"]
+        # One more channel somewhere costs less than a twentieth: the largest block has half of the weights and at least
+        # 12 channels on each side, and both change.
+        assert 0.95 * size <= total <= size
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_are_counted_right(model, preset):
+    spec = MODELS[model].plan(200_000, 9, 90, 160, preset=preset)
+    assert parameter_count(spec) == build_model(spec, with_encoder=False).parameter_counts()["total"]
+
+
+def test_the_least_size_of_best_is_enough():
+    with pytest.raises(ValueError, match="size must be at least") as error:
+        HFLFNeRV.plan(1000, 8, 96, 160, preset="best")
+    least = int(re.search(r"at least (\d+)", str(error.value))[1])
+    assert parameter_count(HFLFNeRV.plan(least, 8, 96, 160, preset="best")) == least
+    with pytest.raises(ValueError, match=f"size must be at least {least}"):
+        HFLFNeRV.plan(least - 1, 8, 96, 160, preset="best")
 
 
 def test_hnerv_widths_of_the_published_bunny_checkpoint():

@@ -11,18 +11,25 @@ import torch
 from hflfnerv.models import MODELS, HFLFNeRV, HNeRV, ModelSpec, TimeEncoding, TimeSpec, build_model
 
 SIZES = [(96, 160), (17, 31), (45, 80)]
+# Every structure there is; the presets of the other networks differ in widths alone.
+NETWORKS = [*MODELS, "hflf/best"]
 
 
-def make(model, height, width, frames=3, size=60_000, **options):
+def plan(network, size, frames, height, width):
+    model, _, preset = network.partition("/")
+    return MODELS[model].plan(size, frames, height, width, preset=preset or "paper")
+
+
+def make(network, height, width, frames=3, size=60_000, **options):
     torch.manual_seed(0)
-    return build_model(MODELS[model].plan(size, frames, height, width), **options)
+    return build_model(plan(network, size, frames, height, width), **options)
 
 
 def network_input(net, height, width, batch=2):
     return None if net.encoder_input is None else torch.rand(batch, 3, height, width)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", NETWORKS)
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_forward(model, height, width):
     net = make(model, height, width)
@@ -34,7 +41,7 @@ def test_forward(model, height, width):
     assert out.max() < high
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", NETWORKS)
 def test_backward_reaches_every_parameter(model):
     net = make(model, 48, 64)
     net(network_input(net, 48, 64), torch.tensor([0, 1])).square().mean().backward()
@@ -46,14 +53,37 @@ def test_backward_reaches_every_parameter(model):
 def test_link_is_the_papers_sum():
     net = make("hflf", 48, 64)
     embedding, index = torch.randn(2, *net.spec.embedding_shape), torch.tensor([0, 1])
-    high, low = net.decode_streams(embedding, index)
     time = net.time(index)
     expected = (
         torch.tanh(net.hfd(embedding))[..., :48, :64]
         + (torch.tanh((net.lfd1(time[:, :20]) + net.lfd2(time[:, 20:]))[..., :48, :64]) + 1) / 2
     )
     torch.testing.assert_close(net.decode(embedding, index), expected)
-    torch.testing.assert_close(high + low, expected)
+
+
+def test_link_of_best_is_one_sum():
+    net = make("hflf/best", 48, 64, frames=9)
+    embedding, index = torch.randn(3, *net.spec.embedding_shape), torch.tensor([0, 3, 8])
+    grid = net.lfd.stem.grid
+    assert grid.shape[0] == 3  # one for four frames
+    at = [grid[0], grid[0] * 0.25 + grid[1] * 0.75, grid[2]]  # knots are at frames 0, 4 and 8
+    low = net.lfd.finish(torch.stack(at))[..., :48, :64]
+    expected = (torch.tanh(net.hfd(embedding)[..., :48, :64] + low) + 1) / 2
+    torch.testing.assert_close(net.decode(embedding, index), expected)
+
+
+def test_one_frame_has_a_time():
+    net = make("hflf/best", 48, 64, frames=1)
+    assert torch.equal(net.lfd.begin(torch.tensor([0]))[0], net.lfd.stem.grid[0])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_errors_are_those_of_the_frames(name):
+    net = make(name, 50, 66)  # which no strides divide
+    x, index = network_input(net, 50, 66), torch.tensor([0, 1])
+    frames = torch.randint(0, 256, (2, 50, 66, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = (net(x, index) - frames.permute(0, 3, 1, 2) / 255).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(net.errors(x, index, frames), expected)
 
 
 def test_stream_is_conv_shuffle_gelu():
@@ -101,11 +131,11 @@ def test_encoder_matches_the_published_structure():
     assert net.encoder(torch.zeros(1, 3, 640, 1280)).shape == (1, 16, 2, 4)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", NETWORKS)
 def test_spec_survives_json(model):
     import json
 
-    spec = MODELS[model].plan(60_000, 5, 45, 80)
+    spec = plan(model, 60_000, 5, 45, 80)
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -147,6 +177,28 @@ def test_spec_rejects(change, message):
     change(data)
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced(["streams", "lfd", "knots"], 1), "knots must be in"),
+        (replaced(["streams", "lfd", "knots"], 2**24), "knots must hold at most"),
+        (replaced(["streams", "lfd", "knots"], "2"), "knots must be a int"),
+    ],
+)
+def test_spec_of_best_rejects(change, message):
+    data = plan("hflf/best", 60_000, 5, 45, 80).to_dict()
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        ModelSpec.from_dict(data)
+
+
+def test_a_low_frequency_stream_needs_knots_or_a_time():
+    data = plan("hflf/best", 60_000, 5, 45, 80).to_dict()
+    del data["streams"]["lfd"]["knots"]
+    with pytest.raises(ValueError, match="or a stream lfd with knots"):
+        HFLFNeRV(ModelSpec.from_dict(data))
 
 
 def test_a_spec_of_another_model_is_refused():

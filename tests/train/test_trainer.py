@@ -13,6 +13,7 @@ from hflfnerv.models import MODELS, build_model
 from hflfnerv.train import TrainConfig, Trainer, prepare_clip
 
 CONFIG = TrainConfig(epochs=4, lr=2e-3, batch_size=2, seed=3)
+MUON = TrainConfig(epochs=4, lr=0.02, batch_size=2, seed=3, optimizer="muon")
 
 
 @pytest.fixture(params=MODELS)
@@ -30,8 +31,9 @@ def make_trainer(model_name, frames, config=CONFIG, **options):
 
 def state_of(trainer):
     tensors = dict(trainer.model.state_dict())
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        tensors.update({f"{index}.{key}": value for key, value in state.items()})
+    for number, optimizer in enumerate(trainer.optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors.update({f"{number}.{index}.{key}": value for key, value in state.items()})
     return tensors
 
 
@@ -54,28 +56,34 @@ class StopAfter:
             os.kill(os.getpid(), self.number)
 
 
-def test_learns(model_name, moving_frames):
-    trainer = make_trainer(model_name, moving_frames, TrainConfig(30, 5e-3, 1, 0))
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 5e-3), ("muon", 0.02)])
+def test_learns(model_name, moving_frames, optimizer, lr):
+    trainer = make_trainer(model_name, moving_frames, TrainConfig(30, lr, 1, 0, optimizer=optimizer))
     trainer.run()
     assert len(trainer.history) == 30
     assert trainer.history[-1].psnr_db > trainer.history[0].psnr_db + 3
 
 
-def test_repeats_itself(model_name, moving_frames):
-    first, second = (make_trainer(model_name, moving_frames) for _ in range(2))
+@pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adam", "muon"])
+def test_repeats_itself(model_name, moving_frames, config):
+    first, second = (make_trainer(model_name, moving_frames, config) for _ in range(2))
     first.run()
     second.run()
     assert_same_state(first, second)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 11])
-def test_resume_is_bit_identical(model_name, moving_frames, tmp_path, steps):
-    whole = make_trainer(model_name, moving_frames)
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [(CONFIG, 1), (CONFIG, 3), (CONFIG, 7), (CONFIG, 11), (MUON, 1), (MUON, 7)],
+    ids=lambda value: getattr(value, "optimizer", value),
+)
+def test_resume_is_bit_identical(model_name, moving_frames, tmp_path, config, steps):
+    whole = make_trainer(model_name, moving_frames, config)
     whole.run()
-    broken = make_trainer(model_name, moving_frames, workdir=tmp_path)
+    broken = make_trainer(model_name, moving_frames, config, workdir=tmp_path)
     with pytest.raises(TrainingInterrupted, match=r"saved in .*checkpoint\.safetensors"):
         broken.run(StopAfter(steps))
-    resumed = make_trainer(model_name, moving_frames, workdir=tmp_path)
+    resumed = make_trainer(model_name, moving_frames, config, workdir=tmp_path)
     assert resumed.step == steps
     torch.manual_seed(99)  # the random state comes from the checkpoint, not from the process
     resumed.run()
@@ -93,6 +101,20 @@ def test_a_finished_run_does_nothing_more(moving_frames, tmp_path):
     assert_same_state(first, second)
 
 
+def test_muon_has_the_hidden_weights_and_adam_all_others(model_name, moving_frames):
+    trainer = make_trainer(model_name, moving_frames, MUON)
+    muon, adam = ([p for g in o.param_groups for p in g["params"]] for o in trainer.optimizers)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    assert len(muon) + len(adam) == len(names)
+    hidden = {names[id(p)] for p in muon}
+    assert {names[id(p)] for p in adam} == set(names.values()) - hidden
+    blocks = {name for name in names.values() if ".blocks." in name and name.endswith("conv.weight")}
+    assert blocks
+    assert blocks <= hidden
+    assert not any(part in name for name in hidden for part in ("stem", "head", "bias", "norm", "gamma", ".dwconv."))
+    assert [g["lr"].item() for o in trainer.optimizers for g in o.param_groups] == pytest.approx([0.02, 0.002])
+
+
 def test_sigterm_stops_too_and_handlers_come_back(moving_frames, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
@@ -106,6 +128,8 @@ def test_checkpoint_of_another_run_is_refused(moving_frames, tmp_path):
     make_trainer("hflf", moving_frames, workdir=tmp_path).run()
     with pytest.raises(CheckpointError, match=r"train\.epochs is 4 there and 5 here"):
         make_trainer("hflf", moving_frames, TrainConfig(5, 2e-3, 2, 3), workdir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"train\.optimizer is adam there and muon here"):
+        make_trainer("hflf", moving_frames, MUON, workdir=tmp_path)
     with pytest.raises(CheckpointError, match="model"):
         make_trainer("hnerv", moving_frames, workdir=tmp_path)
     with pytest.raises(CheckpointError, match="clip"):

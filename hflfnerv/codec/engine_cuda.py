@@ -1,0 +1,289 @@
+"""Decoding on a CUDA device: batches from CUDA graphs, copied to the host while the next ones are made."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._device import autocast_dtype, exact_convolutions, first_line
+from ..models import ModelSpec, VideoNetwork
+from ..models.streams import DecoderStream
+from ..ops import PackedWeights, output_stage
+from .engine import OUTPUT_GROUPS, Embeddings, Engine, to_uint8
+
+__all__ = ["CudaEngine", "rejects"]
+
+_SLOTS = 3
+_MAX_STEM_BYTES = 2**30
+
+
+def rejects(spec: ModelSpec) -> str | None:
+    """Return why this engine is not for a network, or None."""
+    if len(spec.streams) not in OUTPUT_GROUPS:
+        return f"the network has {len(spec.streams)} streams"
+    needed = 4 * spec.frames * sum(stream.widths[0] * stream.layout.cells for stream in spec.streams.values())
+    if needed > _MAX_STEM_BYTES:
+        return f"the stems of all {spec.frames} frames take {needed} bytes, more than {_MAX_STEM_BYTES}"
+    return None
+
+
+class _Program:
+    """Makes ``batch`` frames; on a CUDA device by the replay of a graph."""
+
+    def __init__(self, render: Callable[[Tensor], Tensor], batch: int, device: torch.device, pool: Any) -> None:
+        self.index = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._render = render
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._out = torch.empty(0)
+        if device.type == "cuda":
+            self._capture(device, pool)
+
+    def run(self) -> Tensor:
+        """Return the frames that ``index`` names, uint8 ``[batch, H, W, 3]``; the next run may overwrite them."""
+        if self._graph is None:
+            return self._render(self.index)
+        self._graph.replay()
+        return self._out
+
+    def _capture(self, device: torch.device, pool: Any) -> None:
+        stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what runs the first time, such as compilers, cannot be captured
+                self._render(self.index)
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._out = self._render(self.index)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            warnings.warn(
+                f"decoding without a CUDA graph, which is slower: it cannot be captured ({first_line(error)})",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return
+        self._graph = graph
+
+
+class _Slot:
+    """A batch on its way to the host."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self.device = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_cuda)
+        self.index = torch.empty(shape[0], dtype=torch.int64, pin_memory=on_cuda)
+        self.made = torch.cuda.Event() if on_cuda else None
+        self.copied = torch.cuda.Event() if on_cuda else None
+        self.count = 0
+
+
+class CudaEngine(Engine):
+    """All that is constant made once, batches of frames by CUDA graphs, copies that overlap with them.
+
+    The embeddings of all frames are read once, and the stems of all streams, which include the layers on the time, are
+    computed from them in float32. What is left of a frame is its index: a graph of the upsampling blocks takes the
+    indices of a batch and makes uint8 frames, with weights that are cast and packed once. They go through pinned memory
+    on a stream of their own, and at most three batches are in flight.
+
+    ``precision="auto"`` computes in float16, whose frames are within a level of float32's, unless that does not hold
+    for the first frame of this video; then in float32.
+
+    The device may also be a CPU, without graphs and streams; that is how this module is tested where there is no GPU.
+
+    Attributes:
+        batch_size: frames made at once, 1 to begin with: then a frame is the same, bit for bit, whichever others are
+            asked for with it. Larger batches are faster and promise that no more: for them cuDNN may choose other
+            algorithms, and a sample in float16 may differ by a level.
+    """
+
+    def __init__(self, model: VideoNetwork, embeddings: Embeddings, device: torch.device, precision: str) -> None:
+        super().__init__(model, embeddings, device, precision)
+        self._on_cuda = device.type == "cuda"
+        self._packed = PackedWeights()
+        self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
+        self._copies = torch.cuda.Stream(device) if self._on_cuda else None
+        self._lock = threading.Lock()
+        self._free: list[_Slot] = []
+        self._programs: dict[int, _Program] = {}
+        self.batch_size = 1
+        model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        exact = self._make_stems(model)
+        self._dtype = torch.float16 if precision == "auto" else autocast_dtype(precision) or torch.float32
+        self._use(model, exact)
+        if precision == "auto" and not self._first_frame_is_right(model, exact):
+            warnings.warn(
+                "decoding in float32: the frames of this network in float16 are too far from it",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._dtype = torch.float32
+            self._use(model, exact)
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self._on_cuda else nullcontext()
+
+    def _use(self, model: VideoNetwork, stems: list[Tensor]) -> None:
+        model = model if self._dtype == torch.float32 else copy.deepcopy(model).to(self._dtype)
+        self._streams = [cast(DecoderStream, model.get_submodule(name)) for name in self.spec.streams]
+        self._stems = [stem.to(self._dtype) for stem in stems]
+
+    @torch.inference_mode()
+    def _make_stems(self, model: VideoNetwork) -> list[Tensor]:
+        indices = range(self.spec.frames)
+        embeddings = self.embeddings(indices)
+        index = torch.arange(self.spec.frames, device=self.device)
+        with self._current_device(), exact_convolutions():
+            stems = model.stems(None if embeddings is None else embeddings.to(self.device), index)
+        return [stem.contiguous(memory_format=torch.channels_last) for stem in stems]
+
+    @torch.inference_mode()
+    def _first_frame_is_right(self, model: VideoNetwork, exact: list[Tensor]) -> bool:
+        frame = self._render(torch.zeros(1, dtype=torch.int64, device=self.device))
+        with self._current_device(), exact_convolutions():
+            expected = to_uint8(model.render([stem[:1] for stem in exact]))
+        difference = (frame.int() - expected.int()).abs()
+        return bool((difference <= 4).all() & ((difference <= 1).float().mean() >= 0.999))
+
+    def _render(self, index: Tensor, *, as_bytes: bool = True) -> Tensor:
+        """Make frames ``[B, H, W, 3]``, uint8 or float32."""
+        # index_select forgets the memory order, which the kernels of the first blocks look at.
+        stems = [stem.index_select(0, index).contiguous(memory_format=torch.channels_last) for stem in self._stems]
+        groups, scales = OUTPUT_GROUPS[len(stems)]
+        heads = [stream.head for stream in self._streams]
+        with self._current_device(), self._packed, exact_convolutions():
+            return output_stage(
+                [stream.upsample(stem) for stream, stem in zip(self._streams, stems, strict=True)],
+                [head.weight for head in heads],
+                [head.bias for head in heads],
+                groups=groups,
+                scales=scales,
+                crop=(self.spec.height, self.spec.width),
+                as_bytes=as_bytes,
+            )
+
+    def _program(self, batch: int) -> _Program:
+        program = self._programs.get(batch)
+        if program is None:
+            program = _Program(self._render, batch, self.device, self._pool)
+            self._programs[batch] = program
+        return program
+
+    @torch.inference_mode()
+    def device_frames(self, indices: Sequence[int]) -> Tensor:
+        """Make frames in one batch and leave them on the device, uint8 ``[B, H, W, 3]``.
+
+        The next frames of this engine may overwrite them.
+        """
+        with self._lock, self._current_device():
+            program = self._program(len(indices))
+            program.index.copy_(torch.tensor(indices))
+            return program.run()
+
+    def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        for batch in self._batches(indices):
+            for frame in batch:
+                yield frame.clone().numpy()
+
+    def fill(self, indices: Sequence[int], out: NDArray[np.uint8]) -> None:
+        target, done = torch.from_numpy(out), 0
+        for batch in self._batches(indices):
+            target[done : done + len(batch)].copy_(batch)
+            done += len(batch)
+
+    @torch.inference_mode()
+    def float_frames(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        for index in indices:
+            with self._lock:
+                frame = self._render(torch.tensor([index], device=self.device), as_bytes=False)
+            yield frame[0].permute(2, 0, 1).cpu()
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield uint8 ``[n, H, W, 3]`` on the host, each valid until the next is asked for."""
+        flying: deque[_Slot] = deque()
+        try:
+            start = 0
+            while start < len(indices):
+                if len(flying) == _SLOTS:
+                    yield self._landed(flying[0])
+                    self._free.append(flying.popleft())
+                size = self.batch_size
+                try:
+                    flying.append(self._launch(indices[start : start + size], size))
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    self._shrink(size)
+                    continue
+                start += size
+            while flying:
+                yield self._landed(flying[0])
+                self._free.append(flying.popleft())
+        finally:
+            # Where the caller stopped early: a slot is free once its copy is done.
+            for slot in flying:
+                self._landed(slot)
+                self._free.append(slot)
+
+    def _shrink(self, size: int) -> None:
+        self.batch_size = size // 2
+        self._programs.pop(size, None)
+        self._free.clear()
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"not enough memory on {self.device} for {size} frames at once: decoding in batches of {self.batch_size}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    @torch.inference_mode()
+    def _launch(self, indices: Sequence[int], size: int) -> _Slot:
+        """Queue a batch of ``size`` frames, the last of which may be the same, and its copy to the host."""
+        with self._lock, self._current_device():
+            program = self._program(size)
+            slot = self._take_slot(size)
+            slot.count = len(indices)
+            slot.index.copy_(torch.tensor([*indices, *[indices[-1]] * (size - len(indices))]))
+            program.index.copy_(slot.index, non_blocking=True)
+            # The graph's own memory is for the next batch; the slot's is this batch's until the host has it.
+            slot.device.copy_(program.run())
+        if self._copies is None:
+            slot.host.copy_(slot.device)
+            return slot
+        assert slot.made is not None
+        assert slot.copied is not None
+        slot.made.record(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(slot.made)
+            slot.host[: slot.count].copy_(slot.device[: slot.count], non_blocking=True)
+            slot.copied.record(self._copies)
+        return slot
+
+    def _take_slot(self, size: int) -> _Slot:
+        for position, slot in enumerate(self._free):
+            if len(slot.host) == size:
+                return self._free.pop(position)
+        return _Slot((size, self.spec.height, self.spec.width, 3), self.device)
+
+    def _landed(self, slot: _Slot) -> Tensor:
+        if slot.made is not None and slot.copied is not None:
+            slot.made.synchronize()
+            made = time.perf_counter()
+            slot.copied.synchronize()
+            self.copy_seconds += time.perf_counter() - made
+        return slot.host[: slot.count]

@@ -1,0 +1,130 @@
+"""The training step can be captured: it reads nothing back, and every change from step to step is on the device."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hflfnerv.models import MODELS, build_model
+from hflfnerv.train import TrainConfig, Trainer, prepare_clip
+from hflfnerv.train import graph as graph_module
+from hflfnerv.train.graph import CapturedStep
+
+# What waits for the device, or takes a shape from the values there.
+READS_BACK = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name and the arguments of every operation, and what is copied between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def make_trainer(model_name, frames, **config):
+    torch.manual_seed(0)
+    network = MODELS[model_name]
+    clip = prepare_clip(torch.from_numpy(frames), network.encoder_input, crop=None, removed=0.8)
+    model = build_model(network.plan(60_000, *frames.shape[:3]))
+    settings = {"epochs": 3, "lr": 2e-3, "batch_size": 2, "seed": 3, **config}
+    return Trainer(model, clip, TrainConfig(**settings), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize(
+    "config", [{}, {"precision": "bf16"}, {"precision": "fp16"}, {"optimizer": "muon", "lr": 0.02}]
+)
+def test_a_step_reads_nothing_back(model_name, config, moving_frames):
+    step = make_trainer(model_name, moving_frames, **config).training_step
+    step()
+    with Operations() as first:
+        step()
+    with Operations() as second:
+        step()
+    assert len(first.names) > 50
+    assert not READS_BACK & set(first.names)
+    assert first.names == second.names  # a replay does what the captured call did
+
+
+def test_the_step_number_is_all_that_moves_it(moving_frames):
+    one, other = (make_trainer("hflf", moving_frames).training_step for _ in range(2))
+    for _ in range(3):
+        one()
+    other.seek(2)
+    assert not torch.equal(one._number, other._number)
+    one.seek(2)
+    assert torch.equal(one._number, other._number)
+
+
+class FakeGraph:
+    """Records what is called between begin and end, and calls it again at each replay."""
+
+    def replay(self):
+        self.step()
+
+
+class FakeStream:
+    def __init__(self, device=None):
+        self.device = device
+
+    def wait_stream(self, other):
+        pass
+
+
+class Null:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "stream", Null)
+    monkeypatch.setattr(torch.cuda, "graph", Null)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_the_first_calls_are_steps_then_one_capture_then_replays(fake_cuda):
+    calls, replays = [], []
+    FakeGraph.step = lambda self: replays.append(len(calls))
+    captured = CapturedStep(lambda: calls.append(len(replays)), torch.device("cuda"))
+    for _ in range(6):
+        captured()
+    # Three steps, and the call that was captured, which computes nothing.
+    assert len(calls) == graph_module._WARM_UP + 1
+    assert len(replays) == 6 - graph_module._WARM_UP
+
+
+def test_a_step_that_cannot_be_captured_is_called_as_it_is(fake_cuda, monkeypatch):
+    class Broken(Null):
+        def __exit__(self, *exception):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    calls = []
+    captured = CapturedStep(lambda: calls.append(None), torch.device("cuda"))
+    for _ in range(graph_module._WARM_UP):
+        captured()
+    with pytest.warns(RuntimeWarning, match=r"without a CUDA graph.*not permitted when stream is capturing\)$"):
+        captured()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            captured()
+    assert len(calls) == 6 + 1
