@@ -20,7 +20,7 @@ import torch
 from .registry import Contender, Point
 from .run import environment, line
 
-__all__ = ["Machine", "require_close", "without_autotuning"]
+__all__ = ["Machine", "cuda_kernels", "driver_version", "require_close", "without_autotuning"]
 
 Row = dict[str, Any]
 _COMPILING = 30.0  # seconds that a point with torch.compile takes at least
@@ -54,6 +54,20 @@ def without_autotuning() -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
+@functools.cache
+def cuda_kernels() -> tuple[str, ...]:
+    """Return the name of the CUDA implementation where it can run here; say why not otherwise."""
+    from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
+
+    entry = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "cuda")
+    reason = entry.unavailable()
+    if reason is None and torch.cuda.get_device_capability() != (9, 0):
+        reason = "the device is not of the Hopper generation"
+    if reason is not None:
+        print(f"without the CUDA kernel: {reason}", file=sys.stderr)
+    return () if reason else (entry.name,)
+
+
 class Machine:
     """A device, its clock, and what was measured on it so far.
 
@@ -62,13 +76,15 @@ class Machine:
         seconds: time for each contender.
         deadline: ``time.monotonic()`` after which no further point begins.
         only: measure only points whose name contains this.
+        clip: the video of the parts that need a real one; None for the one in the folder of shared data.
     """
 
-    def __init__(self, *, dry: bool, seconds: float, deadline: float, only: str = "") -> None:
+    def __init__(self, *, dry: bool, seconds: float, deadline: float, only: str = "", clip: str | None = None) -> None:
         self.dry = dry
         self.seconds_each = 0.0 if dry else seconds
         self.deadline = deadline
         self.only = only
+        self.clip = clip
         self.left_out: list[str] = []
         self._compiling = 0
         self.device = torch.device("cpu" if dry else "cuda")
@@ -195,7 +211,7 @@ class Machine:
         row = environment()
         if self.dry:
             return row | {"dry_run": True}
-        return row | {"device": torch.cuda.get_device_name(), "driver": _driver(), "cpu": row["device"]}
+        return row | {"device": torch.cuda.get_device_name(), "driver": driver_version(), "cpu": row["device"]}
 
     @functools.cached_property
     def copy_gb_per_second(self) -> float:
@@ -229,7 +245,8 @@ class Machine:
 
 
 @functools.cache
-def _driver() -> str:
+def driver_version() -> str:
+    """Return the version of the GPU's driver."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()

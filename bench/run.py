@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FAST_SECONDS = 0.005
 FAST_RUNS = 8
-PACKAGES = ("numpy", "torch", "triton", "zstandard", "dahuffman", "constriction")
+PACKAGES = ("numpy", "torch", "av", "triton", "zstandard", "dahuffman", "constriction")
 
 
 def processor() -> str:

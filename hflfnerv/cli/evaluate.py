@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ._options import add_selection, print_json
+from ._options import add_device, add_selection, print_json
 
 __all__ = ["add_parser", "run"]
 
@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("input", type=Path, metavar="IN.hflf")
     parser.add_argument("--reference", type=Path, required=True, metavar="INPUT", help="the original video or folder")
     add_selection(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_device(parser, ("auto", "fp32", "bf16", "fp16"), "fp32")
     parser.add_argument("--json", action="store_true", help="print JSON, with the values of each frame")
     parser.set_defaults(run=run)
 
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate a file; crop, resize and frames default to those it was encoded with."""
     from ..codec import Decoder, evaluate, load_reference
 
-    decoder = Decoder(arguments.input, device=arguments.device)
+    decoder = Decoder(arguments.input, device=arguments.device, precision=arguments.precision)
     reference = load_reference(
         decoder, arguments.reference, frames=arguments.frames, resize=arguments.resize, crop=arguments.crop
     )

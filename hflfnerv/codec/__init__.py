@@ -6,7 +6,8 @@ from .bitstream import Accounting, Bitstream, Color, Header, Source, write_bitst
 from .convert import convert_checkpoint
 from .decoder import Decoder, load_model
 from .encoder import EncodeObserver, EncodeResult, encode
-from .evaluation import evaluate, load_reference
+from .evaluation import compare, evaluate, load_reference
+from .rate_distortion import bjontegaard, conventional_point, file_point, mean_points, plot_points
 
 __all__ = [
     "Accounting",
@@ -17,10 +18,16 @@ __all__ = [
     "EncodeResult",
     "Header",
     "Source",
+    "bjontegaard",
+    "compare",
+    "conventional_point",
     "convert_checkpoint",
     "encode",
     "evaluate",
+    "file_point",
     "load_model",
     "load_reference",
+    "mean_points",
+    "plot_points",
     "write_bitstream",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import load_video, probe_video
@@ -14,7 +16,7 @@ from ..errors import BackendUnavailable
 from ..metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, lpips, ms_ssim, psnr
 from .decoder import Decoder
 
-__all__ = ["evaluate", "load_reference"]
+__all__ = ["compare", "evaluate", "load_reference"]
 
 
 def evaluate(decoder: Decoder, reference: Tensor, *, with_lpips: bool = False) -> dict[str, Any]:
@@ -38,14 +40,30 @@ def evaluate(decoder: Decoder, reference: Tensor, *, with_lpips: bool = False) -
             f"reference must have the decoded shape {decoder.shape}, got {tuple(reference.shape)}: "
             "give the frames, resize and crop with which it was encoded"
         )
-    metrics = {"psnr_db": psnr}
-    if min(decoder.shape[1:3]) >= MS_SSIM_MIN_SIDE:
-        metrics["ms_ssim"] = ms_ssim
-    report: dict[str, Any] = {
+    return {
         "bits_per_pixel": bits_per_pixel(decoder.bitstream.size, decoder.shape),
-        "psnr_db": None,
-        "ms_ssim": None,
+        **compare(decoder.iter_frames(), reference, with_lpips=with_lpips),
     }
+
+
+def compare(decoded: Iterable[NDArray[np.uint8]], reference: Tensor, *, with_lpips: bool = False) -> dict[str, Any]:
+    """Compare frames with their originals, one by one.
+
+    Args:
+        decoded: uint8 ``[H, W, 3]`` each.
+        reference: uint8 ``[T, H, W, 3]``; on its device the metrics are computed.
+        with_lpips: compute LPIPS (VGG) too, where its package and weights are there.
+
+    Returns:
+        What :func:`evaluate` does, without the rate.
+
+    Raises:
+        ValueError: the shapes or the numbers of frames differ.
+    """
+    metrics = {"psnr_db": psnr}
+    if min(reference.shape[1:3]) >= MS_SSIM_MIN_SIDE:
+        metrics["ms_ssim"] = ms_ssim
+    report: dict[str, Any] = {"psnr_db": None, "ms_ssim": None}
     if with_lpips:
         report["lpips"] = None
         try:
@@ -54,10 +72,10 @@ def evaluate(decoder: Decoder, reference: Tensor, *, with_lpips: bool = False) -
         except (BackendUnavailable, ValueError) as error:
             report["lpips_unavailable"] = str(error)
     values: dict[str, list[float]] = {name: [] for name in metrics}
-    for frame, original in zip(decoder.iter_frames(), reference, strict=True):
-        decoded = torch.from_numpy(frame)
+    for frame, original in zip(decoded, reference, strict=True):
+        image = torch.from_numpy(frame).to(reference.device)
         for name, metric in metrics.items():
-            values[name].append(float(metric(decoded, original)))
+            values[name].append(float(metric(image, original)))
     for name, per_frame in values.items():
         report[name] = float(np.mean(per_frame))
     return {**report, "per_frame": values}

@@ -1,20 +1,25 @@
 """Videos, folders of images and arrays in and out, as uint8 frames."""
 
 from .color import ColorDescription
+from .conventional import CONVENTIONAL_CODECS, ConventionalCodec, ConventionalResult, code_conventionally
 from .reader import DEFAULT_FPS, Video, VideoInfo, load_video, probe_video
 from .selection import parse_frames, parse_size_hw
 from .transforms import centre_crop, centre_offset, resize
 from .writer import WRITABLE_SUFFIXES, VideoWriter, write_frames
 
 __all__ = [
+    "CONVENTIONAL_CODECS",
     "DEFAULT_FPS",
     "WRITABLE_SUFFIXES",
     "ColorDescription",
+    "ConventionalCodec",
+    "ConventionalResult",
     "Video",
     "VideoInfo",
     "VideoWriter",
     "centre_crop",
     "centre_offset",
+    "code_conventionally",
     "load_video",
     "parse_frames",
     "parse_size_hw",

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from ..errors import MediaError
 
-__all__ = ["FULL_RANGE", "LIMITED_RANGE", "SWS_ACCURATE", "SWS_MATRICES", "ColorDescription", "RGBConverter"]
+__all__ = [
+    "FULL_RANGE",
+    "LIMITED_RANGE",
+    "SWS_ACCURATE",
+    "SWS_MATRICES",
+    "ColorDescription",
+    "RGBConverter",
+    "YUVConverter",
+]
 
 #: AVCOL_RANGE_*
 LIMITED_RANGE, FULL_RANGE = 1, 2
@@ -184,6 +192,30 @@ class RGBConverter:
         else:
             return
         raise MediaError(f"{self._label} is {what}, which is not supported; convert it to BT.709 SDR first")
+
+
+class YUVConverter:
+    """Turns RGB arrays into frames at limited range, by swscale's accurate conversion (within half a level).
+
+    Args:
+        pixel_format: FFmpeg's name of the YUV format.
+        matrix: one of ``SWS_MATRICES``.
+    """
+
+    def __init__(self, pixel_format: str, matrix: str) -> None:
+        self._reformatter = VideoReformatter()
+        self._arguments: dict[str, Any] = {
+            "format": pixel_format,
+            "src_colorspace": SWS_MATRICES[matrix],
+            "dst_colorspace": SWS_MATRICES[matrix],
+            "src_color_range": FULL_RANGE,
+            "dst_color_range": LIMITED_RANGE,
+            "interpolation": SWS_ACCURATE,
+        }
+
+    def __call__(self, frame: NDArray[np.uint8]) -> av.VideoFrame:
+        """Return a frame ``[H, W, 3]``, uint8 full-range RGB, as YUV."""
+        return self._reformatter.reformat(av.VideoFrame.from_ndarray(frame, format="rgb24"), **self._arguments)
 
 
 def drop_alpha(rgba: NDArray[np.uint8], label: str) -> NDArray[np.uint8]:

@@ -13,13 +13,12 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, TypeAlias
+from typing import IO, ClassVar, TypeAlias
 
 import av
 import numpy as np
 from av.container import OutputContainer
 from av.video.codeccontext import VideoCodecContext
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from .._atomic import atomic_path
 from ..errors import BackendUnavailable, MediaError
-from .color import FULL_RANGE, LIMITED_RANGE, SWS_ACCURATE, SWS_MATRICES
+from .color import LIMITED_RANGE, YUVConverter
 
 __all__ = ["WRITABLE_SUFFIXES", "VideoWriter", "write_frames"]
 
@@ -308,7 +307,7 @@ class _NpySink(_FileSink):
 class _Y4MSink(_FileSink):
     def _begin(self, target: Path) -> None:
         f = self._format
-        self._to_yuv = _YUVConverter("yuv444p", "bt601")
+        self._to_yuv = YUVConverter("yuv444p", "bt601")
         self._file.write(
             f"YUV4MPEG2 W{f.width} H{f.height} F{f.fps.numerator}:{f.fps.denominator} Ip "
             f"A{f.aspect.numerator}:{f.aspect.denominator} C444 XYSCSS=444 XCOLORRANGE=LIMITED\n".encode()
@@ -325,7 +324,7 @@ class _H264Sink(_FileSink):
     def _begin(self, target: Path) -> None:
         f = self._format
         pixel_format = "yuv444p" if f.height % 2 or f.width % 2 else "yuv420p"
-        self._to_yuv = _YUVConverter(pixel_format, "bt709")
+        self._to_yuv = YUVConverter(pixel_format, "bt709")
         self._output = _ErrorKeepingFile(self._file)
         self._container: OutputContainer = av.open(self._output, mode="w", format=_CONTAINERS[target.suffix.lower()])
         self._stack.callback(self._container.close)
@@ -379,22 +378,6 @@ class _ErrorKeepingFile:
             self._file.flush()
         else:
             raise self._error
-
-
-class _YUVConverter:
-    def __init__(self, pixel_format: str, matrix: str) -> None:
-        self._reformatter = VideoReformatter()
-        self._arguments: dict[str, Any] = {
-            "format": pixel_format,
-            "src_colorspace": SWS_MATRICES[matrix],
-            "dst_colorspace": SWS_MATRICES[matrix],
-            "src_color_range": FULL_RANGE,
-            "dst_color_range": LIMITED_RANGE,
-            "interpolation": SWS_ACCURATE,
-        }
-
-    def __call__(self, frame: NDArray[np.uint8]) -> av.VideoFrame:
-        return self._reformatter.reformat(av.VideoFrame.from_ndarray(frame, format="rgb24"), **self._arguments)
 
 
 class _FolderSink(_Sink):

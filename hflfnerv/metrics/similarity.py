@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._device import exact_convolutions
 from .frames import Frames, per_frame, unit_planes
 
 __all__ = ["MS_SSIM_MIN_SIDE", "ms_ssim", "ssim"]
@@ -111,8 +112,9 @@ def _blur(planes: Tensor) -> Tensor:
     window = window / window.sum()
     channels = planes.shape[1]
     vertical = window.view(1, 1, _WINDOW, 1).expand(channels, 1, _WINDOW, 1)
-    planes = torch.nn.functional.conv2d(planes, vertical, groups=channels)
-    return torch.nn.functional.conv2d(planes, vertical.transpose(2, 3), groups=channels)
+    with exact_convolutions():  # TF32 would show in the fourth digit
+        planes = torch.nn.functional.conv2d(planes, vertical, groups=channels)
+        return torch.nn.functional.conv2d(planes, vertical.transpose(2, 3), groups=channels)
 
 
 def _halve(planes: Tensor) -> Tensor:
