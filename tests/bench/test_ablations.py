@@ -1,0 +1,56 @@
+"""What was tried: every variant trains, and the pages hold what the rows say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import ablations, stability
+from bench.reproduce import read_rows
+
+
+@pytest.fixture
+def data(tmp_path, moving_frames):
+    from PIL import Image
+
+    folder = tmp_path / "davis480p" / "clip"
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(moving_frames):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for module in (ablations, stability):
+        for name, value in (("SIZE", 60_000), ("FRAMES", "0:5"), ("RESIZE", (54, 96)), ("CROP", (48, 96))):
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize("name", ablations.VARIANTS)
+def test_every_variant_trains(name, data):
+    row = ablations.run(name, "clip", 1, data, epochs=2)
+    assert row["settings"] == ablations.VARIANTS[name].settings._asdict()
+    assert 5 < row["psnr_db"] < 60
+    assert row["parameters"] > 20_000
+    torch.manual_seed(1)
+    assert ablations.run(name, "clip", 1, data, epochs=2)["psnr_db"] == row["psnr_db"]
+
+
+def test_a_stability_run(data):
+    row = stability.run("dual stream, best", "clip", 1, data, epochs=2)
+    assert len(row["contrast_frame"]) == len(row["contrast_layers"]) == 3
+    # Embedding, stem, blocks, head.
+    assert {len(layers) for layers in row["contrast_layers"]} == {1 + 1 + 3 + 1}
+    assert all(value > 0 for layers in row["contrast_layers"] for value in layers)
+
+
+def test_stalled_epochs():
+    assert stability.stalled_epochs({"contrast_frame": [0.01, 0.3, 0.05, 0.2]}) == 2
+    assert stability.stalled_epochs({"contrast_frame": [0.5, 0.5]}) == 0
+
+
+@pytest.mark.parametrize("module", [ablations, stability])
+def test_the_page_is_what_the_rows_say(module):
+    document = module.DOCUMENT.read_text()
+    assert module.filled(document, read_rows(module.PATH)) == document
