@@ -77,7 +77,7 @@ def test_file_and_bytes_decode_alike(coded, tmp_path):
 
 def test_report_is_of_the_decoded_file(coded, moving_frames):
     report = coded.report
-    dec = Decoder(coded.bitstream)
+    dec = Decoder(coded.bitstream, precision="fp32")
     quality = evaluate(dec, torch.from_numpy(moving_frames))
     mse = ((dec[:].astype(float) - moving_frames) ** 2).mean(axis=(1, 2, 3))
     assert report["psnr_db"] == quality["psnr_db"] == pytest.approx(np.mean(10 * np.log10(255**2 / mse)), abs=1e-9)
