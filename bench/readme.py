@@ -108,9 +108,9 @@ def cpu_table() -> str:
     )
 
 
-def decode_table() -> str:
-    """Frames per second on the CPU, and how many times as fast as PyTorch in bfloat16 that is."""
-    rows = rows_of("decode_cpu")
+def speed_table(suite: str, title: str, explained: str) -> str:
+    """Speeds of all contenders, a column for each network, with their ratios to the baseline's."""
+    rows = rows_of(suite)
     networks = list(dict.fromkeys(row["data"] for row in rows))
     base = {row["data"]: row["p50"] for row in rows if row["implementation"] == row["baseline"]}
     found = {(row["implementation"], row["data"]): row["p50"] for row in rows}
@@ -120,22 +120,30 @@ def decode_table() -> str:
         return "" if speed is None else f"{speed:.1f} ({speed / base[data]:.2f})"
 
     names = sorted(dict.fromkeys(row["implementation"] for row in rows), key=lambda n: -found.get((n, networks[0]), 0))
-    lines = [f"| decoding, frames per second | {' | '.join(networks)} |", "|---|" + "---|" * len(networks)]
+    lines = [f"| {title} | {' | '.join(networks)} |", "|---|" + "---|" * len(networks)]
     lines += [f"| {name} | {' | '.join(cell(name, data) for data in networks)} |" for name in names]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"From a frame's embedding to its uint8 pixels; ratios to {rows[0]['baseline']} in the same run. "
-            f"`python -m bench.run decode_cpu` on {rows[0]['device']} with AMX, {rows[0]['threads']} threads, at "
-            f"commit {rows[0]['commit'][:10]}; rows in `bench/results/decode_cpu.jsonl`.",
-        ]
+    source = (
+        f"{explained}; ratios to {rows[0]['baseline']} in the same run. `python -m bench.run {suite}` on "
+        f"{rows[0]['device']} with AMX, {rows[0]['threads']} threads, at commit {rows[0]['commit'][:10]}; rows in "
+        f"`bench/results/{suite}.jsonl`."
     )
+    return "\n".join([*lines, "", source])
+
+
+def decode_table() -> str:
+    """Frames per second on the CPU."""
+    return speed_table("decode_cpu", "decoding, frames per second", "From a frame's embedding to its uint8 pixels")
+
+
+def train_table() -> str:
+    """Training steps per second on the CPU."""
+    return speed_table("train_cpu", "training, steps per second", "Whole steps, optimiser included")
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "decode": decode_table,
+    "train": train_table,
     "huffman": huffman_table,
     "open": open_table,
 }
