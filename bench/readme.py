@@ -21,18 +21,25 @@ def rows_of(suite: str) -> list[Row]:
     return [json.loads(text) for text in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
 
 
+def by_device(rows: list[Row]) -> list[list[Row]]:
+    """Return the rows of each processor."""
+    return [[row for row in rows if row["device"] == device] for device in dict.fromkeys(row["device"] for row in rows)]
+
+
 def source_of(suite: str, rows: list[Row]) -> str:
     """Say where figures come from."""
     row = rows[0]
+    # Rows without these fields are older than them: one thread, or a processor with AMX.
+    threads = f"{row['threads']} threads" if "threads" in row else "one thread"
     return (
-        f"`python -m bench.run {suite}` on {row['device']}, one thread, at commit {row['commit'][:10]}; "
-        f"rows in `bench/results/{suite}.jsonl`."
+        f"`python -m bench.run {suite}` on {row['device']} with {row.get('simd', 'AMX')}, {threads}, at commit "
+        f"{row['commit'][:10]}; rows in `bench/results/`."
     )
 
 
-def huffman_table() -> str:
+def huffman_table(rows: list[Row]) -> str:
     """Speed on the weights of the published HNeRV 1.5M, median, and its ratio to zstandard's."""
-    rows = [row for row in rows_of("huffman") if row["data"].startswith("real")]
+    rows = [row for row in rows if row["data"].startswith("real")]
     of = {(row["what"], row["implementation"]): row for row in rows}
     lines = [
         "| 1.5 M 8-bit weights of the published HNeRV | decode | encode |",
@@ -56,9 +63,8 @@ def huffman_table() -> str:
     return "\n".join(lines)
 
 
-def open_table() -> str:
+def open_table(rows: list[Row]) -> str:
     """Time from the bytes of a file to a network ready to decode."""
-    rows = rows_of("open")
     names = {
         "hflf, huffman": "`.hflf`, Huffman",
         "hflf, range": "`.hflf`, range coder",
@@ -73,9 +79,8 @@ def open_table() -> str:
     return "\n".join([*lines, "", source_of("open", rows)])
 
 
-def cpu_table() -> str:
+def cpu_table(shuffle: list[Row], conv: list[Row]) -> str:
     """How many times as fast as PyTorch's own operations the CPU kernels are."""
-    shuffle, conv = rows_of("pixel_shuffle_gelu_cpu"), rows_of("conv_pixel_shuffle_gelu_cpu")
 
     def ratios(rows: list[Row], what: str) -> dict[str, str]:
         chosen = [row for row in rows if row["what"] == what]
@@ -95,22 +100,13 @@ def cpu_table() -> str:
     lines += [
         f"| {data} | {inference.get(data, '')} | {training.get(data, '')} |" for data in {**inference, **training}
     ]
-    row = conv[0]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Speed over PyTorch's separate operations in the same run, the faster of our implementations. "
-            "`python -m bench.run pixel_shuffle_gelu_cpu conv_pixel_shuffle_gelu_cpu` on "
-            f"{row['device']} with AMX, {row['threads']} threads, at commit {row['commit'][:10]}; rows in "
-            "`bench/results/`.",
-        ]
-    )
+    source = source_of("pixel_shuffle_gelu_cpu conv_pixel_shuffle_gelu_cpu", conv)
+    note = "Speed over PyTorch's separate operations in the same run, the faster of our implementations. "
+    return "\n".join([*lines, "", note + source])
 
 
-def speed_table(suite: str, title: str, explained: str) -> str:
+def speed_table(suite: str, rows: list[Row], title: str, explained: str) -> str:
     """Speeds of all contenders, a column for each network, with their ratios to the baseline's."""
-    rows = rows_of(suite)
     networks = list(dict.fromkeys(row["data"] for row in rows))
     base = {row["data"]: row["p50"] for row in rows if row["implementation"] == row["baseline"]}
     found = {(row["implementation"], row["data"]): row["p50"] for row in rows}
@@ -122,38 +118,46 @@ def speed_table(suite: str, title: str, explained: str) -> str:
     names = sorted(dict.fromkeys(row["implementation"] for row in rows), key=lambda n: -found.get((n, networks[0]), 0))
     lines = [f"| {title} | {' | '.join(networks)} |", "|---|" + "---|" * len(networks)]
     lines += [f"| {name} | {' | '.join(cell(name, data) for data in networks)} |" for name in names]
-    source = (
-        f"{explained}; ratios to {rows[0]['baseline']} in the same run. `python -m bench.run {suite}` on "
-        f"{rows[0]['device']} with AMX, {rows[0]['threads']} threads, at commit {rows[0]['commit'][:10]}; rows in "
-        f"`bench/results/{suite}.jsonl`."
-    )
+    source = f"{explained}; ratios to {rows[0]['baseline']} in the same run. {source_of(suite, rows)}"
     return "\n".join([*lines, "", source])
 
 
-def decode_table() -> str:
+def decode_table(rows: list[Row]) -> str:
     """Frames per second on the CPU."""
-    return speed_table("decode_cpu", "decoding, frames per second", "From a frame's embedding to its uint8 pixels")
+    return speed_table(
+        "decode_cpu", rows, "decoding, frames per second", "From a frame's embedding to its uint8 pixels"
+    )
 
 
-def train_table() -> str:
+def train_table(rows: list[Row]) -> str:
     """Training steps per second on the CPU."""
-    return speed_table("train_cpu", "training, steps per second", "Whole steps, optimiser included")
+    return speed_table("train_cpu", rows, "training, steps per second", "Whole steps, optimiser included")
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "cpu": cpu_table,
-    "decode": decode_table,
-    "train": train_table,
-    "huffman": huffman_table,
-    "open": open_table,
+# What makes each table from the rows of one processor, and the suites they are of.
+TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "cpu": (cpu_table, ("pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu_cpu")),
+    "decode": (decode_table, ("decode_cpu",)),
+    "train": (train_table, ("train_cpu",)),
+    "huffman": (huffman_table, ("huffman",)),
+    "open": (open_table, ("open",)),
 }
+
+
+def tables(name: str) -> str:
+    """Return a table for each processor that has rows of all its suites."""
+    table, suites = TABLES[name]
+    found = [{rows[0]["device"]: rows for rows in by_device(rows_of(suite))} for suite in suites]
+    devices = [device for device in found[0] if all(device in rows for rows in found)]
+    return "\n\n".join(table(*(rows[device] for rows in found)) for device in devices)
 
 
 def filled(text: str) -> str:
     """Return the README's text with every marked table made anew."""
-    for name, table in TABLES.items():
+    for name in TABLES:
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m[1] + t() + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
+        made = tables(name)
+        text, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
         if count != 1:
             raise ValueError(f"{README.name} must have one place marked {name}, got {count}")
     return text

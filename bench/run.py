@@ -2,7 +2,7 @@
 
 Each point is checked before it is timed. Its contenders then run in turn, round after round, so that a change of the
 machine's load meets all of them alike. The table shows the median, and its ratio to the baseline's; every contender of
-every point becomes one line in ``bench/results/<suite>.jsonl``.
+every point becomes one line in ``bench/results/<suite>.jsonl``, in the place of what the same processor gave before.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ def processor() -> str:
     return f"{named['model name']} (family {named.get('cpu family')}, model {named.get('model')})"
 
 
+def vector_extensions() -> str | None:
+    """Return the widest of AVX2, AVX-512 and AMX that the processor has, or None."""
+    try:
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return None
+    names = (("amx_bf16", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+    return next((name for flag, name in names if flag in flags), None)
+
+
 def git(*arguments: str) -> str | None:
     """Return the output of a git command in the checkout, or None where there is no git or no commit."""
     try:
@@ -66,6 +76,7 @@ def environment() -> dict[str, Any]:
     status = git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": processor(),
+        "simd": vector_extensions(),
         "driver": None,  # of a GPU
         "versions": versions,
         "commit": git("rev-parse", "HEAD"),
@@ -167,9 +178,16 @@ def main() -> int:
         if results:
             show(results)
             if not arguments.no_write:
-                RESULTS.mkdir(exist_ok=True)
-                (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+                write(RESULTS / f"{name}.jsonl", results)
     return 0
+
+
+def write(path: pathlib.Path, results: list[dict[str, Any]]) -> None:
+    """Write results in the place of what the same device gave before; those of other devices stay."""
+    path.parent.mkdir(exist_ok=True)
+    rows = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    others = [row for row in rows if row["device"] != results[0]["device"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*others, *results]))
 
 
 if __name__ == "__main__":

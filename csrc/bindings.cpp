@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/conv_pixel_shuffle_gelu.h"
+#include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/cpu.h"
 #include "core/frame_decoder.h"
 #include "core/huffman.h"
@@ -260,6 +261,61 @@ void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uint
                                         pointer<hflfnerv::BFloat16>(y), threads);
 }
 
+// batch, input channels, height, width, channels of y, r, kernel.
+using Shape7 = std::array<std::int64_t, 7>;
+
+hflfnerv::WinogradShape winograd_shape(const Shape7& n) {
+  if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
+  if (n[6] != 3 && n[6] != 5) throw py::value_error("kernel must be 3 or 5, got " + std::to_string(n[6]));
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
+}
+
+std::int64_t winograd_weight_floats(const Shape7& sizes, bool data_gradient, const std::string& simd) {
+  return hflfnerv::winograd_weight_floats(winograd_shape(sizes), data_gradient, pixel_shuffle_gelu_level(simd));
+}
+
+void winograd_weight(const Shape7& sizes, bool data_gradient, std::uintptr_t weight, std::uintptr_t points, int threads,
+                     const std::string& simd) {
+  const auto shape = winograd_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_weight(shape, data_gradient, pointer<float>(weight), pointer<float>(points), threads, level);
+}
+
+void winograd_fwd(const Shape7& sizes, bool tanh_form, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
+                  std::uintptr_t y, std::uintptr_t z, int threads, const std::string& simd) {
+  const auto shape = winograd_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_fwd(shape, tanh_form, pointer<float>(x), pointer<float>(points), pointer<float>(bias),
+                         pointer<float>(y), pointer<float>(z), threads, level);
+}
+
+void winograd_undo(const Shape7& sizes, bool tanh_form, std::uintptr_t dy, std::uintptr_t z, std::uintptr_t dz,
+                   std::uintptr_t dbias, int threads, const std::string& simd) {
+  const auto shape = winograd_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_undo(shape, tanh_form, pointer<float>(dy), pointer<float>(z), pointer<float>(dz),
+                          pointer<float>(dbias), threads, level);
+}
+
+void winograd_dgrad(const Shape7& sizes, std::uintptr_t dz, std::uintptr_t points, std::uintptr_t dx, int threads,
+                    const std::string& simd) {
+  const auto shape = winograd_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_dgrad(shape, pointer<float>(dz), pointer<float>(points), pointer<float>(dx), threads, level);
+}
+
+void winograd_wgrad(const Shape7& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight, int threads,
+                    const std::string& simd) {
+  const auto shape = winograd_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_wgrad(shape, pointer<float>(x), pointer<float>(dz), pointer<float>(dweight), threads, level);
+}
+
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 
 void raise_unless_done(const char* error) {
@@ -415,6 +471,18 @@ PYBIND11_MODULE(_C, module) {
   module.def("amx_unavailable", &hflfnerv::amx_unavailable);
   module.def("conv_pixel_shuffle_gelu_fwd", &conv_pixel_shuffle_gelu_fwd, py::arg("sizes"), py::arg("tanh_form"),
              py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("threads"));
+  module.def("winograd_weight_floats", &winograd_weight_floats, py::arg("sizes"), py::arg("data_gradient"),
+             py::arg("simd") = "auto");
+  module.def("winograd_weight", &winograd_weight, py::arg("sizes"), py::arg("data_gradient"), py::arg("weight"),
+             py::arg("points"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_fwd", &winograd_fwd, py::arg("sizes"), py::arg("tanh_form"), py::arg("x"), py::arg("points"),
+             py::arg("bias"), py::arg("y"), py::arg("z"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_undo", &winograd_undo, py::arg("sizes"), py::arg("tanh_form"), py::arg("dy"), py::arg("z"),
+             py::arg("dz"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_dgrad", &winograd_dgrad, py::arg("sizes"), py::arg("dz"), py::arg("points"), py::arg("dx"),
+             py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("x"), py::arg("dz"), py::arg("dweight"),
+             py::arg("threads"), py::arg("simd") = "auto");
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
   module.attr("cuda_architectures") = HFLFNERV_CUDA_ARCHITECTURES;
   module.def("cuda_device_unavailable", &hflfnerv::cuda_device_unavailable, py::arg("device"));

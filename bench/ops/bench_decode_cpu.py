@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hflfnerv.codec import Decoder, convert_checkpoint
-from hflfnerv.codec.engine import DECODE, ModuleEngine, to_uint8
+from hflfnerv.codec.engine import DECODE, to_uint8
 from hflfnerv.data import load_video
 from hflfnerv.metrics import psnr
 from hflfnerv.models import HFLFNeRV, VideoNetwork, build_model
@@ -53,9 +53,9 @@ def engines(model: VideoNetwork, embeddings: Callable[..., Any]) -> dict[str, An
     """Return the engines that this machine can run, by what a table calls them."""
     made: dict[str, Any] = {}
     for entry in DECODE:
-        if entry.name == "amx" and entry.why_not(model, embeddings, CPU, "auto") is None:
-            made["amx, bf16"] = entry.run(model, embeddings, CPU, "auto")
-    made["module, fp32"] = ModuleEngine(copy.deepcopy(model), embeddings, CPU, "fp32")
+        precision = {"amx": "bf16", "fused": "fp32", "module": "fp32"}.get(entry.name)
+        if precision is not None and entry.why_not(model, embeddings, CPU, precision) is None:
+            made[f"{entry.name}, {precision}"] = entry.run(copy.deepcopy(model), embeddings, CPU, precision)
     return made
 
 

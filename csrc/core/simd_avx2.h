@@ -16,6 +16,7 @@ struct Simd {
   static F zero() { return _mm256_setzero_ps(); }
   static F set(float v) { return _mm256_set1_ps(v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
@@ -42,6 +43,13 @@ struct Simd {
     const __m256i high = _mm256_srli_epi32(rounded, 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  // A masked store is microcode on some processors.
+  static void store_lanes(float* p, F v, int first, int last) {
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, v);
+    for (int i = first; i < last; ++i) p[i] = lanes[i];
   }
 
   static void unzip(F& a, F& b) {

@@ -16,6 +16,7 @@ struct Simd {
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float v) { return _mm512_set1_ps(v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   // Of a NaN as first operand, the second.
@@ -35,6 +36,11 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   static void store(BFloat16* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v)); }
+
+  // Lanes [first, last) of v, to the same places after p.
+  static void store_lanes(float* p, F v, int first, int last) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << last) - (1u << first)), v);
+  }
 
   // Rounds to the nearest, ties to even. NaNs made from 16-bit inputs have no low bits that could carry over.
   // A permutation drops the low halves: a narrowing store would be slow where it crosses cache lines.

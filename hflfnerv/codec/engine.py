@@ -149,9 +149,22 @@ def _amx_rejects(model: VideoNetwork, embeddings: Embeddings, device: torch.devi
     return rejects(model)
 
 
+def _make_fused_engine(*args: Any) -> Engine:
+    from .engine_fused import FusedEngine
+
+    return FusedEngine(*args)
+
+
+def _fused_rejects(model: VideoNetwork, embeddings: Embeddings, device: torch.device, precision: str) -> str | None:
+    from .engine_fused import rejects
+
+    return rejects(model)
+
+
 _ENGINES = (
     EngineEntry("cuda", _make_cuda_engine, _cuda_unavailable, _cuda_rejects, device="cuda"),
     EngineEntry("amx", _make_amx_engine, _amx_unavailable, _amx_rejects, device="cpu", precisions=("auto", "bf16")),
+    EngineEntry("fused", _make_fused_engine, rejects=_fused_rejects, device="cpu", precisions=("auto", "fp32")),
     EngineEntry("module", ModuleEngine),
 )
 #: The engines, fastest first for each type of device.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import _cpp, _cuda
+from . import _cpp, _cuda, _winograd
 from ._library import register
 
 __all__ = ["conv2d_gradients"]
@@ -29,10 +29,6 @@ def _shuffle_order(t: torch.Tensor, r: int) -> torch.Tensor:
     return reordered
 
 
-def _half_padding(weight: torch.Tensor) -> list[int]:
-    return [weight.shape[2] // 2, weight.shape[3] // 2]
-
-
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -46,12 +42,15 @@ def _forward(
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if impl == "reference":
-        y = F.conv2d(x, weight, bias, padding=_half_padding(weight))
+        y = F.conv2d(x, weight, bias, padding=_winograd.half_padding(weight))
         z = _shuffled_order(y.transpose(0, 1), r).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         y = F.gelu(F.pixel_shuffle(y, r), approximate=approximate).contiguous(memory_format=torch.channels_last)
         return y, z if keep_z else x.new_empty(0)
     if impl == "cuda":
         y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z)
+        return y, x.new_empty(0) if kept is None else kept
+    if impl == "winograd":
+        y, kept = _winograd.forward(x, weight, packed, bias, r, approximate, keep_z=keep_z)
         return y, x.new_empty(0) if kept is None else kept
     from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight
 
@@ -112,7 +111,7 @@ def conv2d_gradients(
     if dz.shape[1] > n:  # zero weights for zero channels, instead of a copy of dz without them
         ordered = F.pad(ordered, (0, 0, 0, 0, 0, 0, 0, dz.shape[1] - n))
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz, x, ordered, None, [1, 1], _half_padding(weight), [1, 1], False, [0, 0], 1, [*wanted, False]
+        dz, x, ordered, None, [1, 1], list(_winograd.half_padding(weight)), [1, 1], False, [0, 0], 1, [*wanted, False]
     )
     if wanted[0]:
         dx = dx.contiguous(memory_format=torch.channels_last)
@@ -133,6 +132,9 @@ def _backward(
     dgrad: str,
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if impl == "winograd":
+        whole = _winograd.backward(dy, x, weight, z, r, approximate, wanted)
+        return _as_results(x, whole)
     dz, dbias = _undo_shuffle_gelu(dy, z, r, approximate, wanted[2], impl)
     by_conv2d = [wanted[0] and dgrad == "conv2d", wanted[1] and wgrad == "conv2d"]
     dx, dweight = conv2d_gradients(dz, x, weight, r, by_conv2d) if any(by_conv2d) else (None, None)
@@ -144,8 +146,15 @@ def _backward(
         from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_wgrad
 
         dweight = conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r)
-    gradients = [x.new_empty(0) if gradient is None else gradient for gradient in (dx, dweight, dbias)]
-    return gradients[0], gradients[1], gradients[2]
+    return _as_results(x, (dx, dweight, dbias))
+
+
+def _as_results(
+    x: torch.Tensor, gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Replace what is not wanted by empty tensors: the registered operation always returns three."""
+    dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, dweight, dbias
 
 
 def _backward_fake(
@@ -189,9 +198,9 @@ def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | 
     raise RuntimeError("conv_pixel_shuffle_gelu has no second derivative in its kernels; use impl='reference'")
 
 
-# ``packed`` is what ``pack_weight`` of the Triton or the CUDA kernels returns, for a caller who keeps it, or None.
-# ``impl`` says what runs the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad``
-# and ``wgrad`` what makes the gradients of x and weight: "triton" or "conv2d", PyTorch's convolutions.
+# ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
+# the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad`` and ``wgrad`` what makes
+# the gradients of x and weight: "triton" or "conv2d", PyTorch's convolutions; "winograd" makes all of them.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",

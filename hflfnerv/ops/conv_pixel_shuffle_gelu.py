@@ -13,6 +13,7 @@ from . import (
     _conv_pixel_shuffle_gelu,  # noqa: F401  registers the operations
     _cpp,
     _cuda,
+    _winograd,
 )
 from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype
 from ._triton import rejects_tensor, unavailable
@@ -187,6 +188,22 @@ def _run_cpp(call: Call) -> torch.Tensor:
     return out
 
 
+def _winograd_rejects(call: Call) -> str | None:
+    return _winograd.rejects(call.x, call.weight, call.padding)
+
+
+def _run_winograd(call: Call) -> torch.Tensor:
+    x, weight, bias = _tensors(call)
+    keep_z = _wants_gradient(x, weight, bias)
+    packed = None
+    if not keep_z:
+        packed = kept_weight(call.weight, ("winograd", call.r), lambda: _winograd.pack_weight(x, weight, call.r))
+    out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+        x, weight, bias, packed, call.r, call.approximate, keep_z, "winograd", "winograd", "winograd"
+    )[0]
+    return out
+
+
 def _composed_cpp_rejects(call: Call) -> str | None:
     x = call.x
     return _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
@@ -205,6 +222,7 @@ CONV_PIXEL_SHUFFLE_GELU = ImplementationTable(
         Implementation("triton", _run_triton, unavailable, _triton_rejects),
         Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable_amx, _cpp_rejects),
+        Implementation("winograd", _run_winograd, _cpp.unavailable, _winograd_rejects),
         Implementation("conv2d+cpp", _run_composed_cpp, _cpp.unavailable, _composed_cpp_rejects),
         Implementation("reference", _run_reference),
     ],
@@ -244,12 +262,15 @@ def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str
 def _by_shape(call: Call) -> str:
     """Return what "auto" is for these inputs: "triton" where it is predicted to be faster, else the table's order.
 
-    On the CPU that is not "conv2d+cpp" for images so small that the call takes longer than it saves.
+    On the CPU that is neither "winograd" nor "conv2d+cpp" for images so small that the call takes longer than it saves.
     """
     if call.x.device.type == "cpu":
-        small = image_is_small(call.weight.shape[0], *_convolved_size(call))
-        whole = _cpp.unavailable_amx() is None and _cpp_rejects(call) is None
-        return "reference" if small and not whole else "auto"
+        if _cpp.unavailable_amx() is None and _cpp_rejects(call) is None:
+            return "auto"
+        if image_is_small(call.weight.shape[0], *_convolved_size(call)):
+            return "reference"
+        fits = _cpp.unavailable() is None and _winograd_rejects(call) is None
+        return "conv2d+cpp" if fits and not _winograd.pays(call.x, call.weight) else "auto"
     if unavailable() is not None or _triton_rejects(call) is not None:
         return "auto"
     return "triton" if _predicted_faster(call.x, call.weight) else "auto"
@@ -293,7 +314,9 @@ def conv_pixel_shuffle_gelu(
             kernel as padding; the gradients of x and weight by kernels too, or by PyTorch's convolutions where those
             should be faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
             float16, half of an odd kernel as padding; the gradients as with ``"triton"``), ``"cpp"`` (CPU with AMX:
-            one kernel for all, bfloat16, channels-last, without gradients),
+            one kernel for all, bfloat16, channels-last, without gradients), ``"winograd"`` (CPU with AVX2 or AVX-512:
+            one kernel for all, float32, channels-last, kernels 3x3 and 5x5 with half of them as padding; a fourth to a
+            sixth of the products that the definition takes, and gradients likewise),
             ``"conv2d+cpp"`` (CPU: PyTorch's convolution, then the kernel of :func:`pixel_shuffle_gelu`) or
             ``"reference"`` (PyTorch, anywhere).
 
@@ -316,7 +339,10 @@ def conv_pixel_shuffle_gelu(
         its value, and where r C_out is no multiple of 8 the pixels of its result are padded in memory to a multiple of
         8 channels, as which the next block reads them without a copy. ``"cpp"`` sums in float32 in an order that
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
-        result is channels-last, and the same bits on any number of threads and in any batch.
+        result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
+        it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308), whose rounding errors
+        are about four times those of float32 sums by definition, far below those of TF32, and a NaN or an infinity spreads
+        to the tile of 4 x 4 or 6 x 6 pixels. ``"conv2d+cpp"`` avoids that.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)

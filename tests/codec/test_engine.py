@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -12,7 +13,9 @@ from hflfnerv.codec import Decoder, convert_checkpoint
 from hflfnerv.codec import engine as engines
 from hflfnerv.codec.engine import DECODE, ModuleEngine, make_engine, to_uint8
 from hflfnerv.codec.engine_amx import AmxEngine, rejects, unavailable
+from hflfnerv.codec.engine_fused import FusedEngine
 from hflfnerv.models import MODELS, ModelSpec, StreamSpec, build_model
+from hflfnerv.nn import UpsampleBlock
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(unavailable() is not None, reason=f"amx: {unavailable()}")
@@ -85,6 +88,37 @@ def test_two_streams_in_one_tanh():
     assert_as_exact_as_bfloat16(model, embeddings_of(model), [0, 3, 5])
 
 
+def with_reference_blocks(model):
+    """The network in float64, convolutions by their definition."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, UpsampleBlock):
+            module.impl = "reference"
+    return model
+
+
+@pytest.mark.parametrize("case", [*NETWORKS, ("hflf", 400_000, 240, 400)], ids=str)
+def test_fused_frames_are_those_of_float64(case):
+    model = network(*case)
+    embeddings, exact = embeddings_of(model), with_reference_blocks(model)
+    engine = FusedEngine(model, embeddings, CPU, "fp32")
+    floats = list(engine.float_frames([0, 3, 5]))
+    for index, actual in zip([0, 3, 5], floats, strict=True):
+        embedding = embeddings([index])
+        with torch.inference_mode():
+            expected = exact.decode(None if embedding is None else embedding.double(), torch.tensor([index]))[0]
+        assert actual.shape == expected.shape
+        # Four blocks and a head, each within a few times 1e-6 of its size; the images are of size 1.
+        assert (actual - expected).abs().max() <= 1e-4
+        assert (actual - expected).square().mean().sqrt() <= 1e-5
+    assert expected.std() > 0.02
+    frames = np.stack(list(engine.frames([0, 3, 5])))
+    assert torch.equal(to_uint8(torch.stack(floats)), torch.from_numpy(frames))
+    out = np.full((2, *frames.shape[1:]), 7, np.uint8)
+    engine.fill([5, 0], out)
+    assert np.array_equal(out, frames[[2, 0]])
+
+
 def test_streams_in_another_order_are_the_module_s():
     spec = network(*NETWORKS[3]).spec
     streams = dict(reversed(spec.streams.items()))
@@ -142,9 +176,9 @@ def test_blocks_of_any_kind(widths, strides, kernels):
     [
         ("auto", True, "amx"),
         ("bf16", True, "amx"),
-        ("fp32", True, "module"),
+        ("fp32", True, "fused"),
         ("fp16", True, "module"),
-        ("auto", False, "module"),
+        ("auto", False, "fused"),
         ("bf16", False, "module"),
     ],
 )
@@ -159,7 +193,7 @@ def test_auto_without_amx_is_float32(monkeypatch):
     monkeypatch.setattr("hflfnerv.codec.engine_amx.unavailable", lambda: "needs AMX")
     model = network(*NETWORKS[5])
     frame = next(make_engine(model, embeddings_of(model), CPU).frames([1]))
-    assert np.array_equal(frame, next(ModuleEngine(model, embeddings_of(model), CPU, "fp32").frames([1])))
+    assert np.array_equal(frame, next(FusedEngine(model, embeddings_of(model), CPU, "fp32").frames([1])))
 
 
 def test_says_once_why_it_takes_another_engine(monkeypatch, recwarn):
@@ -168,8 +202,8 @@ def test_says_once_why_it_takes_another_engine(monkeypatch, recwarn):
     monkeypatch.setattr("hflfnerv.codec.engine_amx.rejects", lambda model: "of its shape")
     model = network(*NETWORKS[0])
     for _ in range(2):
-        assert isinstance(make_engine(model, embeddings_of(model), CPU), ModuleEngine)
-    assert [str(w.message) for w in recwarn] == ["decoding with 'module' instead of 'amx': of its shape"]
+        assert isinstance(make_engine(model, embeddings_of(model), CPU), FusedEngine)
+    assert [str(w.message) for w in recwarn] == ["decoding with 'fused' instead of 'amx': of its shape"]
     engines._say_once.cache_clear()
 
 
@@ -184,5 +218,5 @@ def test_a_precision_that_is_none():
 def test_the_published_network(shared_data, tmp_path):
     coded = convert_checkpoint(shared_data / "hnerv_bunny_1.5m.pth")
     decoder, exact = Decoder(coded, device="cpu"), Decoder(coded, device="cpu", precision="fp32")
-    assert (type(decoder.engine), type(exact.engine)) == (AmxEngine, ModuleEngine)
+    assert (type(decoder.engine), type(exact.engine)) == (AmxEngine, FusedEngine)
     assert passes_the_gate(decoder[70:72], exact[70:72])

@@ -1,0 +1,186 @@
+#include "conv_pixel_shuffle_gelu_winograd.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "conv_pixel_shuffle_gelu_winograd_kernels.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace hflfnerv {
+
+#if defined(HFLFNERV_HAVE_AVX2)
+namespace {
+
+const WinogradKernels& kernels_of(SimdLevel level) {
+#if defined(HFLFNERV_HAVE_AVX512)
+  if (level == SimdLevel::avx512) return winograd_kernels_avx512();
+#endif
+  static_cast<void>(level);
+  return winograd_kernels_avx2();
+}
+
+std::int64_t lanes_of(SimdLevel level) { return level == SimdLevel::avx512 ? 16 : 8; }
+
+WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
+  const std::int64_t in = shape.in_channels, out = shape.out_channels();
+  return {shape.batch, shape.height, shape.width, data_gradient ? out : in, data_gradient ? in : out, shape.kernel,
+          lanes_of(level)};
+}
+
+// PixelShuffle's number of the n-th output channel in the order of y's rows.
+std::int64_t shuffle_channel(const WinogradShape& shape, std::int64_t n) {
+  return n % shape.channels * shape.r * shape.r + n / shape.channels;
+}
+
+// Where the weights of output and input channels begin.
+struct WeightOffsets {
+  explicit WeightOffsets(const WinogradShape& shape) {
+    for (std::int64_t n = 0; n < shape.out_channels(); ++n) {
+      out.push_back(shuffle_channel(shape, n) * shape.kernel * shape.kernel * shape.in_channels);
+    }
+    for (std::int64_t k = 0; k < shape.in_channels; ++k) in.push_back(k);
+  }
+  std::vector<std::int64_t> out, in;
+};
+
+// A thread's memory begins at a cache line.
+std::int64_t rounded(std::int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// For lanes that lie in one or several runs of `run` floats, `stride` apart.
+struct Stores {
+  Stores(const WinogradPlan& plan, std::int64_t run, std::int64_t stride) {
+    for (std::int64_t begin = 0; begin < plan.chunks() * plan.columns(); begin += plan.lanes) {
+      first.push_back(static_cast<int>(stores.size()));
+      const std::int64_t end = std::min(begin + plan.lanes, plan.out_channels);
+      for (std::int64_t n = begin; n < end;) {
+        const std::int64_t next = std::min(end, (n / run + 1) * run);
+        stores.push_back({static_cast<int>(n - begin), static_cast<int>(next - begin), n / run * (stride - run) + begin});
+        n = next;
+      }
+    }
+    first.push_back(static_cast<int>(stores.size()));
+  }
+  std::vector<WinogradStore> stores;
+  std::vector<int> first;
+};
+
+void run_conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, int threads,
+              SimdLevel level) {
+  const std::int64_t floats = rounded(plan.scratch_floats());
+  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, plan.blocks())));
+  const Aligned<float> scratch = new_zeros<float>(floats * threads);
+  advise_large_pages(out.y, static_cast<std::size_t>(plan.batch * out.image_floats) * sizeof(float));
+  const auto conv = kernels_of(level).conv;
+  parallel_items(plan.blocks(), threads, [&](int thread, std::int64_t block) {
+    const std::int64_t begin = block * plan.block();
+    conv(plan, x, points, out, begin, std::min(begin + plan.block(), plan.tiles()), scratch.get() + thread * floats);
+  });
+}
+
+}  // namespace
+
+std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
+  const WinogradPlan plan = plan_of(shape, data_gradient, level);
+  return plan.chunks() * plan.chunk_floats();
+}
+
+void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
+                     SimdLevel level) {
+  const WinogradPlan plan = plan_of(shape, data_gradient, level);
+  const WeightOffsets offsets(shape);
+  const WinogradWeight at{data_gradient ? offsets.in.data() : offsets.out.data(),
+                          data_gradient ? offsets.out.data() : offsets.in.data(), shape.in_channels, data_gradient};
+  const auto kernel = kernels_of(level).weight;
+  parallel_parts(plan.chunks(), threads,
+                 [&](int, std::int64_t begin, std::int64_t end) { kernel(plan, at, weight, points, begin, end); });
+}
+
+void winograd_fwd(const WinogradShape& shape, bool tanh_form, const float* x, const float* points, const float* bias,
+                  float* y, float* z, int threads, SimdLevel level) {
+  const WinogradPlan plan = plan_of(shape, false, level);
+  std::vector<float> biases(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
+  for (std::int64_t n = 0; bias != nullptr && n < plan.out_channels; ++n) {
+    biases[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape, n)];
+  }
+  const std::int64_t run = shape.r * shape.channels, row = shape.width * run;
+  const Stores stores(plan, run, row);
+  if (z != nullptr) {
+    advise_large_pages(z, static_cast<std::size_t>(plan.batch * plan.height * row * shape.r) * sizeof(float));
+  }
+  run_conv(plan, x, points,
+           {y, shape.height * shape.r * row, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(), z,
+            &gelu_table(tanh_form, false)},
+           threads, level);
+}
+
+void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,
+                   int threads, SimdLevel level) {
+  constexpr std::int64_t kParts = 64;  // whose sums are added in order, whatever the number of threads
+  const std::int64_t n = shape.out_channels(), rows = shape.batch * shape.height, parts = std::min(rows, kParts);
+  const WinogradUndo task{rows, shape.width, n, shape.r * shape.channels, dy, z, dz, &gelu_table(tanh_form, true)};
+  std::vector<double> sums(static_cast<std::size_t>(parts * n), 0.0);
+  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, parts)));
+  std::vector<float> scratch(static_cast<std::size_t>(n * threads));
+  advise_large_pages(dz, static_cast<std::size_t>(rows * shape.width * n) * sizeof(float));
+  const auto kernel = kernels_of(level).undo;
+  parallel_items(parts, threads, [&](int thread, std::int64_t part) {
+    kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch.data() + thread * n);
+  });
+  for (std::int64_t i = 0; dbias != nullptr && i < n; ++i) {
+    double sum = 0;
+    for (std::int64_t part = 0; part < parts; ++part) sum += sums[static_cast<std::size_t>(part * n + i)];
+    dbias[shuffle_channel(shape, i)] = static_cast<float>(sum);
+  }
+}
+
+void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* points, float* dx, int threads,
+                    SimdLevel level) {
+  const WinogradPlan plan = plan_of(shape, true, level);
+  const std::int64_t row = plan.width * plan.out_channels;
+  const Stores stores(plan, plan.out_channels, plan.out_channels);
+  run_conv(plan, dz, points,
+           {dx, plan.height * row, row, plan.out_channels, stores.stores.data(), stores.first.data(), nullptr, nullptr,
+            nullptr},
+           threads, level);
+}
+
+void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz, float* dweight, int threads,
+                    SimdLevel level) {
+  const WinogradPlan plan = plan_of(shape, false, level);
+  const WinogradKernels& kernels = kernels_of(level);
+  // Work is divided by the shape alone: blocks into parts with sums of their own, and chunks into groups, for each of
+  // which the tiles of x are evaluated anew.
+  constexpr std::int64_t kBlocks = 4, kParts = 8, kItems = 16;
+  const std::int64_t parts = std::clamp<std::int64_t>(plan.blocks() / kBlocks, 1, kParts);
+  const std::int64_t groups = std::min(plan.chunks(), (kItems + parts - 1) / parts), items = parts * groups;
+  const std::int64_t part_floats = plan.chunks() * plan.chunk_floats(), floats = rounded(plan.scratch_floats());
+  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
+  const Aligned<float> sums = new_zeros<float>(parts * part_floats), scratch = new_zeros<float>(floats * threads);
+  parallel_items(items, threads, [&](int thread, std::int64_t item) {
+    const std::int64_t part = item / groups, group = item % groups;
+    for (std::int64_t block = plan.blocks() * part / parts; block < plan.blocks() * (part + 1) / parts; ++block) {
+      const std::int64_t begin = block * plan.block();
+      kernels.wgrad(plan, x, dz, sums.get() + part * part_floats, begin, std::min(begin + plan.block(), plan.tiles()),
+                    plan.chunks() * group / groups, plan.chunks() * (group + 1) / groups, scratch.get() + thread * floats);
+    }
+  });
+  const WeightOffsets offsets(shape);
+  const WinogradWeight at{offsets.out.data(), offsets.in.data(), shape.in_channels, false};
+  parallel_items(plan.chunks(), threads, [&](int, std::int64_t chunk) {
+    kernels.weight_gradient(plan, at, sums.get(), parts, part_floats, dweight, chunk);
+  });
+}
+
+#else
+
+std::int64_t winograd_weight_floats(const WinogradShape&, bool, SimdLevel) { return 0; }
+void winograd_weight(const WinogradShape&, bool, const float*, float*, int, SimdLevel) {}
+void winograd_fwd(const WinogradShape&, bool, const float*, const float*, const float*, float*, float*, int, SimdLevel) {}
+void winograd_undo(const WinogradShape&, bool, const float*, const float*, float*, float*, int, SimdLevel) {}
+void winograd_dgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
+void winograd_wgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
+
+#endif
+
+}  // namespace hflfnerv

@@ -1,0 +1,43 @@
+// The upsampling block in float32, and its gradients, by Winograd's method: tiles of the image and the weight are evaluated
+// at the 8 x 8 points {0, 1, -1, 2, -2, 1/2, -1/2, infinity}², where a convolution is a product, and results are
+// interpolated back. A product per point and tile makes 4 x 4 results of a 5 x 5 kernel, which take 25 products each by
+// definition, or 6 x 6 of a 3 x 3 kernel.
+//
+// Sums are in float32 in an order that depends on the shape alone; results do not depend on the number of threads, nor
+// those of an image on the batch. Errors are a few times those of the sums by definition: tests/ops has the bound.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu.h"
+
+namespace hflfnerv {
+
+// x is [batch, in_channels, height, width], the weight [channels r r, in_channels, kernel, kernel] with a kernel of 3 or 5,
+// half of which is the padding, y [batch, channels, height r, width r]; all of them channels-last. z, the convolution with
+// bias, and its gradient dz are [batch, channels r r, height, width], channels-last, with the channels in the order
+// (row of the shuffle, column of the shuffle, c), in which rows of y are contiguous. All sizes are at least 1.
+struct WinogradShape {
+  std::int64_t batch, in_channels, height, width, channels, r, kernel;
+  std::int64_t out_channels() const { return channels * r * r; }
+};
+
+// Elements of a weight evaluated at the points, for the forward pass, or for the gradient of x.
+std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradient, SimdLevel level);
+void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
+                     SimdLevel level);
+
+// bias has one float per output channel of the convolution in PixelShuffle's order, or is null; z may be null.
+void winograd_fwd(const WinogradShape& shape, bool tanh_form, const float* x, const float* points, const float* bias,
+                  float* y, float* z, int threads, SimdLevel level);
+
+// dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null.
+void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,
+                   int threads, SimdLevel level);
+
+void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* points, float* dx, int threads,
+                    SimdLevel level);
+void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz, float* dweight, int threads,
+                    SimdLevel level);
+
+}  // namespace hflfnerv

@@ -1,0 +1,98 @@
+// What conv_pixel_shuffle_gelu_winograd.cpp hands to the code compiled for one instruction set.
+//
+// Channels are the lanes of vectors. Output channels come in chunks of two vectors; what belongs to a chunk lies together:
+// for the weight, and for the sums of its gradient, [chunk][point][input channel][column of the chunk].
+#pragma once
+
+#include "conv_pixel_shuffle_gelu_winograd.h"
+#include "gelu_table.h"
+
+namespace hflfnerv {
+
+constexpr std::int64_t kWinogradPoints = 64;
+constexpr std::int64_t kWinogradVectors = 2;   // of a chunk
+constexpr std::int64_t kWinogradTiles = 24;    // at most, in a block: it shares one pass over the weight
+constexpr std::int64_t kWinogradTileStep = 12; // blocks are multiples of it in memory
+
+// A convolution with stride 1 and half of the kernel as padding, and what depends on the number of lanes.
+struct WinogradPlan {
+  std::int64_t batch, height, width, in_channels, out_channels, kernel, lanes;
+
+  std::int64_t outputs() const { return 9 - kernel; }  // of a tile, on each axis
+  std::int64_t tile_rows() const { return (height + outputs() - 1) / outputs(); }
+  std::int64_t tile_columns() const { return (width + outputs() - 1) / outputs(); }
+  std::int64_t tiles() const { return batch * tile_rows() * tile_columns(); }
+  std::int64_t columns() const { return kWinogradVectors * lanes; }  // of a chunk
+  std::int64_t chunks() const { return (out_channels + columns() - 1) / columns(); }
+  std::int64_t chunk_floats() const { return kWinogradPoints * in_channels * columns(); }
+  std::int64_t inner() const { return (in_channels + lanes - 1) / lanes * lanes; }  // channels of a tile in memory
+  std::int64_t tile_floats() const { return kWinogradPoints * inner(); }
+  // Of results, or of a gradient, at the points for one chunk. The odd vector keeps tiles out of each other's cache lines.
+  std::int64_t product_floats() const { return kWinogradPoints * columns() + 16; }
+  // Tiles of a block.
+  std::int64_t block() const { return tile_floats() <= 3500 ? kWinogradTiles : kWinogradTileStep; }
+  std::int64_t blocks() const { return (tiles() + block() - 1) / block(); }
+  // Tiles at the points, products, and a tile copied with the zeros around it.
+  std::int64_t scratch_floats() const {
+    const std::int64_t window = kWinogradPoints * (inner() > columns() ? inner() : columns());
+    return block() * (tile_floats() + product_floats()) + window + 16;
+  }
+};
+
+// Which weight belongs to an output and an input channel: weight + out[...] + in[...], its taps `tap` elements apart, in
+// reversed order for the gradient of x.
+struct WinogradWeight {
+  const std::int64_t* out;
+  const std::int64_t* in;
+  std::int64_t tap;
+  bool reversed;
+};
+
+// Lanes [first, last) of a vector of results, to `offset` after the pixel, lane by lane.
+struct WinogradStore {
+  int first, last;
+  std::int64_t offset;
+};
+
+// Where results go: that of pixel (h, w) of an image begins at y + image * image_floats + h * row + w * pixel.
+struct WinogradOutput {
+  float* y;
+  std::int64_t image_floats, row, pixel;
+  const WinogradStore* stores;  // of all vectors of output channels
+  const int* first_store;       // of each vector, and the end of the last
+  const float* bias;            // of all columns, or null
+  float* z;                     // channels-last, or null
+  const GeluTable* gelu;        // null for none
+};
+
+struct WinogradUndo {
+  std::int64_t rows, width, out_channels, run;  // rows of all images; floats of a pixel that lie together in a row of dy
+  const float* dy;
+  const float* z;
+  float* dz;
+  const GeluTable* gradient;
+};
+
+// `scratch` has plan.scratch_floats(), aligned to cache lines.
+struct WinogradKernels {
+  // Chunks [begin, end) of the weight at the points.
+  void (*weight)(const WinogradPlan&, const WinogradWeight&, const float* weight, float* points, std::int64_t begin,
+                 std::int64_t end);
+  // Tiles [begin, end), at most plan.block() of them, from x to results.
+  void (*conv)(const WinogradPlan&, const float* x, const float* points, const WinogradOutput&, std::int64_t begin,
+               std::int64_t end, float* scratch);
+  // Adds what tiles [begin, end) give to the sums of the weight's gradient at the points, for some chunks.
+  void (*wgrad)(const WinogradPlan&, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
+                std::int64_t first_chunk, std::int64_t last_chunk, float* scratch);
+  // The gradient of chunk `chunk` from `parts` sums, `part_floats` apart.
+  void (*weight_gradient)(const WinogradPlan&, const WinogradWeight&, const float* sums, std::int64_t parts,
+                          std::int64_t part_floats, float* dweight, std::int64_t chunk);
+  // Rows [begin, end) of dz; adds each row's sum, over columns, to `bias`, out_channels doubles. `scratch` has
+  // out_channels floats.
+  void (*undo)(const WinogradUndo&, std::int64_t begin, std::int64_t end, double* bias, float* scratch);
+};
+
+const WinogradKernels& winograd_kernels_avx2();
+const WinogradKernels& winograd_kernels_avx512();
+
+}  // namespace hflfnerv

@@ -1,0 +1,455 @@
+// Included behind the Simd of one instruction set; see conv_pixel_shuffle_gelu_winograd_kernels.h.
+#include "conv_pixel_shuffle_gelu_winograd_kernels.h"
+
+namespace hflfnerv {
+namespace {
+
+using F = Simd::F;
+constexpr int kLanes = Simd::kLanes;
+constexpr int kAxis = 8;                          // points on each axis
+constexpr int kRows = kLanes == 16 ? 12 : 6;      // of a product in registers: 24 or 12 sums
+constexpr int kColumns = kWinogradVectors * kLanes;
+
+// With points p_j, the j-th evaluates a tile of inputs as a polynomial that vanishes at all others (`evaluate_inputs`,
+// B^T), n weights or gradients as sum_i p_j^i w_i (`evaluate`), and n results are sum_j p_j^i m_j (`combine`). Infinity is
+// the highest coefficient alone. These scales, of the weight, make the product of the three a convolution.
+constexpr float kScale[kAxis] = {-1.0f, -2.0f / 9, -2.0f / 9, 1.0f / 90, 1.0f / 90, 32.0f / 45, 32.0f / 45, 1.0f};
+
+inline F times(float a, F b) { return Simd::mul(Simd::set(a), b); }
+inline F plus(F a, float b, F c) { return Simd::fma(Simd::set(b), c, a); }  // a + b c
+
+// 8 inputs; t may be d.
+inline void evaluate_inputs(const F* d, F* t) {
+  const F t0 = plus(Simd::sub(d[6], d[0]), 5.25f, Simd::sub(d[2], d[4]));
+  const F t7 = plus(Simd::sub(d[7], d[1]), 5.25f, Simd::sub(d[3], d[5]));
+  const F even1 = plus(Simd::add(d[2], d[6]), -4.25f, d[4]);
+  const F odd1 = plus(Simd::add(d[1], d[5]), -4.25f, d[3]);
+  const F even2 = plus(plus(d[6], -1.25f, d[4]), 0.25f, d[2]);
+  const F odd2 = plus(plus(times(2, d[5]), -2.5f, d[3]), 0.5f, d[1]);
+  const F even3 = plus(plus(d[6], -5, d[4]), 4, d[2]);
+  const F odd3 = plus(plus(times(0.5f, d[5]), -2.5f, d[3]), 2, d[1]);
+  t[0] = t0;
+  t[1] = Simd::add(even1, odd1);
+  t[2] = Simd::sub(even1, odd1);
+  t[3] = Simd::add(even2, odd2);
+  t[4] = Simd::sub(even2, odd2);
+  t[5] = Simd::add(even3, odd3);
+  t[6] = Simd::sub(even3, odd3);
+  t[7] = t7;
+}
+
+template <int n>
+inline void evaluate(const F* y, F* t) {
+  static_assert(n >= 3 && n <= 6, "");
+  F even1 = Simd::add(y[0], y[2]), even2 = plus(y[0], 4, y[2]), even3 = plus(y[0], 0.25f, y[2]);
+  F odd1 = y[1], odd2 = times(2, y[1]), odd3 = times(0.5f, y[1]);
+  if constexpr (n > 3) {
+    odd1 = Simd::add(odd1, y[3]);
+    odd2 = plus(odd2, 8, y[3]);
+    odd3 = plus(odd3, 0.125f, y[3]);
+  }
+  if constexpr (n > 4) {
+    even1 = Simd::add(even1, y[4]);
+    even2 = plus(even2, 16, y[4]);
+    even3 = plus(even3, 0.0625f, y[4]);
+  }
+  if constexpr (n > 5) {
+    odd1 = Simd::add(odd1, y[5]);
+    odd2 = plus(odd2, 32, y[5]);
+    odd3 = plus(odd3, 0.03125f, y[5]);
+  }
+  t[0] = y[0];
+  t[1] = Simd::add(even1, odd1);
+  t[2] = Simd::sub(even1, odd1);
+  t[3] = Simd::add(even2, odd2);
+  t[4] = Simd::sub(even2, odd2);
+  t[5] = Simd::add(even3, odd3);
+  t[6] = Simd::sub(even3, odd3);
+  t[7] = y[n - 1];
+}
+
+template <int n>
+inline void combine(const F* m, F* y) {
+  static_assert(n >= 3 && n <= 6, "");
+  const F sum1 = Simd::add(m[1], m[2]), difference1 = Simd::sub(m[1], m[2]);
+  const F sum2 = Simd::add(m[3], m[4]), difference2 = Simd::sub(m[3], m[4]);
+  const F sum3 = Simd::add(m[5], m[6]), difference3 = Simd::sub(m[5], m[6]);
+  y[0] = Simd::add(Simd::add(m[0], sum1), Simd::add(sum2, sum3));
+  y[1] = plus(plus(difference1, 2, difference2), 0.5f, difference3);
+  y[2] = plus(plus(sum1, 4, sum2), 0.25f, sum3);
+  if constexpr (n > 3) y[3] = plus(plus(difference1, 8, difference2), 0.125f, difference3);
+  if constexpr (n > 4) y[4] = plus(plus(sum1, 16, sum2), 0.0625f, sum3);
+  if constexpr (n > 5) y[5] = plus(plus(difference1, 32, difference2), 0.03125f, difference3);
+  y[n - 1] = Simd::add(y[n - 1], m[7]);
+}
+
+// c = a b, or c += a b: kCount rows, kVectors vectors of columns. The strides of a are those of its rows and of the inner
+// dimension.
+template <int kCount, int kVectors, bool kAccumulate>
+inline void multiply(const float* a, std::int64_t a_row, std::int64_t a_inner, const float* b, std::int64_t b_inner,
+                     std::int64_t inner, float* c, std::int64_t c_row) {
+  F sums[kCount][kVectors];
+  for (int i = 0; i < kCount; ++i) {
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = kAccumulate ? Simd::load(c + i * c_row + v * kLanes) : Simd::zero();
+  }
+  for (std::int64_t k = 0; k < inner; ++k) {
+    F columns[kVectors];
+    for (int v = 0; v < kVectors; ++v) columns[v] = Simd::load(b + k * b_inner + v * kLanes);
+    for (int i = 0; i < kCount; ++i) {
+      const F row = Simd::set(a[i * a_row + k * a_inner]);
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::fma(row, columns[v], sums[i][v]);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    for (int v = 0; v < kVectors; ++v) Simd::store(c + i * c_row + v * kLanes, sums[i][v]);
+  }
+}
+
+// The same for 1 to kCount rows.
+template <int kCount, int kVectors>
+inline void accumulate(int rows, const float* a, std::int64_t a_row, std::int64_t a_inner, const float* b,
+                       std::int64_t b_inner, std::int64_t inner, float* c, std::int64_t c_row) {
+  if constexpr (kCount > 0) {
+    if (rows == kCount) return multiply<kCount, kVectors, true>(a, a_row, a_inner, b, b_inner, inner, c, c_row);
+    accumulate<kCount - 1, kVectors>(rows, a, a_row, a_inner, b, b_inner, inner, c, c_row);
+  }
+}
+
+struct Images {
+  const float* data;
+  std::int64_t batch, height, width, channels;
+};
+
+// A square of pixels: that at (i, j) begins at p + i * row + j * pixel.
+struct Window {
+  const float* p;
+  std::int64_t row, pixel;
+};
+
+// `count` channels from `first` on of the square of `size` at (y, x), zero outside of the image. What lies behind an
+// image's last channel is another pixel, which is read only where there is one: else the square is copied.
+inline Window window(const Images& images, std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t size,
+                     std::int64_t first, std::int64_t count, float* copy) {
+  const std::int64_t row = images.width * images.channels;
+  const float* const origin = images.data + image * images.height * row;
+  if (y >= 0 && x >= 0 && y + size <= images.height && x + size <= images.width) {
+    const std::int64_t last = (y + size - 1) * row + (x + size - 1) * images.channels + first;
+    if (last + count <= (images.batch - image) * images.height * row) {
+      return {origin + y * row + x * images.channels + first, row, images.channels};
+    }
+  }
+  const std::int64_t real = count < images.channels - first ? count : images.channels - first;
+  for (std::int64_t i = 0; i < size; ++i) {
+    for (std::int64_t j = 0; j < size; ++j) {
+      float* const to = copy + (i * size + j) * count;
+      const bool inside = y + i >= 0 && y + i < images.height && x + j >= 0 && x + j < images.width;
+      const float* const from = origin + (y + i) * row + (x + j) * images.channels + first;
+      for (std::int64_t c = 0; c < count; ++c) to[c] = inside && c < real ? from[c] : 0.0f;
+    }
+  }
+  return {copy, size * count, count};
+}
+
+struct Tile {
+  std::int64_t image, row, column;  // of its first result
+};
+
+inline Tile tile_of(const WinogradPlan& plan, std::int64_t tile) {
+  const std::int64_t columns = plan.tile_columns(), rows = plan.tile_rows();
+  return {tile / columns / rows, tile / columns % rows * plan.outputs(), tile % columns * plan.outputs()};
+}
+
+// The inputs of a tile at the points: [point][plan.inner()].
+inline void evaluate_tile(const WinogradPlan& plan, const float* x, const Tile& tile, float* points, float* copy) {
+  const std::int64_t inner = plan.inner(), half = plan.kernel / 2;
+  const Window in = window({x, plan.batch, plan.height, plan.width, plan.in_channels}, tile.image, tile.row - half,
+                           tile.column - half, kAxis, 0, inner, copy);
+  for (std::int64_t c = 0; c < inner; c += kLanes) {
+    F half_way[kAxis][kAxis];
+    for (int j = 0; j < kAxis; ++j) {
+      F d[kAxis];
+      for (int i = 0; i < kAxis; ++i) d[i] = Simd::load(in.p + i * in.row + j * in.pixel + c);
+      evaluate_inputs(d, d);
+      for (int i = 0; i < kAxis; ++i) half_way[i][j] = d[i];
+    }
+    for (int i = 0; i < kAxis; ++i) {
+      F d[kAxis];
+      evaluate_inputs(half_way[i], d);
+      for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * inner + c, d[j]);
+    }
+  }
+}
+
+template <int kTaps>
+void weight_of(const WinogradPlan& plan, const WinogradWeight& at, const float* weight, float* points, std::int64_t begin,
+               std::int64_t end) {
+  constexpr int kAll = kTaps * kTaps;
+  for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+    float* const out = points + chunk * plan.chunk_floats();
+    for (int column = 0; column < kColumns; column += kLanes) {
+      alignas(64) float taps[kAll][kLanes] = {};
+      const std::int64_t first = chunk * kColumns + column;
+      const std::int64_t left = plan.out_channels - first;
+      const int lanes = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
+      for (std::int64_t k = 0; k < plan.in_channels; ++k) {
+        for (int lane = 0; lane < lanes; ++lane) {
+          const float* const from = weight + at.out[first + lane] + at.in[k];
+          for (int tap = 0; tap < kAll; ++tap) taps[at.reversed ? kAll - 1 - tap : tap][lane] = from[tap * at.tap];
+        }
+        F half_way[kAxis][kTaps];
+        for (int j = 0; j < kTaps; ++j) {
+          F w[kTaps], d[kAxis];
+          for (int i = 0; i < kTaps; ++i) w[i] = Simd::load(taps[i * kTaps + j]);
+          evaluate<kTaps>(w, d);
+          for (int i = 0; i < kAxis; ++i) half_way[i][j] = times(kScale[i], d[i]);
+        }
+        for (int i = 0; i < kAxis; ++i) {
+          F d[kAxis];
+          evaluate<kTaps>(half_way[i], d);
+          for (int j = 0; j < kAxis; ++j) {
+            Simd::store(out + ((i * kAxis + j) * plan.in_channels + k) * kColumns + column, times(kScale[j], d[j]));
+          }
+        }
+      }
+    }
+  }
+}
+
+void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* weight, float* points, std::int64_t begin,
+            std::int64_t end) {
+  (plan.kernel == 3 ? weight_of<3> : weight_of<5>)(plan, at, weight, points, begin, end);
+}
+
+// The products of a tile with one vector of output channels, `products` [point][kColumns], become results.
+template <int kTaps>
+inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float* products, const WinogradOutput& out,
+                        std::int64_t vector, const Simd::Gelu* gelu) {
+  constexpr int kOutputs = 9 - kTaps;
+  F half_way[kOutputs][kAxis];
+  for (int j = 0; j < kAxis; ++j) {
+    F m[kAxis], y[kOutputs];
+    for (int i = 0; i < kAxis; ++i) m[i] = Simd::load(products + (i * kAxis + j) * kColumns);
+    combine<kOutputs>(m, y);
+    for (int i = 0; i < kOutputs; ++i) half_way[i][j] = y[i];
+  }
+  const std::int64_t rows_left = plan.height - tile.row, columns_left = plan.width - tile.column;
+  const int rows = rows_left < kOutputs ? static_cast<int>(rows_left) : kOutputs;
+  const int columns = columns_left < kOutputs ? static_cast<int>(columns_left) : kOutputs;
+  const std::int64_t first = vector * kLanes, left = plan.out_channels - first;
+  const F bias = out.bias != nullptr ? Simd::load(out.bias + first) : Simd::zero();
+  const WinogradStore* const begin = out.stores + out.first_store[vector];
+  const WinogradStore* const end = out.stores + out.first_store[vector + 1];
+  for (int i = 0; i < rows; ++i) {
+    F y[kOutputs];
+    combine<kOutputs>(half_way[i], y);
+    float* to = out.y + tile.image * out.image_floats + (tile.row + i) * out.row + tile.column * out.pixel;
+    float* z = nullptr;
+    if (out.z != nullptr) {
+      const std::int64_t row = tile.image * plan.height + tile.row + i;
+      z = out.z + (row * plan.width + tile.column) * plan.out_channels + first;
+    }
+    for (int j = 0; j < columns; ++j) {
+      F value = Simd::add(y[j], bias);
+      if (z != nullptr) {
+        if (left >= kLanes) {
+          Simd::store(z, value);
+        } else {
+          Simd::store_lanes(z, value, 0, static_cast<int>(left));
+        }
+        z += plan.out_channels;
+      }
+      if (gelu != nullptr) value = (*gelu)(value);
+      for (const WinogradStore* store = begin; store != end; ++store) {
+        if (store->last - store->first == kLanes) {
+          Simd::store(to + store->offset, value);
+        } else {
+          Simd::store_lanes(to + store->offset, value, store->first, store->last);
+        }
+      }
+      to += out.pixel;
+    }
+  }
+}
+
+template <int kTaps>
+void conv_of(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, std::int64_t begin,
+             std::int64_t end, float* scratch) {
+  const std::int64_t tile_floats = plan.tile_floats(), product_floats = plan.product_floats(), inner = plan.inner();
+  float* const tiles = scratch;
+  float* const products = tiles + plan.block() * tile_floats;
+  float* const copy = products + plan.block() * product_floats;
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    evaluate_tile(plan, x, tile_of(plan, tile), tiles + (tile - begin) * tile_floats, copy);
+  }
+  const GeluTable none{};
+  const Simd::Gelu function(out.gelu != nullptr ? *out.gelu : none);
+  const Simd::Gelu* const gelu = out.gelu != nullptr ? &function : nullptr;
+  for (std::int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
+    const bool whole = plan.out_channels - chunk * kColumns > kLanes;  // or its second vector is all padding
+    const float* const columns = points + chunk * plan.chunk_floats();
+    for (std::int64_t point = 0; point < kWinogradPoints; ++point) {
+      const float* const b = columns + point * plan.in_channels * kColumns;
+      // The last rows may be of tiles that are not there.
+      for (std::int64_t row = 0; row < end - begin; row += kRows) {
+        const float* const a = tiles + row * tile_floats + point * inner;
+        float* const c = products + row * product_floats + point * kColumns;
+        if (whole) {
+          multiply<kRows, 2, false>(a, tile_floats, 1, b, kColumns, plan.in_channels, c, product_floats);
+        } else {
+          multiply<kRows, 1, false>(a, tile_floats, 1, b, kColumns, plan.in_channels, c, product_floats);
+        }
+      }
+    }
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      const Tile at = tile_of(plan, tile);
+      const float* const of_tile = products + (tile - begin) * product_floats;
+      for (int v = 0; v < (whole ? 2 : 1); ++v) {
+        finish_tile<kTaps>(plan, at, of_tile + v * kLanes, out, chunk * kWinogradVectors + v, gelu);
+      }
+    }
+  }
+}
+
+void conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, std::int64_t begin,
+          std::int64_t end, float* scratch) {
+  (plan.kernel == 3 ? conv_of<3> : conv_of<5>)(plan, x, points, out, begin, end, scratch);
+}
+
+// The gradients of a tile's results at the points, for the columns of a chunk: [point][kColumns].
+template <int kTaps>
+inline void evaluate_gradient(const WinogradPlan& plan, const float* dz, const Tile& tile, std::int64_t chunk, int vectors,
+                              float* points, float* copy) {
+  constexpr int kOutputs = 9 - kTaps;
+  const Window in = window({dz, plan.batch, plan.height, plan.width, plan.out_channels}, tile.image, tile.row, tile.column,
+                           kOutputs, chunk * kColumns, vectors * kLanes, copy);
+  for (int c = 0; c < vectors * kLanes; c += kLanes) {
+    F half_way[kAxis][kOutputs];
+    for (int j = 0; j < kOutputs; ++j) {
+      F y[kOutputs], d[kAxis];
+      for (int i = 0; i < kOutputs; ++i) y[i] = Simd::load(in.p + i * in.row + j * in.pixel + c);
+      evaluate<kOutputs>(y, d);
+      for (int i = 0; i < kAxis; ++i) half_way[i][j] = d[i];
+    }
+    for (int i = 0; i < kAxis; ++i) {
+      F d[kAxis];
+      evaluate<kOutputs>(half_way[i], d);
+      for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * kColumns + c, d[j]);
+    }
+  }
+}
+
+template <int kTaps>
+void wgrad_of(const WinogradPlan& plan, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
+              std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
+  const std::int64_t tile_floats = plan.tile_floats(), product_floats = plan.product_floats(), inner = plan.inner();
+  float* const tiles = scratch;
+  float* const gradients = tiles + plan.block() * tile_floats;
+  float* const copy = gradients + plan.block() * product_floats;
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    evaluate_tile(plan, x, tile_of(plan, tile), tiles + (tile - begin) * tile_floats, copy);
+  }
+  for (std::int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+    const bool whole = plan.out_channels - chunk * kColumns > kLanes;
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      evaluate_gradient<kTaps>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1,
+                               gradients + (tile - begin) * product_floats, copy);
+    }
+    for (std::int64_t point = 0; point < kWinogradPoints; ++point) {
+      float* const c = sums + chunk * plan.chunk_floats() + point * plan.in_channels * kColumns;
+      const float* const b = gradients + point * kColumns;
+      for (std::int64_t k = 0; k < plan.in_channels; k += kRows) {
+        const float* const a = tiles + point * inner + k;
+        const int rows = plan.in_channels - k < kRows ? static_cast<int>(plan.in_channels - k) : kRows;
+        if (whole) {
+          accumulate<kRows, 2>(rows, a, 1, tile_floats, b, product_floats, end - begin, c + k * kColumns, kColumns);
+        } else {
+          accumulate<kRows, 1>(rows, a, 1, tile_floats, b, product_floats, end - begin, c + k * kColumns, kColumns);
+        }
+      }
+    }
+  }
+}
+
+void wgrad(const WinogradPlan& plan, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
+           std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
+  (plan.kernel == 3 ? wgrad_of<3> : wgrad_of<5>)(plan, x, dz, sums, begin, end, first_chunk, last_chunk, scratch);
+}
+
+template <int kTaps>
+void weight_gradient_of(const WinogradPlan& plan, const WinogradWeight& at, const float* sums, std::int64_t parts,
+                        std::int64_t part_floats, float* dweight, std::int64_t chunk) {
+  for (int column = 0; column < kColumns; column += kLanes) {
+    const std::int64_t first = chunk * kColumns + column, left = plan.out_channels - first;
+    const int lanes = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
+    if (lanes == 0) return;
+    for (std::int64_t k = 0; k < plan.in_channels; ++k) {
+      const float* const from = sums + chunk * plan.chunk_floats() + k * kColumns + column;
+      F half_way[kTaps][kAxis];
+      for (int j = 0; j < kAxis; ++j) {
+        F m[kAxis], w[kTaps];
+        for (int i = 0; i < kAxis; ++i) {
+          const float* const p = from + (i * kAxis + j) * plan.in_channels * kColumns;
+          F sum = Simd::load(p);
+          for (std::int64_t part = 1; part < parts; ++part) sum = Simd::add(sum, Simd::load(p + part * part_floats));
+          m[i] = times(kScale[i], sum);
+        }
+        combine<kTaps>(m, w);
+        for (int i = 0; i < kTaps; ++i) half_way[i][j] = times(kScale[j], w[i]);
+      }
+      for (int i = 0; i < kTaps; ++i) {
+        F w[kTaps];
+        combine<kTaps>(half_way[i], w);
+        for (int j = 0; j < kTaps; ++j) {
+          alignas(64) float values[kLanes];
+          Simd::store(values, w[j]);
+          for (int lane = 0; lane < lanes; ++lane) {
+            dweight[at.out[first + lane] + at.in[k] + (i * kTaps + j) * at.tap] = values[lane];
+          }
+        }
+      }
+    }
+  }
+}
+
+void weight_gradient(const WinogradPlan& plan, const WinogradWeight& at, const float* sums, std::int64_t parts,
+                     std::int64_t part_floats, float* dweight, std::int64_t chunk) {
+  (plan.kernel == 3 ? weight_gradient_of<3> : weight_gradient_of<5>)(plan, at, sums, parts, part_floats, dweight, chunk);
+}
+
+void undo(const WinogradUndo& task, std::int64_t begin, std::int64_t end, double* bias, float* scratch) {
+  const Simd::GeluGradient gradient(*task.gradient);
+  const std::int64_t run = task.run, n = task.out_channels, r = n / run, whole = run / kLanes * kLanes;
+  for (std::int64_t row = begin; row < end; ++row) {
+    for (std::int64_t i = 0; i < n; ++i) scratch[i] = 0;
+    for (std::int64_t i = 0; i < r; ++i) {
+      for (std::int64_t w = 0; w < task.width; ++w) {
+        const float* const dy = task.dy + ((row * r + i) * task.width + w) * run;
+        const std::int64_t pixel = (row * task.width + w) * n + i * run;
+        const float* const z = task.z + pixel;
+        float* const dz = task.dz + pixel;
+        float* const sum = scratch + i * run;
+        for (std::int64_t e = 0; e < whole; e += kLanes) {
+          const F value = Simd::mul(gradient(Simd::load(z + e)), Simd::load(dy + e));
+          Simd::store(dz + e, value);
+          Simd::store(sum + e, Simd::add(Simd::load(sum + e), value));
+        }
+        if (whole < run) {
+          alignas(64) float z_end[kLanes] = {}, dy_end[kLanes] = {};
+          for (std::int64_t e = whole; e < run; ++e) {
+            z_end[e - whole] = z[e];
+            dy_end[e - whole] = dy[e];
+          }
+          Simd::store(z_end, Simd::mul(gradient(Simd::load(z_end)), Simd::load(dy_end)));
+          for (std::int64_t e = whole; e < run; ++e) {
+            dz[e] = z_end[e - whole];
+            sum[e] += z_end[e - whole];
+          }
+        }
+      }
+    }
+    for (std::int64_t i = 0; i < n; ++i) bias[i] += static_cast<double>(scratch[i]);
+  }
+}
+
+}  // namespace
+}  // namespace hflfnerv

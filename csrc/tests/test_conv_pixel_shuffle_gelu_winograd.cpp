@@ -1,0 +1,152 @@
+// Tests of the Winograd kernels in csrc/core without Python, meant to be built with -fsanitize=address,undefined: against
+// plain loops in double, at sizes that no tile, vector or block divides, and on several threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "core/conv_pixel_shuffle_gelu_winograd.h"
+#include "core/pixel_shuffle_gelu.h"
+
+namespace {
+
+using namespace hflfnerv;
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+#define CHECK(condition)                                                            \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                 \
+    }                                                                               \
+  } while (false)
+
+std::mt19937 generator(1);
+
+Floats random(std::int64_t count, double scale) {
+  std::normal_distribution<float> normal(0, static_cast<float>(scale));
+  Floats values(static_cast<std::size_t>(count));
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+double phi(double z) { return 0.5 * std::erfc(-z * std::sqrt(0.5)); }
+double gelu(double z) { return z * phi(z); }
+double gelu_gradient(double z) { return phi(z) + z * std::exp(-0.5 * z * z) / std::sqrt(2 * std::acos(-1.0)); }
+
+// The largest error, as a part of the largest value.
+double error(const Floats& actual, const Doubles& expected) {
+  double worst = 0, largest = 0;
+  CHECK(actual.size() == expected.size());
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    CHECK(std::isfinite(actual[i]));
+    worst = std::max(worst, std::abs(actual[i] - expected[i]));
+    largest = std::max(largest, std::abs(expected[i]));
+  }
+  return largest > 0 ? worst / largest : worst;
+}
+
+struct Results {
+  Floats y, z, dz, dbias, dx, dweight;
+  bool operator==(const Results& o) const {
+    return y == o.y && z == o.z && dz == o.dz && dbias == o.dbias && dx == o.dx && dweight == o.dweight;
+  }
+};
+
+Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const Floats& bias, const Floats& dy, int threads,
+            SimdLevel level) {
+  // What a kernel forgets to write stays NaN.
+  const auto fresh = [](std::size_t n) { return Floats(n, std::nanf("")); };
+  Results r{fresh(dy.size()), fresh(dy.size()), fresh(dy.size()), fresh(bias.size()), fresh(x.size()),
+            fresh(weight.size())};
+  Floats points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, false, level)));
+  winograd_weight(s, false, weight.data(), points.data(), threads, level);
+  winograd_fwd(s, false, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
+  Floats only_y = fresh(dy.size());
+  winograd_fwd(s, false, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads, level);
+  CHECK(only_y == r.y);
+  winograd_undo(s, false, dy.data(), r.z.data(), r.dz.data(), r.dbias.data(), threads, level);
+  points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
+  winograd_weight(s, true, weight.data(), points.data(), threads, level);
+  winograd_dgrad(s, r.dz.data(), points.data(), r.dx.data(), threads, level);
+  winograd_wgrad(s, x.data(), r.dz.data(), r.dweight.data(), threads, level);
+  return r;
+}
+
+void check(const WinogradShape& s, SimdLevel level) {
+  const std::int64_t in = s.in_channels, out = s.out_channels(), k = s.kernel, r = s.r, pixels = s.height * s.width;
+  const double scale = 1 / std::sqrt(static_cast<double>(in * k * k));
+  const Floats x = random(s.batch * pixels * in, 1), weight = random(out * k * k * in, scale), bias = random(out, 1),
+               dy = random(s.batch * pixels * out, 1);
+  const Results results = run(s, x, weight, bias, dy, 1, level);
+  CHECK(results == run(s, x, weight, bias, dy, 3, level));
+
+  Doubles y(dy.size()), z(dy.size()), dbias(bias.size()), dx(x.size()), dweight(weight.size());
+  for (std::int64_t image = 0; image < s.batch; ++image) {
+    for (std::int64_t h = 0; h < s.height; ++h) {
+      for (std::int64_t w = 0; w < s.width; ++w) {
+        for (std::int64_t n = 0; n < out; ++n) {
+          const auto taps = [&](auto&& visit) {
+            for (std::int64_t i = 0; i < k; ++i) {
+              for (std::int64_t j = 0; j < k; ++j) {
+                const std::int64_t row = h + i - k / 2, column = w + j - k / 2;
+                if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+                for (std::int64_t c = 0; c < in; ++c) {
+                  visit(static_cast<std::size_t>(((image * s.height + row) * s.width + column) * in + c),
+                        static_cast<std::size_t>(((n * k + i) * k + j) * in + c));
+                }
+              }
+            }
+          };
+          double sum = bias[static_cast<std::size_t>(n)];
+          taps([&](std::size_t xi, std::size_t wi) { sum += static_cast<double>(x[xi]) * static_cast<double>(weight[wi]); });
+          const std::int64_t c = n / (r * r), i = n % (r * r) / r, j = n % r;
+          const auto yi = static_cast<std::size_t>(
+              ((image * s.height * r + h * r + i) * s.width * r + w * r + j) * s.channels + c);
+          const auto zi =
+              static_cast<std::size_t>(((image * s.height + h) * s.width + w) * out + (i * r + j) * s.channels + c);
+          z[zi] = sum;
+          y[yi] = gelu(sum);
+          const double slope = gelu_gradient(sum) * static_cast<double>(dy[yi]);
+          dbias[static_cast<std::size_t>(n)] += slope;
+          taps([&](std::size_t xi, std::size_t wi) {
+            dx[xi] += slope * static_cast<double>(weight[wi]);
+            dweight[wi] += slope * static_cast<double>(x[xi]);
+          });
+        }
+      }
+    }
+  }
+  // A wrong tap or channel is an error of 0.01 and more; tests/ops holds the results to their rounding errors.
+  constexpr double kAllowed = 1e-4;
+  CHECK(error(results.y, y) < kAllowed);
+  CHECK(error(results.z, z) < kAllowed);
+  CHECK(error(results.dbias, dbias) < kAllowed);
+  CHECK(error(results.dx, dx) < kAllowed);
+  CHECK(error(results.dweight, dweight) < kAllowed);
+}
+
+}  // namespace
+
+int main() {
+  if (pixel_shuffle_gelu_level() == SimdLevel::scalar) {
+    std::puts("Winograd: this machine has no AVX2");
+    return 0;
+  }
+  for (int level = 1; level <= static_cast<int>(pixel_shuffle_gelu_level()); ++level) {
+    for (const std::int64_t kernel : {3, 5}) {
+      // batch, input channels, height, width, channels, r
+      for (const WinogradShape& s : {WinogradShape{1, 1, 1, 1, 1, 1, kernel}, {1, 33, 9, 14, 28, 2, kernel},
+                                     {2, 7, 5, 23, 3, 3, kernel}, {1, 40, 13, 8, 33, 2, kernel}, {3, 16, 4, 4, 1, 4, kernel},
+                                     {1, 5, 31, 29, 2, 1, kernel}, {1, 70, 6, 7, 8, 1, kernel}}) {
+        check(s, static_cast<SimdLevel>(level));
+      }
+    }
+  }
+  std::puts("Winograd: ok");
+  return 0;
+}

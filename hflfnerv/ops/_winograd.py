@@ -1,0 +1,131 @@
+"""The upsampling block in float32 on the CPU by Winograd's method: what it can take, and calling its kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _cpp
+from ._check import compute_dtype
+
+__all__ = ["backward", "forward", "half_padding", "pack_weight", "pays", "rejects"]
+
+_KERNELS = (3, 5)
+_INT32_MAX = 2**31 - 1
+_MIN_TILES = 8
+
+
+def half_padding(weight: torch.Tensor) -> tuple[int, int]:
+    """Return the padding that keeps the size of an image under an odd kernel."""
+    return weight.shape[2] // 2, weight.shape[3] // 2
+
+
+def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> str | None:
+    """Return why the kernels cannot run these tensors, or None."""
+    if x.device.type != "cpu":
+        return _cpp.rejects_tensor(x.device, x.dtype)
+    if compute_dtype(x) != torch.float32:
+        return f"dtype {compute_dtype(x)} is not torch.float32"
+    rows, columns = weight.shape[2:]
+    if rows != columns or rows not in _KERNELS or padding != half_padding(weight):
+        return f"kernel {(rows, columns)} with padding {padding} is not 3x3 with 1 or 5x5 with 2"
+    channels_last = (t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
+    if not any(channels_last):
+        return "neither x nor weight is channels-last; use .to(memory_format=torch.channels_last)"
+    if x.numel() == 0 or weight.numel() == 0:
+        return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"
+    if weight.numel() > _INT32_MAX:
+        return f"weight has {weight.numel()} elements, more than {_INT32_MAX}"
+    return None
+
+
+def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether an image has tiles enough for the evaluation of the weight to pay.
+
+    The size of one image decides, not that of the batch: an image gives the same bits alone and among others.
+    """
+    outputs = 9 - weight.shape[2]
+    return -(-x.shape[2] // outputs) * -(-x.shape[3] // outputs) >= _MIN_TILES
+
+
+def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:
+    batch, channels, height, width = x.shape
+    return [batch, channels, height, width, weight.shape[0] // (r * r), r, weight.shape[2]]
+
+
+def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int, *, data_gradient: bool = False) -> torch.Tensor:
+    """Return the weight at the points at which tiles are multiplied, in the order in which the kernels read it.
+
+    Args:
+        x: any input of the convolution; only its number of channels matters.
+        weight: float32 ``[C_out r², C_in, k, k]``.
+        r: upscale factor.
+        data_gradient: whether it is for the gradient of x.
+    """
+    module, sizes = _cpp.load(), _sizes(x, weight, r)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient))
+    module.winograd_weight(
+        sizes, data_gradient, _cpp.address(weight), _cpp.address(packed), threads=torch.get_num_threads()
+    )
+    return packed
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    packed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    r: int,
+    approximate: str,
+    *,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept."""
+    if packed is None:
+        packed = pack_weight(x, weight, r)
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, _, height, width = x.shape
+    n = weight.shape[0]
+    y = _empty(batch, n // (r * r), height * r, width * r)
+    z = _empty(batch, n, height, width) if keep_z else None
+    biases = _cpp.float_bias(bias)
+    _cpp.load().winograd_fwd(
+        _sizes(x, weight, r),
+        approximate == "tanh",
+        *(_cpp.address(t) for t in (x, packed, biases, y, z)),
+        threads=torch.get_num_threads(),
+    )
+    return y, z
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    r: int,
+    approximate: str,
+    wanted: list[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x, weight and bias, as far as they are wanted."""
+    module, sizes, threads = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads()
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+    dz = _empty(*z.shape)
+    dbias = torch.empty(weight.shape[0]) if wanted[2] else None
+    module.winograd_undo(sizes, approximate == "tanh", *(_cpp.address(t) for t in (dy, z, dz, dbias)), threads=threads)
+    dx = dweight = None
+    if wanted[0]:
+        packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(*x.shape)
+        module.winograd_dgrad(sizes, *(_cpp.address(t) for t in (dz, packed, dx)), threads=threads)
+    if wanted[1]:
+        dweight = _empty(*weight.shape)
+        module.winograd_wgrad(sizes, *(_cpp.address(t) for t in (x, dz, dweight)), threads=threads)
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            dweight = torch.empty_like(weight).copy_(dweight)
+    return dx, dweight, dbias
+
+
+def _empty(*size: int) -> Any:
+    return torch.empty(size, memory_format=torch.channels_last)

@@ -1,0 +1,295 @@
+"""conv_pixel_shuffle_gelu by Winograd's method: float32 on the CPU, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hflfnerv import ops
+from hflfnerv.errors import BackendUnavailable
+from hflfnerv.nn import UpsampleBlock
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, PackedWeights
+from hflfnerv.ops.conv_pixel_shuffle_gelu import Call, _by_shape
+from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    make_tensor,
+    poisoned_empty,
+)
+
+ENTRY = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "winograd")
+needs_vectors = pytest.mark.skipif(ENTRY.unavailable() is not None, reason=f"winograd: {ENTRY.unavailable()}")
+# B, C_in, C_out, r, H, W, kernel: the blocks of the networks, channels that fill no vector, rows of y that end within
+# one, tiles that are not full, one tile and several blocks of tiles.
+SHAPES = [
+    (1, 33, 28, 2, 17, 21, 5),
+    (2, 40, 33, 2, 9, 14, 5),
+    (1, 48, 10, 4, 12, 20, 5),
+    (1, 57, 12, 4, 10, 20, 3),
+    (1, 24, 24, 2, 37, 30, 3),
+    (2, 5, 3, 3, 4, 5, 3),
+    (1, 7, 1, 4, 3, 6, 5),
+    (1, 130, 9, 1, 8, 8, 5),
+    (3, 1, 1, 1, 1, 1, 3),
+    (1, 16, 5, 2, 41, 50, 5),
+]
+
+
+def channels_last(t):
+    """The same with the strides of channels-last, also where an axis of size 1 leaves a choice."""
+    _, c, h, w = t.shape
+    return torch.empty_strided(t.shape, (c * h * w, 1, w * c, c), dtype=t.dtype).copy_(t)
+
+
+def operands(shape, with_bias=True):
+    batch, in_channels, channels, r, height, width, kernel = shape
+    x = make_tensor(batch, in_channels, height, width)
+    weight = make_tensor(channels * r * r, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5, seed=1)
+    bias = make_tensor(channels * r * r, seed=2) if with_bias else None
+    return channels_last(x), channels_last(weight), bias
+
+
+def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors if t is not None]
+    x, weight, bias = [*leaves, None][:3]
+    y = ops.conv_pixel_shuffle_gelu(
+        x, weight, bias, shape[3], padding=shape[6] // 2, impl=impl, approximate=approximate
+    )
+    return y, None if dy is None else torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+
+# The method's matrices, from its points; of their absolute values those sums are made whose terms are rounded.
+
+
+def matrices(taps):
+    """Return A^T ``[9 - taps, 8]``, G ``[8, taps]`` and B^T ``[8, 8]`` in float64."""
+    points = torch.tensor([0, 1, -1, 2, -2, 0.5, -0.5], dtype=torch.float64)
+
+    def powers(count):
+        table = torch.zeros(8, count, dtype=torch.float64)
+        table[:7] = points[:, None] ** torch.arange(count)
+        table[7, -1] = 1
+        return table
+
+    weights, inputs = powers(taps), torch.zeros(8, 8, dtype=torch.float64)
+    for j in range(8):
+        others = points if j == 7 else torch.cat([points[:j], points[j + 1 :]])
+        polynomial = torch.ones(1, dtype=torch.float64)
+        for p in others:
+            polynomial = F.pad(polynomial, (1, 0)) - p * F.pad(polynomial, (0, 1))
+        inputs[j, : len(polynomial)] = polynomial
+        if j < 7:
+            weights[j] /= (points[j] - others).prod()
+    return powers(9 - taps).T, weights, inputs
+
+
+def tiles(x, size, step, before):
+    """Return the squares of ``size`` that begin every ``step`` pixels, ``[B, C, rows, columns, size, size]``."""
+    height, width = x.shape[2:]
+    after = [(-(-extent // step) - 1) * step + size - extent - before for extent in (height, width)]
+    return F.pad(x, (before, after[1], before, after[0])).unfold(2, size, step).unfold(3, size, step)
+
+
+def both_sides(matrix, t):
+    return matrix @ t @ matrix.T
+
+
+def sums(x, weight, taps):
+    """Return what the convolution sums: of terms alone, or of their sizes where the operands and matrices are sizes."""
+    at, g, bt = matrices(taps)
+    absolute = bool((x >= 0).all() and (weight >= 0).all())
+    at, g, bt = (m.abs() if absolute else m for m in (at, g, bt))
+    inputs = both_sides(bt, tiles(x, 8, 9 - taps, taps // 2))
+    products = torch.einsum("bchwij,ncij->bnhwij", inputs, both_sides(g, weight))
+    result = both_sides(at, products).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return result[..., : x.shape[2], : x.shape[3]]
+
+
+def magnitudes(x, weight, bias, dy, r):
+    """Return the sizes of what y, dx, dweight and dbias are sums of, in float64: see ``assert_close_to_reference``.
+
+    The error of z, a part of its own size, changes GELU's derivative, whose slope is at most 0.8.
+    """
+    taps = weight.shape[2]
+    at, g, bt = (m.abs() for m in matrices(taps))
+    size, terms, slopes = (t.detach().double().abs() for t in (x, weight, F.pixel_unshuffle(dy, r)))
+    z = sums(size, terms, taps) + (0 if bias is None else bias.detach().double().abs()[:, None, None])
+    slopes = slopes * (1.13 + 0.8 * z)
+    dx = sums(slopes, terms.transpose(0, 1).flip(2, 3), taps)
+    inputs = both_sides(bt, tiles(size, 8, 9 - taps, taps // 2))
+    gradients = both_sides(at.T, tiles(slopes, 9 - taps, 9 - taps, 0))
+    dweight = both_sides(g.T, torch.einsum("bchwij,bnhwij->ncij", inputs, gradients))
+    return F.pixel_shuffle(z, r), dx, dweight, slopes.sum(dim=(0, 2, 3))
+
+
+@pytest.mark.parametrize("taps", [3, 5])
+def test_the_method(taps):
+    x, weight = make_tensor(2, 3, 11, 14, dtype=torch.float64), make_tensor(4, 3, taps, taps, dtype=torch.float64)
+    torch.testing.assert_close(sums(x, weight, taps), F.conv2d(x, weight, padding=taps // 2))
+
+
+@needs_vectors
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(shape):
+    for approximate, with_bias in (("none", True), ("tanh", False)):
+        tensors = operands(shape, with_bias)
+        if all(t.is_contiguous() for t in tensors[:2]):  # nothing tells the layouts apart
+            continue
+        batch, _, channels, r, height, width, _ = shape
+        dy = make_tensor(batch, channels, height * r, width * r, seed=3)
+        options = {"approximate": approximate}
+        with poisoned_empty():
+            y, gradients = run(tensors, shape, dy, **options)
+        expected, true = run(tensors, shape, dy, dtype=torch.float64, impl="reference", **options)
+        same, rounded = run(tensors, shape, dy, impl="reference", **options)
+        size, *sizes = magnitudes(*tensors, dy, r)
+        assert_close_to_reference(y, expected, same, magnitude=size)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        for actual, wanted, other, terms in zip(gradients, true, rounded, sizes, strict=False):
+            assert_gradient_close_to_reference(actual, wanted, other, magnitude=terms)
+
+
+@needs_vectors
+def test_errors_are_a_few_times_those_of_the_definition():
+    shape = (1, 33, 28, 2, 64, 64, 5)
+    tensors, dy = operands(shape), make_tensor(1, 28, 128, 128, seed=3)
+    results = [
+        run(tensors, shape, dy, impl="reference", dtype=torch.float64),
+        run(tensors, shape, dy, impl="winograd"),
+        run(tensors, shape, dy, impl="reference"),
+    ]
+    expected, ours, plain = ([y, *gradients] for y, gradients in results)
+    for e, a, b in zip(expected, ours, plain, strict=True):
+        assert (a - e).norm() <= 16 * (b - e).norm()
+
+
+@needs_vectors
+def test_the_bound_sees_a_wrong_tap():
+    shape = SHAPES[0]
+    tensors = operands(shape)
+    dy = make_tensor(1, 28, 34, 42, seed=3)
+    expected, same = run(tensors, shape, dtype=torch.float64, impl="reference")[0], run(tensors, shape)[0]
+    tensors[1][5, 32, 4, 4] += 0.01
+    size, wrong = magnitudes(*tensors, dy, 2)[0], run(tensors, shape)[0]
+    with pytest.raises(AssertionError, match="error"):
+        assert_close_to_reference(wrong, expected, same, magnitude=size)
+
+
+@needs_vectors
+def test_noncontiguous():
+    shape = SHAPES[0]
+    x, weight, bias = operands(shape)
+    dy = make_tensor(1, 28, 34, 42, seed=3)
+    y, gradients = run((x, weight, bias), shape, dy)
+    wide = torch.full((1, 33, 17, 42), float("nan"))
+    wide[..., ::2] = x
+    for other in ((x.contiguous(), weight, bias), (x, weight.contiguous(), bias), (wide[..., ::2], weight, bias)):
+        again, others = run(other, shape, channels_last(dy))
+        assert torch.equal(again, y)
+        assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
+        assert [g.stride() for g in others][1] == other[1].stride()
+
+
+@needs_vectors
+def test_deterministic_whatever_the_threads_and_the_batch():
+    shape = (3, 33, 7, 2, 61, 67, 5)
+    tensors = operands(shape)
+    dy = make_tensor(3, 7, 122, 134, seed=3)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            y, gradients = run(tensors, shape, dy)
+            results.append((y, *gradients))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    for image in range(3):
+        y, (dx, *_) = run((tensors[0][image : image + 1], *tensors[1:]), shape, dy[image : image + 1])
+        assert torch.equal(y[0], results[0][0][image])
+        assert torch.equal(dx[0], results[0][1][image])
+
+
+@needs_vectors
+def test_only_the_gradients_that_are_wanted():
+    shape = SHAPES[4]
+    x, weight, bias = operands(shape)
+    dy = make_tensor(1, 24, 74, 60, seed=3)
+    _, expected = run((x, weight, bias), shape, dy)
+    for position in range(3):
+        leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate((x, weight, bias))]
+        y = ops.conv_pixel_shuffle_gelu(*leaves, 2, padding=1, impl="winograd")
+        (gradient,) = torch.autograd.grad(y, leaves[position], dy)
+        assert torch.equal(gradient, expected[position])
+
+
+@needs_vectors
+def test_opcheck():
+    x, weight, bias = (t.requires_grad_() for t in operands(SHAPES[5]))
+    op = torch.ops.hflfnerv.conv_pixel_shuffle_gelu.default
+    torch.library.opcheck(op, (x, weight, bias, None, 3, "none", True, "winograd", "winograd", "winograd"))
+
+
+@needs_vectors
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    shape = SHAPES[0]
+    tensors = [t.requires_grad_() for t in operands(shape)]
+
+    def function(x, weight, bias):
+        return ops.conv_pixel_shuffle_gelu(x, weight, bias, 2, padding=2, impl="winograd") * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    y, expected = compiled(*tensors), function(*tensors)
+    assert torch.equal(y, expected)
+    gradients = [torch.autograd.grad(t.sum(), tensors) for t in (y, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@needs_vectors
+def test_auto():
+    torch.manual_seed(0)
+    block = UpsampleBlock(33, 7, 2, 5).to(memory_format=torch.channels_last)
+    x = make_tensor(1, 33, 40, 48)
+    tensors = (x, block.conv.weight, block.conv.bias)
+    assert torch.equal(block(x), ops.conv_pixel_shuffle_gelu(*tensors, 2, padding=2, impl="winograd"))
+    with torch.inference_mode():
+        packed = PackedWeights()
+        for _ in range(2):
+            with packed:
+                assert torch.equal(block(x), ops.conv_pixel_shuffle_gelu(*tensors, 2, padding=2, impl="winograd"))
+        assert len(packed._kept) == 1
+    # A few tiles do not pay for the evaluation of the weight, and few values not for any kernel.
+    wide = make_tensor(200, 33, 5, 5, layout="channels_last")
+    assert _by_shape(Call(x[..., :4, :8], wide, None, 5, (2, 2), "none")) == "reference"
+    wide = make_tensor(2000, 33, 5, 5, layout="channels_last")
+    assert _by_shape(Call(x[..., :4, :8], wide, None, 5, (2, 2), "none")) == "conv2d+cpp"
+
+
+@pytest.mark.parametrize(
+    ("change", "padding", "reason"),
+    [
+        (lambda x, w: (x.double(), w.double()), 2, "dtype torch.float64 is not torch.float32"),
+        (lambda x, w: (x.contiguous(), w.contiguous()), 2, "neither x nor weight is channels-last"),
+        (lambda x, w: (x.to("meta"), w.to("meta")), 2, "the tensors are on meta"),
+        (lambda x, w: (x[:0], w), 2, "is empty"),
+        (lambda x, w: (x, w), 1, "kernel (5, 5) with padding (1, 1) is not 3x3 with 1 or 5x5 with 2"),
+        (lambda x, w: (x, w[..., :3]), 2, "kernel (5, 3) with padding (2, 2) is not"),
+    ],
+)
+def test_rejects(change, padding, reason):
+    x, weight, _ = operands(SHAPES[0])
+    assert reason in ENTRY.rejects(Call(*change(x, weight), None, 2, (padding, padding), "none"))
+
+
+def test_says_what_the_machine_lacks(monkeypatch):
+    monkeypatch.setattr("hflfnerv.ops._cpp._machine", lambda: "needs AVX2")
+    x, weight, bias = operands(SHAPES[0])
+    with pytest.raises(BackendUnavailable, match="impl='winograd' cannot run: needs AVX2"):
+        run((x, weight, bias), SHAPES[0])
+    y = ops.conv_pixel_shuffle_gelu(x, weight, bias, 2, padding=2)
+    assert torch.equal(y, reference.conv_pixel_shuffle_gelu(x, weight, bias, 2, padding=2))
