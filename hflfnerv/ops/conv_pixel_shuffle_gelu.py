@@ -340,9 +340,9 @@ def conv_pixel_shuffle_gelu(
         8 channels, as which the next block reads them without a copy. ``"cpp"`` sums in float32 in an order that
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
-        it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308), whose rounding errors
-        are about four times those of float32 sums by definition, far below those of TF32, and a NaN or an infinity spreads
-        to the tile of 4 x 4 or 6 x 6 pixels. ``"conv2d+cpp"`` avoids that.
+        it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
+        about four times those of float32 sums by definition, far below those of TF32, and a NaN or an infinity spreads
+        to its tile of 4 x 4 or 6 x 6 pixels; ``"conv2d+cpp"`` avoids both.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)
