@@ -54,11 +54,13 @@ GeluTable make(int terms, const Function& function) {
 }
 
 GeluTable make_gelu(bool tanh_form, bool gradient) {
-  return make(gradient ? kGeluGradientTerms : kGeluTerms, [=](double a) {
+  GeluTable table = make(gradient ? kGeluGradientTerms : kGeluTerms, [=](double a) {
     double derivative = 0;
     const double t = tail(a, tanh_form, &derivative);
     return gradient ? t + a * derivative : t;
   });
+  table.tanh_form = tanh_form;
+  return table;
 }
 
 }  // namespace

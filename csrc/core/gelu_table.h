@@ -1,4 +1,5 @@
-// GELU and its gradient as piecewise polynomials with 16 pieces, so that one register permutation looks a coefficient up.
+// GELU and its gradient as piecewise polynomials with 16 pieces, so that one register permutation looks a coefficient up,
+// where a register has 16 lanes; simd_avx2.h has another way to the same functions.
 //
 // With a = |x| and t(a) = Phi(-a), a function that falls from 1/2 to 0,
 //   GELU(x)  = max(x, 0) - a t(a)
@@ -20,10 +21,12 @@ constexpr int kGeluMaxTerms = 7;
 constexpr float kGeluStep = 0.40625f;  // exact, so that a - piece * step is exact as well
 constexpr float kGeluLimit = (kGeluPieces - 1) * kGeluStep;
 constexpr float kTanhScale = 1.4f;
+constexpr float kTanhLimit = 10;  // from where on tanh is 1
 constexpr float kGeluRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 
 struct GeluTable {
   alignas(64) float coefficients[kGeluMaxTerms][kGeluPieces];  // of the powers of (a - piece * step)
+  bool tanh_form;
 };
 
 constexpr int kGeluTerms = 6;          // for t and s

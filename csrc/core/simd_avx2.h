@@ -1,4 +1,5 @@
-// Vectors of 8 floats for code that is compiled for AVX2, FMA and F16C; see simd_avx512.h. Results are the same.
+// Vectors of 8 floats for code that is compiled for AVX2, FMA and F16C; see simd_avx512.h. Results are the same but for the
+// rounding of GELU and tanh.
 #pragma once
 
 #include <immintrin.h>
@@ -75,58 +76,90 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
 
-  template <int kTerms>
-  struct Polynomial {
-    explicit Polynomial(const GeluTable& table) {
-      for (int i = 0; i < kTerms; ++i) {
-        low[i] = _mm256_load_ps(table.coefficients[i]);
-        high[i] = _mm256_load_ps(table.coefficients[i] + 8);
-      }
-    }
-    F operator()(F a) const {
-      const F rounded = _mm256_fmadd_ps(a, _mm256_set1_ps(1 / kGeluStep), _mm256_set1_ps(kGeluRound));
-      const __m256i piece = _mm256_castps_si256(rounded);
-      const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(piece, 28));  // bit 3 as the sign
-      const F d = _mm256_fnmadd_ps(_mm256_sub_ps(rounded, _mm256_set1_ps(kGeluRound)), _mm256_set1_ps(kGeluStep), a);
-      F value = coefficient(kTerms - 1, piece, upper);
-      for (int i = kTerms - 2; i >= 0; --i) value = _mm256_fmadd_ps(value, d, coefficient(i, piece, upper));
-      return value;
-    }
-    F coefficient(int i, __m256i piece, F upper) const {
-      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low[i], piece), _mm256_permutevar8x32_ps(high[i], piece), upper);
-    }
-    F low[kTerms], high[kTerms];
+  // t, d and s of gelu_table.h by an exponential and a quotient: looking coefficients up takes two permutations and a blend
+  // for each where a register has 8 lanes, and permutations are what these processors have least of.
+
+  // 2^-s for 0 <= s < 126, to 1e-7 of its value.
+  static F exp2_minus(F s) {
+    const F rounded = sub(set(kGeluRound), s);
+    const F f = sub(sub(set(kGeluRound), rounded), s);  // in [-1/2, 1/2]; both differences are exact
+    F value = fma(set(1.3264664e-3f), f, set(9.6715121e-3f));
+    value = fma(value, f, set(5.5507340e-2f));
+    value = fma(value, f, set(2.4022242e-1f));
+    value = fma(value, f, set(6.9314700e-1f));
+    value = fma(value, f, set(1));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
+  }
+
+  // For a = min(|x|, limit).
+  struct Tail {
+    F exponential, ratio;  // t is their product
+    F slope;               // -t' / t, of the tanh form alone
+    F t() const { return mul(exponential, ratio); }
   };
+
+  // exp(-a²/2) and Phi(-a) exp(a²/2); the quotient of polynomials is fitted to 5e-10.
+  static Tail normal_tail(F a) {
+    const F e = exp2_minus(mul(mul(a, set(0.72134752f)), a));
+    F p = fma(set(1.0164797e-2f), a, set(8.7649889e-2f));
+    p = fma(p, a, set(3.0041605e-1f));
+    p = fma(p, a, set(0.5f));
+    F q = fma(set(2.5553463e-2f), a, set(2.1830328e-1f));
+    q = fma(q, a, set(7.9131538e-1f));
+    q = fma(q, a, set(1.3987166f));
+    q = fma(q, a, set(1));
+    return {e, _mm256_div_ps(p, q), zero()};
+  }
+
+  // 1 / (1 + exp(u)) with u = 2 sqrt(2/pi) (a + 0.044715 a³).
+  static Tail logistic_tail(F a) {
+    const F square = mul(a, a);
+    const F e = exp2_minus(mul(a, fma(square, set(0.10294324f), set(2.3022082f))));  // in powers of 2
+    const F ratio = _mm256_div_ps(set(1), add(set(1), e));
+    return {e, ratio, mul(ratio, fma(square, set(0.21406445f), set(1.5957691f)))};
+  }
 
   static F limited_abs(F x) {
     return _mm256_min_ps(_mm256_set1_ps(kGeluLimit), _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
   }
 
   struct Gelu {
-    explicit Gelu(const GeluTable& table) : t(table) {}
+    explicit Gelu(const GeluTable& table) : tanh_form(table.tanh_form) {}
     F operator()(F x) const {
       const F a = limited_abs(x);
-      return _mm256_fnmadd_ps(a, t(a), _mm256_max_ps(zero(), x));
+      const Tail tail = tanh_form ? logistic_tail(a) : normal_tail(a);
+      return _mm256_fnmadd_ps(a, tail.t(), _mm256_max_ps(zero(), x));
     }
-    Polynomial<kGeluTerms> t;
+    bool tanh_form;
   };
 
   struct Tanh {
-    explicit Tanh(const GeluTable& table) : t(table) {}
+    explicit Tanh(const GeluTable&) {}
     F operator()(F x) const {
-      const F value = _mm256_fnmadd_ps(set(2), t(limited_abs(mul(x, set(1 / kTanhScale)))), set(1));
-      return _mm256_or_ps(value, _mm256_and_ps(x, set(-0.0f)));
+      const F a = _mm256_min_ps(set(kTanhLimit), _mm256_andnot_ps(set(-0.0f), x));
+      const F e = exp2_minus(mul(a, set(2.8853901f)));
+      const F s = fma(a, zero(), _mm256_div_ps(e, add(set(1), e)));  // NaN for a NaN
+      return _mm256_or_ps(_mm256_fnmadd_ps(set(2), s, set(1)), _mm256_and_ps(x, set(-0.0f)));
     }
-    Polynomial<kGeluTerms> t;
   };
 
   struct GeluGradient {
-    explicit GeluGradient(const GeluTable& table) : d(table) {}
+    explicit GeluGradient(const GeluTable& table) : tanh_form(table.tanh_form) {}
     F operator()(F x) const {
-      const F value = d(limited_abs(x));
+      const F a = limited_abs(x);
+      F value;
+      if (tanh_form) {
+        const Tail tail = logistic_tail(a);
+        const F t = tail.t();
+        value = mul(t, _mm256_fnmadd_ps(a, tail.slope, set(1)));
+      } else {
+        const Tail tail = normal_tail(a);
+        value = mul(tail.exponential, _mm256_fnmadd_ps(set(0.39894228f), a, tail.ratio));
+      }
       return _mm256_blendv_ps(value, _mm256_sub_ps(set(1), value), _mm256_cmp_ps(x, zero(), _CMP_GE_OQ));
     }
-    Polynomial<kGeluGradientTerms> d;
+    bool tanh_form;
   };
 };
 
