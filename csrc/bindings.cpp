@@ -282,12 +282,20 @@ void winograd_weight(const Shape7& sizes, bool data_gradient, std::uintptr_t wei
   hflfnerv::winograd_weight(shape, data_gradient, pointer<float>(weight), pointer<float>(points), threads, level);
 }
 
-void winograd_fwd(const Shape7& sizes, bool tanh_form, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
+hflfnerv::WinogradActivation winograd_activation(const std::string& name) {
+  if (name == "identity") return hflfnerv::WinogradActivation::identity;
+  if (name == "gelu") return hflfnerv::WinogradActivation::gelu;
+  if (name == "gelu_tanh") return hflfnerv::WinogradActivation::gelu_tanh;
+  throw py::value_error("activation must be 'identity', 'gelu' or 'gelu_tanh', got '" + name + "'");
+}
+
+void winograd_fwd(const Shape7& sizes, const std::string& activation, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
                   std::uintptr_t y, std::uintptr_t z, int threads, const std::string& simd) {
   const auto shape = winograd_shape(sizes);
+  const auto kind = winograd_activation(activation);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::winograd_fwd(shape, tanh_form, pointer<float>(x), pointer<float>(points), pointer<float>(bias),
+  hflfnerv::winograd_fwd(shape, kind, pointer<float>(x), pointer<float>(points), pointer<float>(bias),
                          pointer<float>(y), pointer<float>(z), threads, level);
 }
 
@@ -475,7 +483,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("simd") = "auto");
   module.def("winograd_weight", &winograd_weight, py::arg("sizes"), py::arg("data_gradient"), py::arg("weight"),
              py::arg("points"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("winograd_fwd", &winograd_fwd, py::arg("sizes"), py::arg("tanh_form"), py::arg("x"), py::arg("points"),
+  module.def("winograd_fwd", &winograd_fwd, py::arg("sizes"), py::arg("activation"), py::arg("x"), py::arg("points"),
              py::arg("bias"), py::arg("y"), py::arg("z"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_undo", &winograd_undo, py::arg("sizes"), py::arg("tanh_form"), py::arg("dy"), py::arg("z"),
              py::arg("dz"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");

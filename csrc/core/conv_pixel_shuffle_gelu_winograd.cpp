@@ -96,7 +96,7 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
                  [&](int, std::int64_t begin, std::int64_t end) { kernel(plan, at, weight, points, begin, end); });
 }
 
-void winograd_fwd(const WinogradShape& shape, bool tanh_form, const float* x, const float* points, const float* bias,
+void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
                   float* y, float* z, int threads, SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, false, level);
   std::vector<float> biases(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
@@ -108,9 +108,11 @@ void winograd_fwd(const WinogradShape& shape, bool tanh_form, const float* x, co
   if (z != nullptr) {
     advise_large_pages(z, static_cast<std::size_t>(plan.batch * plan.height * row * shape.r) * sizeof(float));
   }
+  const bool is_gelu = activation != WinogradActivation::identity;
+  const GeluTable* const gelu = is_gelu ? &gelu_table(activation == WinogradActivation::gelu_tanh, false) : nullptr;
   run_conv(plan, x, points,
            {y, shape.height * shape.r * row, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(), z,
-            &gelu_table(tanh_form, false)},
+            gelu},
            threads, level);
 }
 
@@ -176,7 +178,7 @@ void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz,
 
 std::int64_t winograd_weight_floats(const WinogradShape&, bool, SimdLevel) { return 0; }
 void winograd_weight(const WinogradShape&, bool, const float*, float*, int, SimdLevel) {}
-void winograd_fwd(const WinogradShape&, bool, const float*, const float*, const float*, float*, float*, int, SimdLevel) {}
+void winograd_fwd(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, float*, float*, int, SimdLevel) {}
 void winograd_undo(const WinogradShape&, bool, const float*, const float*, float*, float*, int, SimdLevel) {}
 void winograd_dgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
 void winograd_wgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}

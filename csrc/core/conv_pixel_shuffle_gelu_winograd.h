@@ -1,4 +1,4 @@
-// The upsampling block in float32, and its gradients, by Winograd's method: tiles of the image and the weight are evaluated
+// The upsampling block in float32, a plain convolution, and their gradients, by Winograd's method: tiles of the image and the weight are evaluated
 // at the 8 x 8 points {0, 1, -1, 2, -2, 1/2, -1/2, infinity}², where a convolution is a product, and results are
 // interpolated back. A product per point and tile makes 4 x 4 results of a 5 x 5 kernel, which take 25 products each by
 // definition, or 6 x 6 of a 3 x 3 kernel.
@@ -27,8 +27,11 @@ std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradie
 void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
                      SimdLevel level);
 
+// What is applied to the convolution's result before it is stored in y.
+enum class WinogradActivation { identity, gelu, gelu_tanh };
+
 // bias has one float per output channel of the convolution in PixelShuffle's order, or is null; z may be null.
-void winograd_fwd(const WinogradShape& shape, bool tanh_form, const float* x, const float* points, const float* bias,
+void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
                   float* y, float* z, int threads, SimdLevel level);
 
 // dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null.

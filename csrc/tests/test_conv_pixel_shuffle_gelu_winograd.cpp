@@ -65,10 +65,15 @@ Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const
             fresh(weight.size())};
   Floats points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, false, level)));
   winograd_weight(s, false, weight.data(), points.data(), threads, level);
-  winograd_fwd(s, false, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
+  winograd_fwd(s, WinogradActivation::gelu, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
   Floats only_y = fresh(dy.size());
-  winograd_fwd(s, false, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads, level);
+  winograd_fwd(s, WinogradActivation::gelu, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads, level);
   CHECK(only_y == r.y);
+  if (s.r == 1) {
+    winograd_fwd(s, WinogradActivation::identity, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads,
+                 level);
+    CHECK(only_y == r.z);
+  }
   winograd_undo(s, false, dy.data(), r.z.data(), r.dz.data(), r.dbias.data(), threads, level);
   points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
   winograd_weight(s, true, weight.data(), points.data(), threads, level);

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import UpsampleBlock
+from ..ops import conv2d
 from .spec import StreamSpec
 
 __all__ = ["DecoderStream", "EmbeddingStem", "GridStem", "TimeStem"]
@@ -54,6 +55,16 @@ class GridStem(nn.Module):
         return torch.lerp(self.grid[left], self.grid[left + 1], weight)
 
 
+class Head(nn.Conv2d):
+    """A 3x3 convolution to three channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.bias)
+
+
 class DecoderStream(nn.Module):
     """A stem to ``widths[0]`` channels on the grid, upsampling blocks, and a 3x3 convolution to three channels.
 
@@ -75,7 +86,7 @@ class DecoderStream(nn.Module):
                 spec.widths[:-1], spec.widths[1:], spec.strides, spec.kernels, strict=True
             )
         )
-        self.head = nn.Conv2d(spec.widths[-1], 3, 3, padding=1)
+        self.head = Head(spec.widths[-1])
 
     def begin(self, x: Tensor) -> Tensor:
         """Return the output of the stem, ``[B, widths[0], grid_h, grid_w]``."""

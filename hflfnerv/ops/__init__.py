@@ -1,5 +1,6 @@
 """The operations: validation, registration with PyTorch, the table of implementations, the public function."""
 
+from .conv2d import CONV2D, conv2d
 from .conv_pixel_shuffle_gelu import CONV_PIXEL_SHUFFLE_GELU, conv_pixel_shuffle_gelu
 from .depthwise_conv2d import depthwise_conv2d
 from .highpass import HIGHPASS, highpass
@@ -9,12 +10,14 @@ from .pixel_shuffle_gelu import PIXEL_SHUFFLE_GELU, pixel_shuffle_gelu
 from .stream_loss import STREAM_LOSS, stream_loss
 
 __all__ = [
+    "CONV2D",
     "CONV_PIXEL_SHUFFLE_GELU",
     "HIGHPASS",
     "OUTPUT_STAGE",
     "PIXEL_SHUFFLE_GELU",
     "STREAM_LOSS",
     "PackedWeights",
+    "conv2d",
     "conv_pixel_shuffle_gelu",
     "depthwise_conv2d",
     "highpass",

@@ -50,7 +50,8 @@ def _forward(
         y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z)
         return y, x.new_empty(0) if kept is None else kept
     if impl == "winograd":
-        y, kept = _winograd.forward(x, weight, packed, bias, r, approximate, keep_z=keep_z)
+        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+        y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z)
         return y, x.new_empty(0) if kept is None else kept
     from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight
 
@@ -133,9 +134,11 @@ def _backward(
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if impl == "winograd":
-        whole = _winograd.backward(dy, x, weight, z, r, approximate, wanted)
-        return _as_results(x, whole)
-    dz, dbias = _undo_shuffle_gelu(dy, z, r, approximate, wanted[2], impl)
+        dz, dbias = _winograd.undo(dy, x, weight, z, r, approximate, wanted[2])
+    else:
+        dz, dbias = _undo_shuffle_gelu(dy, z, r, approximate, wanted[2], impl)
+    if dgrad == wgrad == "winograd":
+        return _as_results(x, (*_winograd.gradients(dz, x, weight, r, wanted), dbias))
     by_conv2d = [wanted[0] and dgrad == "conv2d", wanted[1] and wgrad == "conv2d"]
     dx, dweight = conv2d_gradients(dz, x, weight, r, by_conv2d) if any(by_conv2d) else (None, None)
     if wanted[0] and dgrad == "triton":

@@ -1,4 +1,4 @@
-"""The upsampling block in float32 on the CPU by Winograd's method: what it can take, and calling its kernels."""
+"""Convolutions in float32 on the CPU by Winograd's method: what the kernels can take, and calling them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from . import _cpp
 from ._check import compute_dtype
 
-__all__ = ["backward", "forward", "half_padding", "pack_weight", "pays", "rejects"]
+__all__ = ["forward", "gradients", "half_padding", "pack_weight", "pays", "rejects", "undo"]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -45,7 +45,7 @@ def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     The size of one image decides, not that of the batch: an image gives the same bits alone and among others.
     """
-    outputs = 9 - weight.shape[2]
+    outputs = max(9 - weight.shape[2], 1)
     return -(-x.shape[2] // outputs) * -(-x.shape[3] // outputs) >= _MIN_TILES
 
 
@@ -78,11 +78,14 @@ def forward(
     packed: torch.Tensor | None,
     bias: torch.Tensor | None,
     r: int,
-    approximate: str,
+    activation: str,
     *,
     keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept."""
+    """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept.
+
+    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``.
+    """
     if packed is None:
         packed = pack_weight(x, weight, r)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -93,28 +96,35 @@ def forward(
     biases = _cpp.float_bias(bias)
     _cpp.load().winograd_fwd(
         _sizes(x, weight, r),
-        approximate == "tanh",
+        activation,
         *(_cpp.address(t) for t in (x, packed, biases, y, z)),
         threads=torch.get_num_threads(),
     )
     return y, z
 
 
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    z: torch.Tensor,
-    r: int,
-    approximate: str,
-    wanted: list[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of x, weight and bias, as far as they are wanted."""
-    module, sizes, threads = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads()
-    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+def undo(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of z and of the bias."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
     dz = _empty(*z.shape)
-    dbias = torch.empty(weight.shape[0]) if wanted[2] else None
-    module.winograd_undo(sizes, approximate == "tanh", *(_cpp.address(t) for t in (dy, z, dz, dbias)), threads=threads)
+    dbias = torch.empty(weight.shape[0]) if with_bias else None
+    _cpp.load().winograd_undo(
+        _sizes(x, weight, r),
+        approximate == "tanh",
+        *(_cpp.address(t) for t in (dy, z, dz, dbias)),
+        threads=torch.get_num_threads(),
+    )
+    return dz, dbias
+
+
+def gradients(
+    dz: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: int, wanted: list[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x and weight, as far as they are wanted, for dz in the order (i, j, c)."""
+    module, sizes, threads = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads()
+    dz, x = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x))
     dx = dweight = None
     if wanted[0]:
         packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(*x.shape)
@@ -124,7 +134,7 @@ def backward(
         module.winograd_wgrad(sizes, *(_cpp.address(t) for t in (x, dz, dweight)), threads=threads)
         if not weight.is_contiguous(memory_format=torch.channels_last):
             dweight = torch.empty_like(weight).copy_(dweight)
-    return dx, dweight, dbias
+    return dx, dweight
 
 
 def _empty(*size: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from winograd_method import channels_last, gradient_sums, sums
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
@@ -37,12 +38,6 @@ SHAPES = [
 ]
 
 
-def channels_last(t):
-    """The same with the strides of channels-last, also where an axis of size 1 leaves a choice."""
-    _, c, h, w = t.shape
-    return torch.empty_strided(t.shape, (c * h * w, 1, w * c, c), dtype=t.dtype).copy_(t)
-
-
 def operands(shape, with_bias=True):
     batch, in_channels, channels, r, height, width, kernel = shape
     x = make_tensor(batch, in_channels, height, width)
@@ -60,68 +55,15 @@ def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"
     return y, None if dy is None else torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
 
-# The method's matrices, from its points; of their absolute values those sums are made whose terms are rounded.
-
-
-def matrices(taps):
-    """Return A^T ``[9 - taps, 8]``, G ``[8, taps]`` and B^T ``[8, 8]`` in float64."""
-    points = torch.tensor([0, 1, -1, 2, -2, 0.5, -0.5], dtype=torch.float64)
-
-    def powers(count):
-        table = torch.zeros(8, count, dtype=torch.float64)
-        table[:7] = points[:, None] ** torch.arange(count)
-        table[7, -1] = 1
-        return table
-
-    weights, inputs = powers(taps), torch.zeros(8, 8, dtype=torch.float64)
-    for j in range(8):
-        others = points if j == 7 else torch.cat([points[:j], points[j + 1 :]])
-        polynomial = torch.ones(1, dtype=torch.float64)
-        for p in others:
-            polynomial = F.pad(polynomial, (1, 0)) - p * F.pad(polynomial, (0, 1))
-        inputs[j, : len(polynomial)] = polynomial
-        if j < 7:
-            weights[j] /= (points[j] - others).prod()
-    return powers(9 - taps).T, weights, inputs
-
-
-def tiles(x, size, step, before):
-    """Return the squares of ``size`` that begin every ``step`` pixels, ``[B, C, rows, columns, size, size]``."""
-    height, width = x.shape[2:]
-    after = [(-(-extent // step) - 1) * step + size - extent - before for extent in (height, width)]
-    return F.pad(x, (before, after[1], before, after[0])).unfold(2, size, step).unfold(3, size, step)
-
-
-def both_sides(matrix, t):
-    return matrix @ t @ matrix.T
-
-
-def sums(x, weight, taps):
-    """Return what the convolution sums: of terms alone, or of their sizes where the operands and matrices are sizes."""
-    at, g, bt = matrices(taps)
-    absolute = bool((x >= 0).all() and (weight >= 0).all())
-    at, g, bt = (m.abs() if absolute else m for m in (at, g, bt))
-    inputs = both_sides(bt, tiles(x, 8, 9 - taps, taps // 2))
-    products = torch.einsum("bchwij,ncij->bnhwij", inputs, both_sides(g, weight))
-    result = both_sides(at, products).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-    return result[..., : x.shape[2], : x.shape[3]]
-
-
 def magnitudes(x, weight, bias, dy, r):
     """Return the sizes of what y, dx, dweight and dbias are sums of, in float64: see ``assert_close_to_reference``.
 
     The error of z, a part of its own size, changes GELU's derivative, whose slope is at most 0.8.
     """
-    taps = weight.shape[2]
-    at, g, bt = (m.abs() for m in matrices(taps))
     size, terms, slopes = (t.detach().double().abs() for t in (x, weight, F.pixel_unshuffle(dy, r)))
-    z = sums(size, terms, taps) + (0 if bias is None else bias.detach().double().abs()[:, None, None])
+    z = sums(size, terms, weight.shape[2]) + (0 if bias is None else bias.detach().double().abs()[:, None, None])
     slopes = slopes * (1.13 + 0.8 * z)
-    dx = sums(slopes, terms.transpose(0, 1).flip(2, 3), taps)
-    inputs = both_sides(bt, tiles(size, 8, 9 - taps, taps // 2))
-    gradients = both_sides(at.T, tiles(slopes, 9 - taps, 9 - taps, 0))
-    dweight = both_sides(g.T, torch.einsum("bchwij,bnhwij->ncij", inputs, gradients))
-    return F.pixel_shuffle(z, r), dx, dweight, slopes.sum(dim=(0, 2, 3))
+    return F.pixel_shuffle(z, r), *gradient_sums(size, terms, slopes), slopes.sum(dim=(0, 2, 3))
 
 
 @pytest.mark.parametrize("taps", [3, 5])

@@ -1,0 +1,161 @@
+"""``conv2d``: a convolution that keeps the size of the image, such as a network's head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .._impl import Implementation, ImplementationTable
+from . import _cpp, _winograd
+from ._check import check_like, check_tensor, compute_dtype
+from ._library import register
+
+__all__ = ["CONV2D", "conv2d"]
+
+
+def _run_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, padding=_winograd.half_padding(weight))
+
+
+def _run_winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    dtype = compute_dtype(x)
+    out: torch.Tensor = torch.ops.hflfnerv.conv2d(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), "winograd"
+    )
+    return out
+
+
+def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    return _winograd.rejects(x, weight, _winograd.half_padding(weight))
+
+
+CONV2D = ImplementationTable(
+    "conv2d",
+    [
+        Implementation("winograd", _run_winograd, _cpp.unavailable, _winograd_rejects),
+        Implementation("reference", _run_reference),
+    ],
+)
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
+    if impl == "reference":
+        return _run_reference(x, weight, bias).contiguous(memory_format=torch.channels_last)
+    return _winograd.forward(x, weight, None, bias, 1, "identity", keep_z=False)[0]
+
+
+def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
+    size = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dbias = dy.sum(dim=(0, 2, 3)) if wanted[2] else x.new_empty(0)
+    if impl == "reference":
+        padding = list(_winograd.half_padding(weight))
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [*wanted[:2], False]
+        )
+        dx = None if dx is None else dx.contiguous(memory_format=torch.channels_last)
+        dweight = None if dweight is None else torch.empty_like(weight).copy_(dweight)
+    else:
+        dx, dweight = _winograd.gradients(dy, x, weight, 1, wanted)
+    dx, dweight = (x.new_empty(0) if gradient is None else gradient for gradient in (dx, dweight))
+    return dx, dweight, dbias
+
+
+def _backward_fake(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_empty(x.shape).contiguous(memory_format=torch.channels_last) if wanted[0] else x.new_empty(0)
+    dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
+    return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, bias, ctx.impl = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.with_bias and ctx.needs_input_grad[2]]
+    gradients = torch.ops.hflfnerv.conv2d_backward(dy, *ctx.saved_tensors, wanted, ctx.impl)
+    return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), None)
+
+
+def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    raise RuntimeError("conv2d has no second derivative in its kernels; use impl='reference'")
+
+
+register(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
+    run=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+register(
+    "conv2d_backward(Tensor dy, Tensor x, Tensor weight, bool[] wanted, str impl) -> (Tensor, Tensor, Tensor)",
+    run=_backward,
+    fake=_backward_fake,
+    setup_context=None,
+    backward=_no_double_backward,
+)
+
+
+def conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str = "auto"
+) -> torch.Tensor:
+    """Convolve (stride 1) with half of the kernel as padding: the image keeps its size.
+
+    Equivalent PyTorch: ``F.conv2d(x, weight, bias, padding=(K_h // 2, K_w // 2))``. The head of a NeRV network, in
+    training: three output channels leave PyTorch's kernels for the CPU mostly idle.
+
+    Args:
+        x: ``[B, C_in, H, W]``, floating point, any strides.
+        weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
+        bias: ``[C_out]`` in x's dtype, or None.
+        impl: ``"auto"``, ``"winograd"`` (CPU with AVX2 or AVX-512: float32, channels-last, kernels 3x3 and 5x5,
+            gradients included) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for images of a few
+            tiles).
+
+    Returns:
+        ``[B, C_out, H, W]``; x's dtype, or autocast's.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ without autocast.
+        ValueError: a shape or name is not as above.
+        BackendUnavailable: the named implementation cannot run; the message says why.
+
+    Numerics:
+        ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`.
+
+    Example:
+        >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape
+        torch.Size([1, 3, 5, 7])
+    """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_like("weight", weight, x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C_in, H, W], got shape {tuple(x.shape)}")
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(
+            f"weight must be [C_out, C_in, K_h, K_w] with x's C_in = {x.shape[1]} and an odd kernel, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_like("bias", bias, x)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if impl == "auto" and x.device.type == "cpu" and not _winograd.pays(x, weight):
+        impl = "reference"
+    entry = CONV2D.select(impl, x, weight, bias)
+    out: torch.Tensor = entry.run(x, weight, bias)
+    return out

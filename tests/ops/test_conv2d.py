@@ -1,0 +1,133 @@
+"""conv2d: every implementation on the CPU against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from winograd_method import channels_last, gradient_sums, sums
+
+from hflfnerv import ops
+from hflfnerv.ops import CONV2D
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    make_tensor,
+    poisoned_empty,
+)
+
+BY_IMPL = pytest.mark.parametrize(
+    "impl",
+    [
+        pytest.param(
+            entry.name, marks=pytest.mark.skipif(entry.unavailable() is not None, reason=str(entry.unavailable()))
+        )
+        for entry in CONV2D
+    ],
+)
+# B, C_in, C_out, H, W, kernel: heads, an odd number of everything, several blocks of tiles.
+SHAPES = [(1, 28, 3, 37, 50, 3), (2, 13, 3, 12, 18, 3), (1, 9, 17, 21, 11, 5), (2, 3, 64, 19, 30, 3)]
+
+
+def operands(shape, with_bias=True):
+    batch, channels, n, height, width, kernel = shape
+    x = make_tensor(batch, channels, height, width)
+    weight = make_tensor(n, channels, kernel, kernel, scale=(channels * kernel**2) ** -0.5, seed=1)
+    return channels_last(x), channels_last(weight), make_tensor(n, seed=2) if with_bias else None
+
+
+def run(tensors, dy, impl, dtype=torch.float32):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors if t is not None]
+    y = ops.conv2d(*leaves, impl=impl)
+    return y, torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+
+def magnitudes(x, weight, dy):
+    size, terms, slopes = (t.detach().double().abs() for t in (x, weight, dy))
+    return sums(size, terms, weight.shape[2]), *gradient_sums(size, terms, slopes), slopes.sum(dim=(0, 2, 3))
+
+
+@BY_IMPL
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_forward_and_backward(impl, shape, with_bias):
+    tensors = operands(shape, with_bias)
+    batch, _, n, height, width, _ = shape
+    dy = make_tensor(batch, n, height, width, seed=3)
+    with poisoned_empty():
+        y, gradients = run(tensors, dy, impl)
+    expected, true = run(tensors, dy, "reference", torch.float64)
+    same, rounded = run(tensors, dy, "reference")
+    size, *sizes = magnitudes(*tensors[:2], dy)
+    assert_close_to_reference(y, expected, same, magnitude=size)
+    for actual, wanted, other, terms in zip(gradients, true, rounded, sizes, strict=False):
+        assert_gradient_close_to_reference(actual, wanted, other, magnitude=terms)
+
+
+@BY_IMPL
+def test_only_the_gradients_that_are_wanted(impl):
+    tensors = operands(SHAPES[0])
+    dy = make_tensor(1, 3, 37, 50, seed=3)
+    _, expected = run(tensors, dy, impl)
+    for position in range(3):
+        leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate(tensors)]
+        (gradient,) = torch.autograd.grad(ops.conv2d(*leaves, impl=impl), leaves[position], dy)
+        assert torch.equal(gradient, expected[position])
+
+
+@BY_IMPL
+def test_compile(impl):
+    tensors = [t.requires_grad_() for t in operands(SHAPES[0])]
+
+    def function(x, weight, bias):
+        return ops.conv2d(x, weight, bias, impl=impl) * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    actual, expected = (torch.autograd.grad(f(*tensors).sum(), tensors) for f in (compiled, function))
+    torch.testing.assert_close(actual, expected)
+
+
+@BY_IMPL
+def test_opcheck(impl):
+    tensors = [t.requires_grad_() for t in operands(SHAPES[0])]
+    torch.library.opcheck(torch.ops.hflfnerv.conv2d.default, (*tensors, impl))
+    torch.library.opcheck(torch.ops.hflfnerv.conv2d.default, (*tensors[:2], None, impl))
+
+
+def test_gradcheck():
+    tensors = [
+        make_tensor(*size, dtype=torch.float64, requires_grad=True) for size in ((1, 2, 3, 4), (3, 2, 3, 3), (3,))
+    ]
+    assert torch.autograd.gradcheck(ops.conv2d, tensors)
+
+
+def test_what_auto_is():
+    x, weight, bias = operands(SHAPES[0])
+    winograd = CONV2D.entries[0].unavailable() is None
+    assert torch.equal(ops.conv2d(x, weight, bias), ops.conv2d(x, weight, bias, impl=CONV2D.names[not winograd]))
+    small = x[..., :6, :6]
+    assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))
+    wide = make_tensor(3, 28, 9, 9)
+    torch.testing.assert_close(ops.conv2d(x, wide), F.conv2d(x, wide, padding=4))
+    half = ops.conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+X, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((1, WEIGHT), TypeError, "x must be a torch.Tensor, got int"),
+        ((X, WEIGHT.half()), TypeError, "weight must have x's dtype torch.float32, got torch.float16"),
+        ((X[0], WEIGHT), ValueError, r"x must be \[B, C_in, H, W\], got shape \(3, 4, 4\)"),
+        ((X, WEIGHT[:, :2]), ValueError, "with x's C_in = 3 and an odd kernel"),
+        ((X, WEIGHT[..., :2]), ValueError, r"an odd kernel, got shape \(8, 3, 3, 2\)"),
+        ((X, WEIGHT, torch.zeros(3)), ValueError, r"bias must have shape \(8,\), got \(3,\)"),
+    ],
+)
+def test_rejects_bad_input(args, error, message):
+    with pytest.raises(error, match=message):
+        ops.conv2d(*args)
