@@ -13,7 +13,8 @@ __all__ = ["forward", "gradients", "half_padding", "pack_weight", "pays", "rejec
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
-_MIN_TILES = 8
+# Pixels times taps from which on fewer products save more than the evaluation of the weight costs, measured.
+_MIN_PRODUCTS = 3200
 
 
 def half_padding(weight: torch.Tensor) -> tuple[int, int]:
@@ -41,12 +42,11 @@ def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> 
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether an image has tiles enough for the evaluation of the weight to pay.
+    """Return whether an image is large enough for the method to pay.
 
     The size of one image decides, not that of the batch: an image gives the same bits alone and among others.
     """
-    outputs = max(9 - weight.shape[2], 1)
-    return -(-x.shape[2] // outputs) * -(-x.shape[3] // outputs) >= _MIN_TILES
+    return x.shape[2] * x.shape[3] * weight.shape[2] * weight.shape[3] >= _MIN_PRODUCTS
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:

@@ -121,8 +121,7 @@ def conv2d(
         weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
         bias: ``[C_out]`` in x's dtype, or None.
         impl: ``"auto"``, ``"winograd"`` (CPU with AVX2 or AVX-512: float32, channels-last, kernels 3x3 and 5x5,
-            gradients included) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for images of a few
-            tiles).
+            gradients included) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images).
 
     Returns:
         ``[B, C_out, H, W]``; x's dtype, or autocast's.

@@ -205,7 +205,7 @@ def test_auto():
             with packed:
                 assert torch.equal(block(x), ops.conv_pixel_shuffle_gelu(*tensors, 2, padding=2, impl="winograd"))
         assert len(packed._kept) == 1
-    # A few tiles do not pay for the evaluation of the weight, and few values not for any kernel.
+    # Small images do not pay for the evaluation of the weight, and few values not for any kernel.
     wide = make_tensor(200, 33, 5, 5, layout="channels_last")
     assert _by_shape(Call(x[..., :4, :8], wide, None, 5, (2, 2), "none")) == "reference"
     wide = make_tensor(2000, 33, 5, 5, layout="channels_last")
