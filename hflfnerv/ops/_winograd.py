@@ -9,7 +9,7 @@ import torch
 from . import _cpp
 from ._check import compute_dtype
 
-__all__ = ["forward", "gradients", "half_padding", "pack_weight", "pays", "rejects", "undo"]
+__all__ = ["forward", "gradients", "half_padding", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -31,9 +31,6 @@ def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> 
     rows, columns = weight.shape[2:]
     if rows != columns or rows not in _KERNELS or padding != half_padding(weight):
         return f"kernel {(rows, columns)} with padding {padding} is not 3x3 with 1 or 5x5 with 2"
-    channels_last = (t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
-    if not any(channels_last):
-        return "neither x nor weight is channels-last; use .to(memory_format=torch.channels_last)"
     if x.numel() == 0 or weight.numel() == 0:
         return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"
     if weight.numel() > _INT32_MAX:
@@ -47,6 +44,12 @@ def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
     The size of one image decides, not that of the batch: an image gives the same bits alone and among others.
     """
     return x.shape[2] * x.shape[3] * weight.shape[2] * weight.shape[3] >= _MIN_PRODUCTS
+
+
+def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return y in the layout that PyTorch's convolution gives: channels-last where x or weight is, else contiguous."""
+    channels_last = (t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
+    return y if any(channels_last) else y.contiguous()
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:

@@ -24,7 +24,7 @@ def _run_winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     out: torch.Tensor = torch.ops.hflfnerv.conv2d(
         x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), "winograd"
     )
-    return out
+    return _winograd.in_layout_of(x, weight, out)
 
 
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -120,8 +120,8 @@ def conv2d(
         x: ``[B, C_in, H, W]``, floating point, any strides.
         weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
         bias: ``[C_out]`` in x's dtype, or None.
-        impl: ``"auto"``, ``"winograd"`` (CPU with AVX2 or AVX-512: float32, channels-last, kernels 3x3 and 5x5,
-            gradients included) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images).
+        impl: ``"auto"``, ``"winograd"`` (CPU with AVX2 or AVX-512: float32, kernels 3x3 and 5x5, gradients included) or
+            ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images).
 
     Returns:
         ``[B, C_out, H, W]``; x's dtype, or autocast's.

@@ -201,7 +201,7 @@ def _run_winograd(call: Call) -> torch.Tensor:
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "winograd", "winograd", "winograd"
     )[0]
-    return out
+    return _winograd.in_layout_of(x, weight, out)
 
 
 def _composed_cpp_rejects(call: Call) -> str | None:
@@ -315,8 +315,9 @@ def conv_pixel_shuffle_gelu(
             should be faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
             float16, half of an odd kernel as padding; the gradients as with ``"triton"``), ``"cpp"`` (CPU with AMX:
             one kernel for all, bfloat16, channels-last, without gradients), ``"winograd"`` (CPU with AVX2 or AVX-512:
-            one kernel for all, float32, channels-last, kernels 3x3 and 5x5 with half of them as padding; a fourth to a
-            sixth of the products that the definition takes, and gradients likewise),
+            one kernel for all, float32, kernels 3x3 and 5x5 with half of them as padding; a fifth to a sixth of the
+            products that the definition takes, and gradients likewise; channels-last is read and written as it is,
+            any other layout through copies),
             ``"conv2d+cpp"`` (CPU: PyTorch's convolution, then the kernel of :func:`pixel_shuffle_gelu`) or
             ``"reference"`` (PyTorch, anywhere).
 

@@ -106,6 +106,10 @@ def test_what_auto_is():
     x, weight, bias = operands(SHAPES[0])
     winograd = CONV2D.entries[0].unavailable() is None
     assert torch.equal(ops.conv2d(x, weight, bias), ops.conv2d(x, weight, bias, impl=CONV2D.names[not winograd]))
+    assert ops.conv2d(x, weight, bias).is_contiguous(memory_format=torch.channels_last)
+    plain = ops.conv2d(x.contiguous(), weight.contiguous(), bias)
+    assert plain.is_contiguous()
+    torch.testing.assert_close(plain, F.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
     small = x[..., :6, :6]
     assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))
     wide = make_tensor(3, 28, 9, 9)
