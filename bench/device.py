@@ -213,6 +213,23 @@ class Machine:
             return row | {"dry_run": True}
         return row | {"device": torch.cuda.get_device_name(), "driver": driver_version(), "cpu": row["device"]}
 
+    def peak_bytes(self, make: Callable[[], Callable[[], Any]]) -> int | None:
+        """Return the device memory that ``make`` and its second call take at most; None in a dry run.
+
+        As PyTorch's allocator counts it, tensors that were there before left out. The first call may try algorithms.
+        """
+        if self.dry:
+            return None
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        run = make()
+        run()
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
     @functools.cached_property
     def copy_gb_per_second(self) -> float:
         """Bandwidth of a large copy on the device, bytes read and written."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .run import RESULTS, ROOT
@@ -140,7 +141,36 @@ def train_table() -> str:
     return speed_table("train_cpu", "training, steps per second", "Whole steps, optimiser included")
 
 
+def fuse_table() -> str:
+    """Published networks before and after ``hflfnerv.fuse``."""
+    rows = rows_of("fuse")
+    found = {(row["what"], row["data"], row["implementation"]): row for row in rows}
+    eager, fused = rows[0]["baseline"], rows[0]["implementation"]
+
+    def cells(what: str, data: str) -> Iterator[str]:
+        before, after = found[what, data, eager], found[what, data, fused]
+        yield f"{before['p50']:.2f} → {after['p50']:.2f} ({after['p50'] / before['p50']:.2f} x)"
+        yield f"{before['peak_bytes'] / 1e6:.0f} → {after['peak_bytes'] / 1e6:.0f} MB"
+
+    lines = [
+        "| eager → fused | frames per second | peak memory | training steps per second | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        both = [*cells("fuse.inference", data), *cells("fuse.training", data)]
+        lines.append(f"| {data} | {' | '.join(both)} |")
+    row = rows[0]
+    source = (
+        "The same weights before and after `hflfnerv.fuse`; a training step is forward and backward. Memory is the "
+        "most that the process takes beyond its code, weights included. `python -m bench.run fuse` on "
+        f"{row['device']}, {row['threads']} threads, at commit {row['commit'][:10]}; rows in "
+        "`bench/results/fuse.jsonl`."
+    )
+    return "\n".join([*lines, "", source])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "fuse": fuse_table,
     "cpu": cpu_table,
     "decode": decode_table,
     "train": train_table,
@@ -150,10 +180,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """Return the README's text with every marked table made anew."""
+    """Return the README's text with every marked table made anew, or with how to measure what it is to show."""
     for name, table in TABLES.items():
+        try:
+            made = table()
+        except FileNotFoundError as error:
+            made = f"Not measured yet: `python -m bench.run {pathlib.Path(error.filename).stem}`."
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m[1] + t() + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
+        text, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
         if count != 1:
             raise ValueError(f"{README.name} must have one place marked {name}, got {count}")
     return text
