@@ -37,20 +37,26 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall
 # Sources named *_<key>.cpp get these flags, and are left out where the compiler does not take them. Which of them runs
 # is decided at run time, so the module stays portable.
 X86_FLAGS = {
-    "avx2": [*("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul"), "-mfma", "-mf16c"],
-    "avx512": [
-        *("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpclmul", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx512cd", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni", "-mvpclmulqdq", "-mprefer-vector-width=512"),
-    ],
-    "amx": [
-        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mamx-tile"),
-        *("-mamx-bf16", "-mprefer-vector-width=512"),
-    ],
+    "avx2": "-mavx2 -mbmi -mbmi2 -mlzcnt -mpclmul -mfma -mf16c",
+    "avx512": "-mavx2 -mbmi -mbmi2 -mlzcnt -mpclmul -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mavx512vbmi "
+    "-mavx512vbmi2 -mgfni -mvpclmulqdq -mprefer-vector-width=512",
+    "amx": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mamx-tile -mamx-bf16 "
+    "-mprefer-vector-width=512",
 }
 # Kernels for Hopper's matrix instructions, which no other architecture has, older or newer.
 CUDA_ARCHITECTURES = os.environ.get("HFLFNERV_CUDA_ARCHITECTURES", "90a").split(",")
 # With it the kernels use PyTorch's threads (both share libgomp); without it they run in the calling thread.
 OPENMP = ["-fopenmp"]
+MACOS_LINK = ["-bundle", "-undefined", "dynamic_lookup"]
+RULES = """ninja_required_version = 1.5
+rule compile
+  command = $with -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $in
+rule link
+  command = $with $in -o $out
+  description = link"""
 
 
 class BuildError(Exception):
@@ -157,46 +163,29 @@ class NinjaBuildExt(build_ext):
         compiler, ninja = find_compiler(), find_ninja()
         import pybind11
 
-        simd = []
-        if platform.machine() in ("x86_64", "AMD64"):
-            simd = [name for name, flags in X86_FLAGS.items() if takes(compiler, flags)]
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        simd = [name for name, flags in X86_FLAGS.items() if x86 and takes(compiler, flags.split())]
         nvcc, no_cuda = find_nvcc(compiler)
-        folder = Path(self.build_temp, "hflfnerv._C").resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        openmp = OPENMP if takes(compiler, [*FLAGS, *OPENMP], link=True) else []
         python = sysconfig.get_paths()
         includes = [ROOT / "csrc", pybind11.get_include(), *{python["include"], python["platinclude"]}]
-        openmp = OPENMP if takes(compiler, [*FLAGS, *OPENMP], link=True) else []
-        defines = [f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd]
-        if nvcc:
-            defines.append(f'-DHFLFNERV_CUDA_ARCHITECTURES="{",".join(CUDA_ARCHITECTURES)}"')
-        common = [*FLAGS, *openmp, *(f"-I{p}" for p in includes), *defines]
-        link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        linker = [*compiler, *openmp, *link]
+        cxx = [*compiler, *FLAGS, *openmp, *(f"-I{p}" for p in includes)]
+        cxx += [f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd]
+        cxx += [f'-DHFLFNERV_CUDA_ARCHITECTURES="{",".join(CUDA_ARCHITECTURES)}"'] if nvcc else []
+        commands = {None: cxx} | {name: [*cxx, *X86_FLAGS[name].split()] for name in simd}
+        link = [*compiler, *openmp, *(MACOS_LINK if sys.platform == "darwin" else ["-shared"])]
         if nvcc:  # which adds the CUDA runtime as a static library, so that the module loads where there is no CUDA
-            linker = [*nvcc, *(f"-Xcompiler={flag}" for flag in openmp), "-shared", "-Xlinker=--exclude-libs=ALL"]
-        lines = [
-            "ninja_required_version = 1.5",
-            f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {quoted(common)} $arch -c $in -o $out",
-            "  depfile = $out.d\n  deps = gcc\n  description = $in",
-            f"rule link\n  command = {quoted(linker)} $in -o $out\n  description = link",
-        ]
-        if nvcc:
-            cuda = [*nvcc, "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
-            lines.append(f"rule cu\n  command = {quoted(cuda)} -MD -MF $out.d -c $in -o $out")
-            lines.append("  depfile = $out.d\n  deps = gcc\n  description = $in")
-        objects = []
+            commands["cu"] = [*nvcc, "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+            link = [*nvcc, *(f"-Xcompiler={flag}" for flag in openmp), "-shared", "-Xlinker=--exclude-libs=ALL"]
+        folder = Path(self.build_temp, "hflfnerv._C").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        objects, lines = [], [RULES]
         for source in sources:
-            name = next((key for key in X86_FLAGS if source.endswith(f"_{key}.cpp")), None)
-            output = path(folder / source.replace("/", ".")) + ".o"
-            if source.endswith(".cu"):
-                if nvcc:
-                    objects.append(output)
-                    lines.append(f"build {output}: cu {path(ROOT / source)}")
-            elif name is None or name in simd:
-                objects.append(output)
-                lines.append(f"build {objects[-1]}: cxx {path(ROOT / source)}")
-                lines.append(f"  arch = {quoted(X86_FLAGS.get(name, []))}")
-        lines.append(f"build {path(target)}: link {' '.join(objects)}\n")
+            kind = next((key for key in ("cu", *X86_FLAGS) if source.endswith((f".{key}", f"_{key}.cpp"))), None)
+            if kind in commands:
+                objects.append(path(folder / source.replace("/", ".")) + ".o")
+                lines.append(f"build {objects[-1]}: compile {path(ROOT / source)}\n  with = {quoted(commands[kind])}")
+        lines.append(f"build {path(target)}: link {' '.join(objects)}\n  with = {quoted(link)}\n")
         Path(folder, "build.ninja").write_text("\n".join(lines))
         run([ninja, "-C", str(folder), *([f"-j{self.parallel}"] if self.parallel else [])])
         return {"compiler": compiler, "simd": simd, "openmp": bool(openmp), "no_cuda": no_cuda}

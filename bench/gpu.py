@@ -98,6 +98,9 @@ PARTS = {
     "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
     "decode": Part("decoding with HNeRV and HFLF-NeRV", "bench.networks:decode_points"),
     "training": Part("their training steps", "bench.networks:training_points"),
+    "fuse": Part(
+        "published networks before and after hflfnerv.fuse, and their memory", "bench.ops.bench_fuse:gpu_points"
+    ),
     "encode": Part("whole encodes of a clip with both, 300 epochs (--clip)", "bench.encode:points"),
 }
 GROUPS = {"conv": ["cudnn", "gradients", "block", "block-training"], "models": ["decode", "training"]}

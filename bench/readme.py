@@ -1,24 +1,32 @@
-"""Writes the README's tables from ``bench/results``: ``python -m bench.readme``. A test holds the README to them."""
+"""Writes the tables of README.md and docs/benchmarks.md from ``bench/results``: ``python -m bench.readme``.
+
+A test holds both pages to the rows.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .run import RESULTS, ROOT
 
-__all__ = ["TABLES", "filled"]
+__all__ = ["PAGES", "filled"]
 
 Row = dict[str, Any]
-README = ROOT / "README.md"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 
 
 def rows_of(suite: str) -> list[Row]:
-    """Return the results of a suite."""
-    return [json.loads(text) for text in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+    """Return the results of a suite, none where it has not run."""
+    path = RESULTS / f"{suite}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(text) for text in path.read_text().splitlines()]
 
 
 def by_device(rows: list[Row]) -> list[list[Row]]:
@@ -134,38 +142,132 @@ def train_table(rows: list[Row]) -> str:
     return speed_table("train_cpu", rows, "training, steps per second", "Whole steps, optimiser included")
 
 
-# What makes each table from the rows of one processor, and the suites they are of.
+def fuse_table(rows: list[Row]) -> str:
+    """Published networks before and after ``hflfnerv.fuse``."""
+    found = {(row["what"], row["data"], row["implementation"]): row for row in rows}
+    eager, fused = rows[0]["baseline"], rows[0]["implementation"]
+
+    def cells(what: str, data: str) -> Iterator[str]:
+        before, after = found[what, data, eager], found[what, data, fused]
+        yield f"{before['p50']:.2f} → {after['p50']:.2f} ({after['p50'] / before['p50']:.2f} x)"
+        yield f"{before['peak_bytes'] / 1e6:.0f} → {after['peak_bytes'] / 1e6:.0f} MB"
+
+    lines = [
+        "| eager → fused | frames per second | peak memory | training steps per second | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        both = [*cells("fuse.inference", data), *cells("fuse.training", data)]
+        lines.append(f"| {data} | {' | '.join(both)} |")
+    explained = (
+        "The same weights before and after `hflfnerv.fuse`; a training step is forward and backward. Memory is the "
+        "most that the process takes beyond its code, weights included. "
+    )
+    return "\n".join([*lines, "", explained + source_of("fuse", rows)])
+
+
+def lead(suite: str, what: str, data: str, against: str | None = None) -> Callable[[str], str]:
+    """Return what gives the cell of a processor: the ratio of our fastest to the baseline, or to ``against``.
+
+    Args:
+        suite: whose rows.
+        what: their ``what``.
+        data: how their ``data`` begins.
+        against: another implementation than the rows' baseline.
+    """
+
+    def cell(device: str) -> str:
+        rows = [row for row in rows_of(suite) if row["device"] == device and row["what"] == what]
+        rows = [row for row in rows if row["data"].startswith(data)]
+        peers = {row["data"]: row["p50"] for row in rows if row["implementation"] == (against or row["baseline"])}
+        ours = [row for row in rows if row["implementation"].startswith(OURS)]
+        if not ours or not peers:
+            return ""
+        best = max(ours, key=lambda row: row["p50"] / peers[row["data"]])
+        ratio = best["p50"] / peers[best["data"]]
+        dtype = f", {best['dtype']}" if best["dtype"] in ("float32", "bfloat16") else ""
+        return f"{ratio:,.{1 if ratio < 100 else 0}f} x ({best['implementation']}{dtype})"
+
+    return cell
+
+
+# Implementations of this package, as the suites call them.
+OURS = ("amx", "fused", "cpp", "winograd", "conv2d+cpp", "hflfnerv")
+_BLOCK = "33 -> 28*4, k = 5, 320 x 640"
+# What the summary has: a line of text, and what makes its cells.
+SUMMARY: list[tuple[str, Callable[[str], str]]] = [
+    (
+        "decoding the published HNeRV 1.5M at 640x1280, against PyTorch in eager float32",
+        lead("decode_cpu", "decode_cpu", "published", "PyTorch fp32, eager"),
+    ),
+    (
+        "one upsampling block, 33 to 28 channels at 640x1280, against PyTorch's operations",
+        lead("conv_pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu.inference", _BLOCK),
+    ),
+    ("the same, forward and backward", lead("conv_pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu.training", _BLOCK)),
+    (
+        "a training step of the dual stream, 1.5M at 640x1280, against eager float32",
+        lead("train_cpu", "train", "hflf 1.5M"),
+    ),
+    ("published HNeRV code after `hflfnerv.fuse`, training", lead("fuse", "fuse.training", "HNeRV")),
+    ("Huffman decoding of its weights, one thread, against zstandard -1", lead("huffman", "huffman.decode", "real")),
+    ("the same, against dahuffman", lead("huffman", "huffman.decode", "real", "dahuffman")),
+]
+
+
+def summary_table() -> str:
+    """The ratios that matter most, a column for each processor."""
+    rows = rows_of("decode_cpu")
+    devices = {row["device"]: f"{row['device']}, {row.get('simd', 'AMX')}" for row in rows}
+    lines = [f"| two CPU cores | {' | '.join(devices.values())} |", "|---|" + "---|" * len(devices)]
+    lines += [f"| {text} | {' | '.join(cell(device) for device in devices)} |" for text, cell in SUMMARY]
+    return "\n".join(lines)
+
+
+# What makes each table of the benchmarks' page from the rows of one processor, and the suites they are of.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "cpu": (cpu_table, ("pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu_cpu")),
     "decode": (decode_table, ("decode_cpu",)),
     "train": (train_table, ("train_cpu",)),
+    "cpu": (cpu_table, ("pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu_cpu")),
+    "fuse": (fuse_table, ("fuse",)),
     "huffman": (huffman_table, ("huffman",)),
     "open": (open_table, ("open",)),
 }
 
 
 def tables(name: str) -> str:
-    """Return a table for each processor that has rows of all its suites."""
+    """Return a table for each processor that has rows of all its suites, or how to measure them."""
     table, suites = TABLES[name]
     found = [{rows[0]["device"]: rows for rows in by_device(rows_of(suite))} for suite in suites]
     devices = [device for device in found[0] if all(device in rows for rows in found)]
+    if not devices:
+        return f"Not measured yet: `python -m bench.run {' '.join(suites)}`."
     return "\n\n".join(table(*(rows[device] for rows in found)) for device in devices)
 
 
-def filled(text: str) -> str:
-    """Return the README's text with every marked table made anew."""
-    for name in TABLES:
+#: The marked places of each page, and what makes them.
+PAGES: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
+    README: {"summary": summary_table},
+    BENCHMARKS: {name: functools.partial(tables, name) for name in TABLES},
+}
+
+
+def filled(page: pathlib.Path) -> str:
+    """Return a page's text with every marked table made anew."""
+    text = page.read_text()
+    for name, make in PAGES[page].items():
+        made = make()
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        made = tables(name)
         text, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.DOTALL)  # type: ignore[misc]
         if count != 1:
-            raise ValueError(f"{README.name} must have one place marked {name}, got {count}")
+            raise ValueError(f"{page.name} must have one place marked {name}, got {count}")
     return text
 
 
 def main() -> int:
-    """Rewrite the README."""
-    README.write_text(filled(README.read_text()))
+    """Rewrite the pages."""
+    for page in PAGES:
+        page.write_text(filled(page))
     return 0
 
 

@@ -28,12 +28,14 @@ class Contender:
         units: how many units (bytes, symbols, frames) one run handles; less than the others' for a slow baseline, and
             then ``note`` says so.
         note: settings and caveats, kept with the result.
+        facts: further figures of its own to keep, such as its memory; asked for once, after the timing.
     """
 
     name: str
     run: Callable[[], Any]
     units: float
     note: str = ""
+    facts: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Point:
         contenders: ours first; the first of them whose name is ``baseline`` is what ratios refer to.
         baseline: a contender's name.
         check: raises if an output is wrong; called before anything is timed.
-        facts: further figures to keep, such as sizes.
+        facts: further figures of all contenders to keep, such as sizes.
     """
 
     what: str

@@ -131,6 +131,7 @@ def line(point: Point, contender: Contender, seconds: list[float]) -> dict[str, 
         "runs": len(seconds),
         "note": contender.note,
         **point.facts,
+        **contender.facts(),
     }
 
 
@@ -144,9 +145,10 @@ def show(results: list[dict[str, Any]]) -> None:
             of = {row["implementation"]: row for row in rows if row["data"] == data}
             base = of[rows[0]["baseline"]]
             for name, row in of.items():
+                memory = f"   peak {row['peak_bytes'] / 1e6:.0f} MB" if row.get("peak_bytes") else ""
                 print(
                     f"    {name:28s} p50 {row['p50']:10.2f}   p20..p80 {row['p20']:10.2f} ..{row['p80']:10.2f}   "
-                    f"ratio {row['p50'] / base['p50']:8.3f}   best/best {row['best'] / base['best']:8.3f}"
+                    f"ratio {row['p50'] / base['p50']:8.3f}   best/best {row['best'] / base['best']:8.3f}{memory}"
                 )
 
 

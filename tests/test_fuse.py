@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from fuse_models import NVRRRCP, Attributes, Block, CustomConv, ENeRV, HNeRV, NeRV, UpConv, sequential
+from fuse_models import Attributes, sequential
 from torch import fx, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 import hflfnerv
 import hflfnerv.fusion
+from bench.published import NVRRRCP, Block, CustomConv, DNeRV, ENeRV, HNeRV, NeRV, UpConv
 from hflfnerv.fusion import Fused, FusedConv2d, FusedGELU, FusedPixelShuffle
 from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, make_tensor, requires
 
@@ -27,12 +28,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BLOCKS = {
     # name: (model, shape of its input, factors of the blocks)
     "hnerv": (HNeRV, (2, 4, 1, 2), [1, 2, 3, 1]),
-    "hnerv-tanh-gelu-no-bias": (lambda: HNeRV("tanh-gelu", bias=False), (1, 4, 2, 1), [1, 2, 3, 1]),
+    "hnerv-tanh-gelu-no-bias": (lambda: HNeRV(act="tanh-gelu", bias=False), (1, 4, 2, 1), [1, 2, 3, 1]),
     "nvr-rrcp": (NVRRRCP, (2, 4, 1, 1), [1, 2, 3, 1, 2, 3, 2, 3]),
     "nerv": (NeRV, (2, 4, 2, 2), [2, 1, 3]),
-    "nerv-bilinear": (lambda: NeRV("bilinear"), (1, 4, 2, 2), [1, 1, 1]),
+    "nerv-bilinear": (lambda: NeRV(kind="bilinear"), (1, 4, 2, 2), [1, 1, 1]),
     "e-nerv": (ENeRV, (2, 4, 2, 3), [2, 2]),
-    "e-nerv-narrow-first": (lambda: ENeRV(True), (2, 4, 2, 3), [1, 2]),
+    "e-nerv-narrow-first": (lambda: ENeRV(widths=(4, 8, 3)), (2, 4, 2, 3), [1, 2]),
+    "d-nerv": (DNeRV, (2, 4, 1, 2), [2, 3, 2, 2, 1, 2]),
     "sequential": (sequential, (2, 4, 3, 2), [2, 3]),
     "sequential-tanh-gelu-no-bias": (lambda: sequential("tanh", bias=False), (1, 4, 2, 3), [2, 3]),
     "attributes": (Attributes, (1, 4, 3, 2), [2, 2]),
@@ -48,10 +50,16 @@ def build(name, dtype=torch.float32):
 
 
 def run(model, x):
-    """The tensors that a model returns; E-NeRV takes a dictionary."""
+    """The tensors that a model returns; what else it takes is made of x."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    data = {"map": x, "scale": x.new_tensor(1.5)} if isinstance(inner, ENeRV) else x
-    return [t for t in pytree.tree_leaves(model(data)) if t is not x]
+    kind, time = type(getattr(inner, "_orig_mod", inner)), x.mean(dim=(2, 3))
+    arguments = {
+        NVRRRCP: lambda: (x, time.repeat(1, 2)),
+        NeRV: lambda: (time,),
+        ENeRV: lambda: ({"time": time},),
+        DNeRV: lambda: ({"content": x, "difference": F.interpolate(x[:, :2], scale_factor=6.0)},),
+    }.get(kind, lambda: (x,))
+    return [t for t in pytree.tree_leaves(model(*arguments())) if t is not x]
 
 
 def gradients(model, x):
@@ -166,7 +174,7 @@ def test_report(name):
 
 
 def test_report_in_full():
-    model = ENeRV(narrow_first=True)
+    model = ENeRV(widths=(4, 8, 3))
     report = hflfnerv.fuse(model)
     assert report.fused == (
         Fused("layers.0.conv2", None, "layers.0.act", 1),

@@ -9,26 +9,15 @@
 #include <random>
 #include <vector>
 
+#include "tests/check.h"
+
 namespace {
 
 using namespace hflfnerv;
 using namespace hflfnerv::conv_layout;
 using BFloat16 = __nv_bfloat16;
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (false)
-
 constexpr BFloat16 kPoison{0xffff};  // a NaN
-
-double gelu(double x, bool tanh_form) {
-  if (!tanh_form) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
-}
 
 // Memory as the driver wants it, with NaNs on both sides, which must stay.
 struct Tensor {

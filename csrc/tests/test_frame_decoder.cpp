@@ -12,31 +12,12 @@
 #include "core/frame_decoder.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "tests/bfloat16.h"
+#include "tests/check.h"
 
 namespace {
 
 using namespace hflfnerv;
-
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (false)
-
-float widen(BFloat16 v) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-BFloat16 narrow(float v) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
 
 std::mt19937 generator(1);
 

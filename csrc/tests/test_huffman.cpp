@@ -1,25 +1,17 @@
 // Tests of csrc/core without Python, meant to be built with -fsanitize=address,undefined (see csrc/Makefile).
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "core/crc32.h"
 #include "core/huffman.h"
+#include "tests/check.h"
 
 namespace {
 
 using namespace hflfnerv;
-
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (false)
 
 std::vector<SimdLevel> levels() {
   std::vector<SimdLevel> all;

@@ -3,49 +3,27 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <vector>
 
 #include "core/conv_pixel_shuffle_gelu.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "tests/bfloat16.h"
+#include "tests/check.h"
 
 namespace {
 
 using namespace hflfnerv;
-
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (false)
-
-double gelu(double x, bool tanh_form) {
-  if (!tanh_form) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
-}
 
 double gelu_slope(double x, bool tanh_form) {
   const double h = 1e-4;
   return (gelu(x + h, tanh_form) - gelu(x - h, tanh_form)) / (2 * h);
 }
 
-float widen(BFloat16 v) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 float widen(float v) { return v; }
 
 void narrow(float v, float& to) { to = v; }
-void narrow(float v, BFloat16& to) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  to.bits = static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+void narrow(float v, BFloat16& to) { to = hflfnerv::narrow(v); }
 
 std::mt19937 generator(1);
 

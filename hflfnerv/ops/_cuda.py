@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _ext
+from ._device_checks import device_checks
 
 __all__ = ["conv_pixel_shuffle_gelu_fwd", "empty_result", "pack_weight", "rejects_tensor", "unavailable"]
 
@@ -35,28 +36,7 @@ def _capability(index: int) -> str | None:
     return reason
 
 
-# torch.compile takes the answers of these two as constants instead of tracing into the extension and the driver.
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def unavailable() -> str | None:
-    """Return why this machine cannot run the CUDA kernels, or None."""
-    return _machine()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rejects_device(index: int) -> str | None:
-    return _capability(index)
-
-
-def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot take a tensor of ``dtype`` on ``device``, or None."""
-    if device.type != "cuda":
-        return f"the tensors are on {device}, and the CUDA kernels run on CUDA devices"
-    if dtype not in _DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(map(str, _DTYPES))}"
-    reason: str | None = _rejects_device(device.index or 0)
-    return reason
+unavailable, rejects_tensor = device_checks("the CUDA kernels", _DTYPES, _machine, _capability)
 
 
 def _padded(channels: int) -> int:

@@ -10,9 +10,11 @@ import shutil
 
 import torch
 
-__all__ = ["DTYPES", "rejects_tensor", "unavailable"]
+from ._device_checks import device_checks
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["rejects_tensor", "unavailable"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_VERSION = (3, 5)
 _MIN_CAPABILITY = (8, 0)
 
@@ -44,25 +46,4 @@ def _capability(index: int) -> str | None:
     return None
 
 
-# torch.compile takes the answers of these two as constants instead of tracing into imports and driver calls.
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def unavailable() -> str | None:
-    """Return why this machine cannot run Triton kernels, or None."""
-    return _machine()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rejects_device(index: int) -> str | None:
-    return _capability(index)
-
-
-def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why Triton kernels cannot take a tensor of ``dtype`` on ``device``, or None."""
-    if device.type != "cuda":
-        return f"the tensors are on {device}, and Triton kernels run on CUDA devices"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-    reason: str | None = _rejects_device(device.index or 0)
-    return reason
+unavailable, rejects_tensor = device_checks("Triton kernels", _DTYPES, _machine, _capability)

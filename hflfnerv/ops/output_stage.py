@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,16 +23,21 @@ _TRITON_FEATURES = 3
 _TRITON_CHANNELS = 64  # what the registers of a program hold
 
 
-def _run_reference(
-    features: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    biases: torch.Tensor,
-    groups: list[int],
-    scales: list[float],
-    offset: float,
-    crop: list[int],
-    as_bytes: bool,
-) -> torch.Tensor:
+class Call(NamedTuple):
+    """The checked arguments of one call: what each entry of the table runs or rejects, and the operation's own."""
+
+    features: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    biases: torch.Tensor
+    groups: list[int]
+    scales: list[float]
+    offset: float
+    crop: list[int]
+    as_bytes: bool
+
+
+def _run_reference(call: Call) -> torch.Tensor:
+    features, weights, biases, groups, scales, offset, (rows, columns), as_bytes = call
     frame = reference.output_stage(
         features,
         weights,
@@ -40,22 +45,14 @@ def _run_reference(
         groups=groups,
         scales=scales,
         offset=offset,
-        crop=(crop[0], crop[1]),
+        crop=(rows, columns),
         as_bytes=as_bytes,
     )
     return frame if as_bytes else frame.float()
 
 
-def _triton_rejects(
-    features: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    biases: torch.Tensor,
-    groups: list[int],
-    scales: list[float],
-    offset: float,
-    crop: list[int],
-    as_bytes: bool,
-) -> str | None:
+def _triton_rejects(call: Call) -> str | None:
+    features = call.features
     reason = rejects_tensor(features[0].device, features[0].dtype)
     if reason is None and len(features) > _TRITON_FEATURES:
         reason = f"there are {len(features)} features, more than {_TRITON_FEATURES}"
@@ -68,29 +65,21 @@ def _triton_rejects(
     return reason
 
 
-def _run_triton(*arguments: Any) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*arguments, "triton")
+def _run_triton(call: Call) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, "triton")
     return out
 
 
-def _cpp_rejects(
-    features: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    biases: torch.Tensor,
-    groups: list[int],
-    scales: list[float],
-    offset: float,
-    crop: list[int],
-    as_bytes: bool,
-) -> str | None:
+def _cpp_rejects(call: Call) -> str | None:
+    features = call.features
     reason = _cpp.rejects_tensor(features[0].device, features[0].dtype)
     if reason is None and features[0].shape[0] == 0:
         reason = "the batch is empty"
     return reason
 
 
-def _run_cpp(*arguments: Any) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*arguments, "cpp")
+def _run_cpp(call: Call) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, "cpp")
     return out
 
 
@@ -104,36 +93,25 @@ OUTPUT_STAGE = ImplementationTable(
 )
 
 
-def _fake(
-    features: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    biases: torch.Tensor,
-    groups: list[int],
-    scales: list[float],
-    offset: float,
-    crop: list[int],
-    as_bytes: bool,
-    impl: str,
-) -> torch.Tensor:
-    size = (features[0].shape[0], *crop, 3)
-    return torch.empty(size, dtype=torch.uint8 if as_bytes else torch.float32, device=features[0].device)
+def _empty_result(call: Call) -> torch.Tensor:
+    first = call.features[0]
+    dtype = torch.uint8 if call.as_bytes else torch.float32
+    return torch.empty((first.shape[0], *call.crop, 3), dtype=dtype, device=first.device)
 
 
-def _forward(
-    features: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    biases: torch.Tensor,
-    groups: list[int],
-    scales: list[float],
-    offset: float,
-    crop: list[int],
-    as_bytes: bool,
-    impl: str,
-) -> torch.Tensor:
-    features = [x.contiguous(memory_format=torch.channels_last) for x in features]
-    if impl == "triton":
-        return _forward_triton(features, weights, biases, groups, scales, offset, crop, as_bytes)
-    out = _fake(features, weights, biases, groups, scales, offset, crop, as_bytes, impl)
+def _fake(*arguments: Any) -> torch.Tensor:
+    return _empty_result(Call(*arguments[:-1]))
+
+
+def _forward(*arguments: Any) -> torch.Tensor:
+    call, impl = Call(*arguments[:-1]), arguments[-1]
+    call = call._replace(features=[x.contiguous(memory_format=torch.channels_last) for x in call.features])
+    return _forward_triton(call) if impl == "triton" else _forward_cpp(call)
+
+
+def _forward_cpp(call: Call) -> torch.Tensor:
+    features, weights, biases, groups, scales, offset, crop, as_bytes = call
+    out = _empty_result(call)
     weights = [weight.float().contiguous() for weight in weights]
     _cpp.load().output_stage_fwd(
         [len(out), *crop],
@@ -150,25 +128,17 @@ def _forward(
     return out
 
 
-def _forward_triton(
-    features: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    biases: torch.Tensor,
-    groups: list[int],
-    scales: list[float],
-    offset: float,
-    crop: list[int],
-    as_bytes: bool,
-) -> torch.Tensor:
+def _forward_triton(call: Call) -> torch.Tensor:
     from ..triton_kernels.output_stage import output_stage_fwd, pack_head
 
     def pack(weight: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor = pack_head(weight)
         return packed
 
-    kept = [kept_weight(weight, ("output_stage", "triton"), functools.partial(pack, weight)) for weight in weights]
-    packed = [pack(weight) if k is None else k for k, weight in zip(kept, weights, strict=True)]
-    frame: torch.Tensor = output_stage_fwd(features, packed, biases, groups, scales, offset, crop, as_bytes)
+    layout = ("output_stage", "triton")
+    kept = [kept_weight(weight, layout, functools.partial(pack, weight)) for weight in call.weights]
+    packed = [pack(weight) if k is None else k for k, weight in zip(kept, call.weights, strict=True)]
+    frame: torch.Tensor = output_stage_fwd(*call._replace(weights=packed))
     return frame
 
 
@@ -290,7 +260,7 @@ def output_stage(
             for group in range(len(scales))
         ]
     )
-    arguments = (
+    call = Call(
         [x.to(dtype) for x in features],
         [weight.to(dtype) for weight in weights],
         sums,
@@ -305,6 +275,5 @@ def output_stage(
     )
     if impl == "auto" and wants_gradient:
         impl = "reference"
-    entry = OUTPUT_STAGE.select(impl, *arguments)
-    out: torch.Tensor = entry.run(*arguments)
+    out: torch.Tensor = OUTPUT_STAGE.select(impl, call).run(call)
     return out

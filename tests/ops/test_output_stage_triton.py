@@ -52,7 +52,7 @@ def test_says_why_not(monkeypatch):
     weight = torch.zeros(3, 8, 3, 3)
 
     def why_not(*features):
-        return ENTRY.rejects(list(features), [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [4, 4], True)
+        return ENTRY.rejects(MODULE.Call(list(features), [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [4, 4], True))
 
     assert "the tensors are on cpu" in why_not(torch.zeros(1, 8, 4, 4))
     # As on a machine with a GPU: the device's own limits come first.

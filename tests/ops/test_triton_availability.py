@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hflfnerv.ops import _triton
+from hflfnerv.ops._device_checks import device_checks
 
 
 @pytest.fixture
@@ -49,3 +50,30 @@ def test_no_compiler(machine, monkeypatch):
     assert "there is neither gcc nor clang" in _triton._machine.__wrapped__()
     monkeypatch.setenv("CC", "/opt/cc")
     assert _triton._machine.__wrapped__() is None
+
+
+def test_the_compiler_takes_the_answers_as_constants(monkeypatch):
+    asked = []
+
+    def machine():
+        return asked.append("machine")
+
+    def device(index):
+        torch.cuda.get_device_properties(index)  # what it does is not traced
+        return asked.append(index)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: print(index))
+    unavailable, rejects_tensor = device_checks("the kernels", (torch.float16,), machine, device)
+
+    def choose(x):
+        refused = unavailable() or rejects_tensor(torch.device("cuda", 3), torch.float16)
+        return x - 1 if refused else x + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == compiled(torch.zeros(())) == 1
+    assert asked == ["machine", 3]
+    assert rejects_tensor(torch.device("cpu"), torch.float16) == (
+        "the tensors are on cpu, and the kernels run on CUDA devices"
+    )
+    assert rejects_tensor(torch.device("cuda"), torch.float32) == "dtype torch.float32 is not one of torch.float16"
