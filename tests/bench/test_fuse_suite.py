@@ -43,7 +43,7 @@ def test_the_gate_closes(part):
         return [frames * 1.001, gradients] if part == "frames" else [frames, gradients * 1.001]
 
     with pytest.raises(AssertionError, match="some network: relative error"):
-        bench_fuse._check("some network", {"eager": plain, "hflfnerv.fuse": wrong}, exact)
+        bench_fuse._check("some network", {"eager": plain, "hflfnerv.fuse": wrong}, exact, bench_fuse.WINOGRAD_FACTOR)
 
 
 @pytest.mark.skipif(not memory.sys.platform.startswith("linux"), reason="needs Linux's /proc")
@@ -62,9 +62,7 @@ def test_peak_memory(tmp_path, monkeypatch):
 
 def test_table(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme, "TABLES", {"fuse": readme.fuse_table})
-    empty = "<!-- fuse -->\n\n<!-- /fuse -->"
-    assert "Not measured yet: `python -m bench.run fuse`." in readme.filled(empty)
+    assert readme.tables("fuse") == "Not measured yet: `python -m bench.run fuse`."
     rows = []
     for what, unit in bench_fuse.UNITS.items():
         contenders = [
@@ -77,5 +75,5 @@ def test_table(tmp_path, monkeypatch):
             run.line(point, contender, [1.0] * 3) | {"device": "CPU", "commit": "c" * 40} for contender in contenders
         ]
     (tmp_path / "fuse.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = readme.filled(empty).splitlines()
+    lines = readme.tables("fuse").splitlines()
     assert "| Net | 2.00 → 3.00 (1.50 x) | 200 → 300 MB | 2.00 → 3.00 (1.50 x) | 200 → 300 MB |" in lines
