@@ -14,7 +14,7 @@ from hflfnerv.codec.engine_cuda import CudaEngine
 from hflfnerv.models import VideoNetwork, build_model
 from hflfnerv.models.hflf import HFLFNeRV
 from hflfnerv.models.hnerv import HNeRV
-from hflfnerv.nn import UpsampleBlock
+from hflfnerv.models.streams import use_implementation
 from hflfnerv.ops import PackedWeights
 from hflfnerv.train import CapturedStep, Clip, TrainConfig, Trainer
 
@@ -39,9 +39,7 @@ def _network(machine: Machine, model: type[VideoNetwork], *, with_encoder: bool)
 def _with(network: VideoNetwork, impl: str, dtype: torch.dtype = torch.float32) -> VideoNetwork:
     """Return a copy in a dtype, channels-last, whose blocks use one implementation."""
     network = copy.deepcopy(network).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in network.modules():
-        if isinstance(module, UpsampleBlock):
-            module.impl = impl
+    use_implementation(network, impl)
     return network
 
 

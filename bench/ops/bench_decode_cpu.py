@@ -17,19 +17,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hflfnerv._device import autocast_dtype, training_precision
 from hflfnerv.codec import Decoder, convert_checkpoint
 from hflfnerv.codec.engine import DECODE, to_uint8
 from hflfnerv.data import load_video
 from hflfnerv.metrics import psnr
 from hflfnerv.models import HFLFNeRV, VideoNetwork, build_model
-from hflfnerv.nn import UpsampleBlock
+from hflfnerv.models.streams import use_implementation
 
 from ..registry import Contender, Point, Skipped, suite
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE, FRAMES, HEIGHT, WIDTH = 1_500_000, 132, 640, 1280
 CPU = torch.device("cpu")
-BASELINE = "PyTorch bf16, channels-last"
+# The precision in which the processor multiplies fastest.
+PRECISION = training_precision("auto", CPU)
+BASELINE = f"PyTorch {PRECISION}, channels-last"
 EAGER = "PyTorch fp32, eager"
 HEVC_FRAMES, HEVC_CRF = 33, 35
 CHECKED = [10, 75]
@@ -62,9 +65,7 @@ def engines(model: VideoNetwork, embeddings: Callable[..., Any]) -> dict[str, An
 def with_impl(model: VideoNetwork, impl: str, **to: Any) -> VideoNetwork:
     """Return a copy whose blocks use one implementation."""
     model = copy.deepcopy(model).to(**to)
-    for module in model.modules():
-        if isinstance(module, UpsampleBlock):
-            module.impl = impl
+    use_implementation(model, impl)
     return model
 
 
@@ -94,13 +95,16 @@ def contenders(
         return run
 
     runs = {name: by_engine(engine) for name, engine in ours.items()}
-    half = with_impl(model, "reference", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    dtype = autocast_dtype(PRECISION) or torch.float32
+    plain = with_impl(model, "reference", dtype=dtype, memory_format=torch.channels_last)
     eager = with_impl(model, "reference")
-    runs[BASELINE] = by_module(half, half.decode)
+    runs[BASELINE] = by_module(plain, plain.decode)
     runs[EAGER] = by_module(eager, eager.decode)
     if with_compiled:
-        compiled = copy.deepcopy(half)
-        runs["torch.compile bf16, channels-last"] = by_module(compiled, torch.compile(compiled.decode, dynamic=False))
+        compiled = copy.deepcopy(plain)
+        runs[f"torch.compile {PRECISION}, channels-last"] = by_module(
+            compiled, torch.compile(compiled.decode, dynamic=False)
+        )
     return runs, list(ours)
 
 

@@ -21,7 +21,7 @@ from .._version import __version__
 from ..config import PRESETS
 from ..models import MODELS, VideoNetwork, build_model
 from ..models.convnext import DepthwiseConv
-from ..nn import UpsampleBlock
+from ..models.streams import use_implementation
 from ..train import TrainConfig, Trainer, prepare_clip
 from .bitstream import Header, write_bitstream
 from .decoder import Decoder
@@ -132,10 +132,9 @@ def plain_network(network: VideoNetwork) -> VideoNetwork:
     """Return a copy that runs PyTorch's own operations, gradients included, in PyTorch's own memory order."""
     plain = build_model(network.spec)
     plain.load_state_dict(network.state_dict())
+    use_implementation(plain, "reference")
     for module in plain.modules():
-        if isinstance(module, UpsampleBlock):
-            module.impl = "reference"
-        elif isinstance(module, DepthwiseConv):
+        if isinstance(module, DepthwiseConv):
             module.forward = functools.partial(nn.Conv2d.forward, module)  # type: ignore[method-assign]
     return plain
 

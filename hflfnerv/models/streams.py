@@ -10,7 +10,7 @@ from ..nn import UpsampleBlock
 from ..ops import conv2d
 from .spec import StreamSpec
 
-__all__ = ["DecoderStream", "EmbeddingStem", "GridStem", "TimeStem"]
+__all__ = ["DecoderStream", "EmbeddingStem", "GridStem", "TimeStem", "use_implementation"]
 
 
 class EmbeddingStem(nn.Conv2d):
@@ -56,13 +56,14 @@ class GridStem(nn.Module):
 
 
 class Head(nn.Conv2d):
-    """A 3x3 convolution to three channels."""
+    """A 3x3 convolution to three channels, by the implementation ``impl`` of :func:`hflfnerv.ops.conv2d`."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, impl: str = "auto") -> None:
         super().__init__(channels, 3, 3, padding=1)
+        self.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias)
+        return conv2d(x, self.weight, self.bias, impl=self.impl)
 
 
 class DecoderStream(nn.Module):
@@ -113,3 +114,17 @@ class DecoderStream(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(self.begin(x))
+
+
+def use_implementation(model: nn.Module, impl: str) -> None:
+    """Let all upsampling blocks use one implementation; with ``"reference"`` the heads are PyTorch's as well.
+
+    Args:
+        model: a network, or a part of one.
+        impl: of :func:`hflfnerv.ops.conv_pixel_shuffle_gelu`.
+    """
+    for module in model.modules():
+        if isinstance(module, UpsampleBlock):
+            module.impl = impl
+        elif isinstance(module, Head):
+            module.impl = "reference" if impl == "reference" else "auto"

@@ -15,7 +15,7 @@ from hflfnerv.codec.engine import DECODE, ModuleEngine, make_engine, to_uint8
 from hflfnerv.codec.engine_amx import AmxEngine, rejects, unavailable
 from hflfnerv.codec.engine_fused import FusedEngine
 from hflfnerv.models import MODELS, ModelSpec, StreamSpec, build_model
-from hflfnerv.nn import UpsampleBlock
+from hflfnerv.models.streams import use_implementation
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(unavailable() is not None, reason=f"amx: {unavailable()}")
@@ -91,9 +91,7 @@ def test_two_streams_in_one_tanh():
 def with_reference_blocks(model):
     """The network in float64, convolutions by their definition."""
     model = copy.deepcopy(model).double()
-    for module in model.modules():
-        if isinstance(module, UpsampleBlock):
-            module.impl = "reference"
+    use_implementation(model, "reference")
     return model
 
 
