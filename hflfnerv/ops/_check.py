@@ -43,3 +43,8 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype in which an operation on x computes: autocast's where that is on, else x's own."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def half_padding(weight: torch.Tensor) -> tuple[int, int]:
+    """Return the padding that keeps the size of an image under an odd kernel."""
+    return weight.shape[2] // 2, weight.shape[3] // 2

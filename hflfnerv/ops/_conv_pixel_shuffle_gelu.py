@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _cpp, _cuda, _winograd
+from ._check import half_padding
 from ._library import register
 
 __all__ = ["conv2d_gradients"]
@@ -42,7 +43,7 @@ def _forward(
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if impl == "reference":
-        y = F.conv2d(x, weight, bias, padding=_winograd.half_padding(weight))
+        y = F.conv2d(x, weight, bias, padding=half_padding(weight))
         z = _shuffled_order(y.transpose(0, 1), r).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         y = F.gelu(F.pixel_shuffle(y, r), approximate=approximate).contiguous(memory_format=torch.channels_last)
         return y, z if keep_z else x.new_empty(0)
@@ -112,7 +113,7 @@ def conv2d_gradients(
     if dz.shape[1] > n:  # zero weights for zero channels, instead of a copy of dz without them
         ordered = F.pad(ordered, (0, 0, 0, 0, 0, 0, 0, dz.shape[1] - n))
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz, x, ordered, None, [1, 1], list(_winograd.half_padding(weight)), [1, 1], False, [0, 0], 1, [*wanted, False]
+        dz, x, ordered, None, [1, 1], list(half_padding(weight)), [1, 1], False, [0, 0], 1, [*wanted, False]
     )
     if wanted[0]:
         dx = dx.contiguous(memory_format=torch.channels_last)

@@ -7,19 +7,14 @@ from typing import Any
 import torch
 
 from . import _cpp
-from ._check import compute_dtype
+from ._check import compute_dtype, half_padding
 
-__all__ = ["forward", "gradients", "half_padding", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
+__all__ = ["forward", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
 # Pixels times taps from which on fewer products save more than the evaluation of the weight costs, measured.
 _MIN_PRODUCTS = 3200
-
-
-def half_padding(weight: torch.Tensor) -> tuple[int, int]:
-    """Return the padding that keeps the size of an image under an odd kernel."""
-    return weight.shape[2] // 2, weight.shape[3] // 2
 
 
 def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> str | None:

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
 from . import _cpp, _winograd
-from ._check import check_like, check_tensor, compute_dtype
+from ._check import check_like, check_tensor, compute_dtype, half_padding
 from ._library import register
 
 __all__ = ["CONV2D", "conv2d"]
 
 
 def _run_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.conv2d(x, weight, bias, padding=_winograd.half_padding(weight))
+    return F.conv2d(x, weight, bias, padding=half_padding(weight))
 
 
 def _run_winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -28,7 +28,7 @@ def _run_winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    return _winograd.rejects(x, weight, _winograd.half_padding(weight))
+    return _winograd.rejects(x, weight, half_padding(weight))
 
 
 CONV2D = ImplementationTable(
@@ -56,7 +56,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dbias = dy.sum(dim=(0, 2, 3)) if wanted[2] else x.new_empty(0)
     if impl == "reference":
-        padding = list(_winograd.half_padding(weight))
+        padding = list(half_padding(weight))
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [*wanted[:2], False]
         )
