@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_approximate", "check_like", "check_tensor", "check_upscale_factor", "compute_dtype"]
+__all__ = [
+    "check_approximate",
+    "check_like",
+    "check_tensor",
+    "check_upscale_factor",
+    "compute_dtype",
+    "half_padding",
+]
 
 
 def check_tensor(name: str, value: object) -> None:
