@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from ._options import add_device, add_selection, argument, write_json
+from ._options import add_device, add_selection, argument, check_folder, check_outputs, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -67,7 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(output)
     if arguments.json is not None:
         check_writable(arguments.json)
+    check_outputs({"--output": output, "--json": arguments.json}, [arguments.input])
     workdir: Path = arguments.workdir or output.with_name(output.name + ".work")
+    check_folder("--workdir", workdir)
+    check_folder("--tensorboard", arguments.tensorboard)
     config = EncodeConfig(
         model=arguments.model,
         preset=arguments.preset,
