@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_json(arguments.json, result.report)
     if arguments.workdir is None:
-        shutil.rmtree(workdir, ignore_errors=True)
+        _remove_checkpoints(workdir)
     report = result.report
     ssim = "" if report["ms_ssim"] is None else f", MS-SSIM {report['ms_ssim']:.4f}"
     print(
@@ -115,3 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"PSNR {report['psnr_db']:.2f} dB{ssim}, {sum(report['seconds'].values()):.0f} s"
     )
     return 0
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove checkpoints, halves of them that a killed run left, and the folder if there is nothing else in it."""
+    with suppress(OSError):
+        for path in folder.glob("*checkpoint*.safetensors"):
+            path.unlink()
+        folder.rmdir()

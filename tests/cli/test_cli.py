@@ -200,6 +200,16 @@ def test_no_file_is_both_read_and_written(folder, tmp_path, moving_frames, capsy
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "link.npy"}
 
 
+def test_of_its_folder_only_checkpoints_are_removed(folder, tmp_path):
+    work = tmp_path / "clip.hflf.work"
+    work.mkdir()
+    for name in ("notes.txt", ".checkpoint-killed.part.safetensors"):
+        (work / name).write_text("something")
+    options = ["--checkpoint-seconds", "0", *SMALL]
+    assert run("encode", folder / "images", "-o", tmp_path / "clip.hflf", *options) == 0
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize(
     ("command", "option"),
     [
