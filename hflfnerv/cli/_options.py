@@ -5,11 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["add_device", "add_frames", "add_selection", "argument", "print_json", "size_hw", "write_json"]
+__all__ = [
+    "add_device",
+    "add_frames",
+    "add_selection",
+    "argument",
+    "check_folder",
+    "check_outputs",
+    "print_json",
+    "size_hw",
+    "write_json",
+]
 
 T = TypeVar("T")
 
@@ -59,6 +70,28 @@ def add_device(parser: argparse.ArgumentParser, precisions: tuple[str, ...], def
     """Add --device and --precision."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--precision", choices=precisions, default=default, help=f"compute type (default: {default})")
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None] = ()) -> None:
+    """Raise ValueError where a file that a command writes would replace one that it reads or another that it writes.
+
+    Args:
+        outputs: by the names of their options; None for one that was not asked for.
+        inputs: what is read.
+    """
+    taken = {os.path.realpath(path): "the file that is read" for path in inputs if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        other = taken.setdefault(os.path.realpath(path), f"that of {name}")
+        if other != f"that of {name}":
+            raise ValueError(f"{name} must be another file than {other}, got {path}")
+
+
+def check_folder(name: str, path: Path | None) -> None:
+    """Raise ValueError where an option that names a folder, perhaps a new one, was given a file."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {path}")
 
 
 def print_json(value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from ._options import add_device, argument, print_json, size_hw
 
@@ -20,10 +21,26 @@ def _models(text: str) -> list[str]:
 
 
 def _batches(text: str) -> list[int]:
-    batches = [int(part) for part in text.split(",")]
-    if min(batches) < 1:
-        raise ValueError(f"--batches must be at least 1, got {text}")
-    return batches
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError(f"--batches must be whole numbers of at least 1, comma separated, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _frames(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--frames must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds must be a positive number, got {text!r}")
+    return seconds
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,9 +57,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--resolution", metavar="HxW", type=argument(size_hw), help="(default: 640x1280 on a GPU, 320x640 on a CPU)"
     )
-    parser.add_argument("--frames", type=int, help="length of the video (default: 132 on a GPU, 8 on a CPU)")
+    parser.add_argument(
+        "--frames", type=argument(_frames), help="length of the video (default: 132 on a GPU, 8 on a CPU)"
+    )
     parser.add_argument("--batches", type=argument(_batches), default="1,8,32", help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each figure (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=argument(_seconds), default=1.0, help="time for each figure (default: %(default)s)"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

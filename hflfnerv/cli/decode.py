@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ._ahead import Ahead
-from ._options import add_device, add_frames
+from ._options import add_device, add_frames, check_outputs
 
 __all__ = ["add_parser", "run"]
 
@@ -30,12 +30,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Decode."""
     from ..codec import Decoder
     from ..data import VideoWriter
+    from ..data.selection import format_frames
 
+    check_outputs({"--output": arguments.output}, [arguments.input])
     began = time.perf_counter()
     decoder = Decoder(arguments.input, device=arguments.device, precision=arguments.precision)
-    start, stop, _ = (arguments.frames or slice(None)).indices(len(decoder))
+    chosen: slice = arguments.frames or slice(None)
+    start, stop, _ = chosen.indices(len(decoder))
     if start >= stop:
-        raise ValueError(f"--frames must select at least one of {len(decoder)} frames, got {start}:{stop}")
+        raise ValueError(
+            f"--frames must select at least one of the frames 0 to {len(decoder) - 1}, got {format_frames(chosen)}"
+        )
     _, height, width, _ = decoder.shape
     aspect = decoder.header.sample_aspect_ratio
     opened = time.perf_counter()

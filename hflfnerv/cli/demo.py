@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._options import argument, size_hw, write_json
+from ._options import argument, check_folder, size_hw, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ._progress import progress_observer
 
     folder: Path = arguments.output
+    check_folder("--output", folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = EncodeConfig(
         size=arguments.size,

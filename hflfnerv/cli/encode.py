@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from ._options import add_device, add_selection, argument, write_json
+from ._options import add_device, add_selection, argument, check_folder, check_outputs, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -67,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(output)
     if arguments.json is not None:
         check_writable(arguments.json)
+    check_outputs({"--output": output, "--json": arguments.json}, [arguments.input])
     workdir: Path = arguments.workdir or output.with_name(output.name + ".work")
+    check_folder("--workdir", workdir)
+    check_folder("--tensorboard", arguments.tensorboard)
     config = EncodeConfig(
         model=arguments.model,
         preset=arguments.preset,
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_json(arguments.json, result.report)
     if arguments.workdir is None:
-        shutil.rmtree(workdir, ignore_errors=True)
+        _remove_checkpoints(workdir)
     report = result.report
     ssim = "" if report["ms_ssim"] is None else f", MS-SSIM {report['ms_ssim']:.4f}"
     print(
@@ -112,3 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"PSNR {report['psnr_db']:.2f} dB{ssim}, {sum(report['seconds'].values()):.0f} s"
     )
     return 0
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove checkpoints, halves of them that a killed run left, and the folder if there is nothing else in it."""
+    with suppress(OSError):
+        for path in folder.glob("*checkpoint*.safetensors"):
+            path.unlink()
+        folder.rmdir()

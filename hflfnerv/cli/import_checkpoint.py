@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._options import add_selection
+from ._options import add_selection, check_outputs
 
 __all__ = ["add_parser", "run"]
 
@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..codec import convert_checkpoint
 
     check_writable(arguments.output)
+    check_outputs({"--output": arguments.output}, [arguments.input, arguments.reference])
     data = convert_checkpoint(
         arguments.input,
         reference=arguments.reference,

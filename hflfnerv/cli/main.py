@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded. GNU OpenMP's threads spin for about a millisecond when they wait, which makes a training
     # step many times slower as soon as another program wants one of the cores; 30 microseconds cost 8 % on idle ones.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    arguments = build_parser().parse_args(argv)
+    _print_any_name()
+    arguments = build_parser().parse_args(_with_negative_frames(sys.argv[1:] if argv is None else argv))
     keep_freed_memory()
     # Imported late: --help and usage errors need no torch.
     from .._device import device_failure
@@ -72,6 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hflfnerv: error: {failure}", file=sys.stderr)
         return 1
+
+
+def _print_any_name() -> None:
+    """Let standard output show a file name that is no text in its encoding, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _with_negative_frames(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--frames -2:`` as one, since argparse takes ``-2:`` for an option."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--frames" and re.match(r"-\d", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _one_line(error: Exception) -> str:

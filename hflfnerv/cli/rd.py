@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_device, add_selection, argument, write_json
+from ._options import add_device, add_selection, argument, check_folder, check_outputs, write_json
 
 if TYPE_CHECKING:
     from ..codec import Decoder
@@ -31,7 +31,10 @@ def _list(text: str) -> list[str]:
 
 
 def _crfs(text: str) -> list[int]:
-    return [int(part) for part in _list(text)]
+    parts = _list(text)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"CRFs must be whole numbers, comma separated, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _codecs(text: str) -> list[str]:
@@ -88,11 +91,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
     from .._atomic import check_writable
-    from ..codec import bjontegaard, mean_points, plot_points
+    from ..codec import bjontegaard, check_plot, mean_points, plot_points
 
     for path in (arguments.json, arguments.plot):
         if path is not None:
             check_writable(path)
+    check_outputs({"--json": arguments.json, "--plot": arguments.plot}, [*arguments.input, *arguments.hflf])
+    check_folder("--workdir", arguments.workdir)
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
     codecs = _available(arguments)
     networks = _networks(arguments)
     files = _files_by_input(arguments.hflf, arguments.input)
@@ -114,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     if left_out:
         print(f"no mean of {', '.join(left_out)}: not every input has the same points", file=sys.stderr)
     anchor = arguments.anchor or next((name for name in curves if name.startswith("x265")), curves[0] if curves else "")
-    deltas = bjontegaard(points, anchor) if len(curves) > 1 else []
+    deltas = bjontegaard(points, anchor) if len(curves) > 1 and anchor in curves else []
     for point in points:
         print(_line(point))
     for delta in deltas:
@@ -124,6 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         what = arguments.input[0].name if len(arguments.input) == 1 else f"mean of {len(arguments.input)} clips"
         plot_points(points, arguments.plot, title=what)
+    if arguments.anchor not in (None, *curves):  # what was measured is not lost for that
+        raise ValueError(f"--anchor must be one of the curves ({', '.join(curves)}), got {anchor!r}")
     return 0
 
 

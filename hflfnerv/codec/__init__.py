@@ -7,7 +7,7 @@ from .convert import convert_checkpoint
 from .decoder import Decoder, load_model
 from .encoder import EncodeObserver, EncodeResult, encode
 from .evaluation import compare, evaluate, load_reference
-from .rate_distortion import bjontegaard, conventional_point, file_point, mean_points, plot_points
+from .rate_distortion import bjontegaard, check_plot, conventional_point, file_point, mean_points, plot_points
 
 __all__ = [
     "Accounting",
@@ -19,6 +19,7 @@ __all__ = [
     "Header",
     "Source",
     "bjontegaard",
+    "check_plot",
     "compare",
     "conventional_point",
     "convert_checkpoint",

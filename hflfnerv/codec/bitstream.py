@@ -118,10 +118,13 @@ class Bitstream:
 
         Raises:
             OSError: the path cannot be opened.
+            TypeError: it is neither.
             BitstreamError: the data is no such file, or damaged; the subclass names the cause.
         """
         if isinstance(source, (bytes, bytearray, memoryview)):
             return cls(Container.parse(source))
+        if not isinstance(source, (str, os.PathLike)):  # of numbers open() makes files
+            raise TypeError(f"source must be a path, or the bytes of a file, got {type(source).__name__}")
         container = Container.open(source)
         try:
             return cls(container)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -120,7 +120,7 @@ class Decoder:
             IndexError: an index is outside ``-T..T-1``.
             TypeError: an index is not an integer.
         """
-        wanted = [self._index(index) for index in indices]
+        wanted = self._positions(indices)
         out = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
         self.engine.fill(wanted, out)
         return out
@@ -138,12 +138,17 @@ class Decoder:
             IndexError: an index is outside ``-T..T-1``.
             TypeError: an index is not an integer.
         """
-        images = list(self.engine.float_frames([self._index(index) for index in indices]))
+        images = list(self.engine.float_frames(self._positions(indices)))
         return torch.stack(images) if images else torch.empty(0, 3, *self.shape[1:3])
 
     def iter_frames(self, start: int | None = None, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
         """Yield the frames of ``start:stop`` as uint8 ``[H, W, 3]``, one at a time."""
         yield from self.engine.frames(range(*slice(start, stop).indices(len(self))))
+
+    def _positions(self, indices: Sequence[int]) -> list[int]:
+        if not isinstance(indices, Iterable):
+            raise TypeError(f"indices must be a sequence of integers, got {indices!r}; one frame is dec[{indices!r}]")
+        return [self._index(index) for index in indices]
 
     def _index(self, index: int) -> int:
         try:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._device import first_line
 from ..errors import CheckpointError
 from ..models.spec import ModelSpec, StreamSpec, TimeSpec
 from .quantization import MinMax, QuantizedTensor, pair_shape
@@ -149,8 +150,19 @@ def _load(path: str | os.PathLike[str]) -> Any:
     except OSError:
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointError(f"{os.fspath(path)} cannot be read as a checkpoint of tensors: {reason}") from error
+        raise CheckpointError(
+            f"{os.fspath(path)} cannot be read as a checkpoint of tensors: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why torch.load failed; of a pickle it says a page, and advises to load it unsafely."""
+    if isinstance(error, EOFError):
+        return "it is empty, or ends too early"
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it holds {found[1]}" if found else "it is not what torch.save writes"
+    return first_line(error)
 
 
 def _from_coded(data: Mapping[str, Any]) -> ImportedModel:

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from ..metrics import bd_psnr, bd_rate, bits_per_pixel
 from .decoder import Decoder
 from .evaluation import compare, evaluate
 
-__all__ = ["bjontegaard", "conventional_point", "file_point", "mean_points", "plot_points"]
+__all__ = ["bjontegaard", "check_plot", "conventional_point", "file_point", "mean_points", "plot_points"]
+
+_PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 
 #: One measured point. ``implementation`` names the curve, ``setting`` the point on it.
 Row = dict[str, Any]
@@ -133,9 +136,24 @@ def bjontegaard(points: Sequence[Row], anchor: str) -> list[Row]:
             except ValueError as error:
                 reasons.append(str(error))
         if reasons:
-            row["unavailable"] = "; ".join(reasons)
+            row["unavailable"] = "; ".join(dict.fromkeys(reasons))
         rows.append(row)
     return rows
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise now what :func:`plot_points` would raise after everything has been measured.
+
+    Raises:
+        BackendUnavailable: matplotlib is missing.
+        ValueError: the suffix is none of ``.svg``, ``.png`` and ``.pdf``.
+    """
+    if Path(path).suffix.lower() not in _PLOT_SUFFIXES:
+        raise ValueError(f"plot must end in {', '.join(_PLOT_SUFFIXES)}, got {os.fspath(path)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(f"plots need matplotlib ({error}): pip install 'hflfnerv[plot]'") from error
 
 
 def plot_points(points: Sequence[Row], path: str | os.PathLike[str], *, title: str) -> None:
@@ -148,14 +166,13 @@ def plot_points(points: Sequence[Row], path: str | os.PathLike[str], *, title: s
 
     Raises:
         BackendUnavailable: matplotlib is missing.
-        ValueError: matplotlib does not know the format.
+        ValueError: the suffix is none of these.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendUnavailable(f"plots need matplotlib ({error}): pip install 'hflfnerv[plot]'") from error
+    check_plot(path)
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     curves: dict[str, list[Row]] = {}
     for point in points:
         curves.setdefault(point["implementation"], []).append(point)

@@ -39,7 +39,12 @@ def test_lines(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--models", "hflf,x"], "--models must be of hflf, hnerv, nerv"), (["--batches", "0"], "--batches must be at")],
+    [
+        (["--models", "hflf,x"], "--models must be of hflf, hnerv, nerv"),
+        *((["--batches", text], "--batches must be whole numbers of at least 1") for text in ("0", "a", "1,", "1.5")),
+        *((["--frames", text], "--frames must be a whole number of at least 1") for text in ("0", "all")),
+        *((["--seconds", text], "--seconds must be a positive number") for text in ("0", "-1", "nan", "inf", "s")),
+    ],
 )
 def test_rejects(arguments, message, capsys):
     with pytest.raises(SystemExit):

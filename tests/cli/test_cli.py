@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,82 @@ def test_bad_input(folder, tmp_path, capsys):
     assert "decoded shape" in fails(capsys, "eval", folder / "clip.hflf", "--reference", tmp_path / "other")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"empty", "text.mp4", "mixed", "mixed2", "other"}
+
+
+def test_no_file_is_both_read_and_written(folder, tmp_path, moving_frames, capsys):
+    clip, coded, report = tmp_path / "clip.mkv", tmp_path / "clip.hflf", tmp_path / "report.json"
+    write_frames(clip, moving_frames, fps=25)
+    before = clip.read_bytes()
+    same = tmp_path / "." / "clip.hflf"
+    assert "--output must be another file than the file that is read" in fails(
+        capsys, "encode", clip, "-o", clip, *SMALL
+    )
+    error = fails(capsys, "encode", clip, "-o", coded, "--json", same, *SMALL)
+    assert error.endswith(f"--json must be another file than that of --output, got {same}")
+    assert "--output must be another" in fails(capsys, "import", clip, "-o", clip)
+    (tmp_path / "link.npy").symlink_to(folder / "clip.hflf")
+    assert "--output must be another" in fails(capsys, "decode", folder / "clip.hflf", "-o", tmp_path / "link.npy")
+    assert "--plot must be another" in fails(capsys, "rd", clip, "--json", report, "--plot", report)
+    assert "--json must be another" in fails(capsys, "rd", clip, "--json", clip)
+    assert clip.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "link.npy"}
+
+
+def test_of_its_folder_only_checkpoints_are_removed(folder, tmp_path):
+    work = tmp_path / "clip.hflf.work"
+    work.mkdir()
+    for name in ("notes.txt", ".checkpoint-killed.part.safetensors"):
+        (work / name).write_text("something")
+    options = ["--checkpoint-seconds", "0", *SMALL]
+    assert run("encode", folder / "images", "-o", tmp_path / "clip.hflf", *options) == 0
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["encode", "images", "-o", "out.hflf", *SMALL], "--workdir"),
+        (["encode", "images", "-o", "out.hflf", *SMALL], "--tensorboard"),
+        (["rd", "images"], "--workdir"),
+        (["demo"], "--output"),
+    ],
+)
+def test_a_file_is_no_folder(command, option, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert fails(capsys, *command, option, "clip.hflf").endswith(f"{option} must be a folder, got the file clip.hflf")
+
+
+def test_frames_count_from_the_end(folder, tmp_path, capsys):
+    decoder = Decoder(folder / "clip.hflf")
+    for number, words in enumerate((["--frames", "-2:"], ["--frames=-2:"], ["--frames", "-4:-2"])):
+        out = tmp_path / f"{number}.npy"
+        assert run("decode", folder / "clip.hflf", "-o", out, "--precision", "fp32", *words) == 0
+        assert np.array_equal(np.load(out), decoder[2:4] if number == 2 else decoder[-2:])
+    for frames in ("10:20", "3:1", "6:"):
+        error = fails(capsys, "decode", folder / "clip.hflf", "-o", tmp_path / "none.npy", "--frames", frames)
+        assert error.endswith(f"--frames must select at least one of the frames 0 to 5, got {frames}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_file_names_that_are_no_text(folder, tmp_path, encoding):
+    names = [
+        os.fsdecode(tmp_path / os.fsdecode(name)) for name in (b"\xff\xe9.hflf", b"out-\xff.mkv", b"pictures-\xff")
+    ]
+    try:
+        shutil.copy(folder / "clip.hflf", names[0])
+    except OSError as error:
+        pytest.skip(f"this file system takes no such name: {error}")
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    for command in (
+        ["info", names[0]],
+        ["decode", names[0], "-o", names[1]],
+        ["decode", names[0], "-o", names[2]],
+        ["eval", names[0], "--reference", names[2], "--json"],
+    ):
+        words = [sys.executable, "-m", "hflfnerv", *command]
+        done = subprocess.run(words, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert rb"\udcff" in done.stdout
 
 
 def test_truncated_file_is_one_clear_line(folder, tmp_path, capsys):

@@ -87,6 +87,16 @@ def test_a_missing_codec_is_a_note(folder, tmp_path, capsys, monkeypatch) -> Non
     assert "must name something to measure" in capsys.readouterr().err
 
 
+def test_an_unknown_anchor_loses_nothing(folder, tmp_path, capsys) -> None:
+    report = tmp_path / "rd.json"
+    files = ["--hflf", folder / "two-small.hflf", "--codecs", "none", "--json", report, "--anchor", "vvc", "--quiet"]
+    assert run("rd", folder / "two", *files) == 1
+    captured = capsys.readouterr()
+    assert "--anchor must be one of the curves (hflf best), got 'vvc'" in captured.err
+    assert "hflf best" in captured.out
+    assert len(json.loads(report.read_text())["rows"]) == 1
+
+
 def test_help_names_the_defaults() -> None:
     said = {name: (preset, tuple(map(int, crfs.split(",")))) for name, (preset, crfs) in rd._CODECS.items()}
     assert said == {name: (codec.preset, codec.crfs) for name, codec in CONVENTIONAL_CODECS.items()}
@@ -107,7 +117,8 @@ def test_errors_are_one_line(folder, tmp_path, capsys) -> None:
     assert "decoded shape" in fails(two, "--frames", "0:2", "--hflf", folder / "two-small.hflf")
     assert "preset must be one of" in fails(one, "--sizes", "60k", "--preset", "no-such")
     assert "no/such" in fails(one, "--json", tmp_path / "no/such/rd.json")
-    for wrong in (["--codecs", "vvc"], ["--x265-crf", "a"]):
+    assert "plot must end in .svg, .png, .pdf, got " in fails(one, "--codecs", "x264", "--plot", tmp_path / "rd.bmp")
+    for wrong in (["--codecs", "vvc"], ["--x265-crf", "a"], ["--x265-crf", ","], ["--x265-crf", "-3"]):
         with pytest.raises(SystemExit) as caught:
             run("rd", one, *wrong)
         assert caught.value.code == 2

@@ -61,6 +61,12 @@ def test_decoder_rejects(coded):
             dec[index]
     with pytest.raises(TypeError, match="integer"):
         dec.frames([1.5])
+    for frames in (dec.frames, dec.float_frames):
+        with pytest.raises(TypeError, match=r"indices must be a sequence of integers, got 5; one frame is dec\[5\]"):
+            frames(5)
+    for source in (0, None, [coded.bitstream]):
+        with pytest.raises(TypeError, match="source must be a path, or the bytes of a file, got"):
+            Decoder(source)
     with pytest.raises(ValueError, match="precision"):
         Decoder(coded.bitstream, precision="fp8")
     with pytest.raises(ValueError, match="device"):

@@ -66,6 +66,9 @@ def test_bjontegaard_against_an_anchor() -> None:
     assert far["bd_rate_percent"] is None
     assert far["bd_psnr_db"] == pytest.approx(-20)
     assert "must overlap in quality" in far["unavailable"]
+    points[1]["psnr_db"] = 20.0  # which is an obstacle to both figures
+    (reason,) = {delta["unavailable"] for delta in bjontegaard(points, "x265")}
+    assert reason.count("anchor must rise in quality") == 1
     with pytest.raises(ValueError, match="anchor must be one of x265, half, far, got 'vvc'"):
         bjontegaard(points, "vvc")
 
