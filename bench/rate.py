@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -21,7 +22,9 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+from torch import Tensor
 
+from hflfnerv._memory import keep_freed_memory
 from hflfnerv.codec import Bitstream, Decoder, bjontegaard, evaluate
 from hflfnerv.codec.encoder import code, embed_all, quantization_config
 from hflfnerv.config import EncodeConfig, parse_size
@@ -49,10 +52,33 @@ BEFORE, AFTER = "bits-8", "qat"
 # Changes of the training.
 
 
-def no_rate_term(trainer: Trainer) -> None:
-    """Round to the same steps, without the rate term in the loss."""
-    choose = trainer._set_quantization
-    trainer._set_quantization = lambda exponents, _bit_worth: choose(exponents, 0.0)
+def rate_term(trainer: Trainer) -> None:
+    """Add ``w E / R`` times the bits to the loss: ``sum_i n_i log2(1 + 2 e m_i / s_i)``, near the entropy.
+
+    That is of n values of mean magnitude m in steps of s, distributed as Laplace's; E and R are the error and the bits
+    when the steps were chosen. The gradient goes to the weights as rounded: none for those that are zero.
+    """
+    step, model = trainer.training_step, trainer.model
+    plain, settings = step._errors, trainer.config.quantization
+    assert settings is not None
+    worth: list[float] = []
+
+    def errors(index: Tensor) -> Tensor:
+        made = plain(index)
+        if step.quantization is None:
+            return made
+        levels = step.quantization.levels
+        if not worth:
+            chooser = StepChooser(model, trainer.clip, seed=0)
+            bits = chooser.bits({name: of.exponent for name, of in levels.items()})
+            worth.append(settings.rate_weight * chooser.error / bits)
+        terms = [
+            p.numel() * torch.log2(1 + 2 * math.e * p.abs().mean() / 2 ** (levels[name].exponent / 16))
+            for name, p in model.coded_parameters().items()
+        ]
+        return made + worth[0] * torch.stack(terms).sum()
+
+    step._errors = errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +100,7 @@ def _after(what: str, **changes: Any) -> Variant:
     return Variant(what, {"quantization_share": 0.0, "rate_weight": 0.0, **changes})
 
 
+_BEST = {"quantization_share": 0.3, "rate_weight": 0.5}
 VARIANTS: dict[str, Variant] = {
     BEFORE: _after("8 bits between the extremes, afterwards"),
     **{
@@ -84,9 +111,26 @@ VARIANTS: dict[str, Variant] = {
         f"steps-{weight:g}": _after(f"steps by curvature, w = {weight:g}, afterwards", rate_weight=weight)
         for weight in (0.1, 0.2, 0.4, 0.8, 1.6)
     },
-    AFTER: Variant("**steps by curvature, w = 0.5, trained with them for 30 % of the epochs**",
-                   {"quantization_share": 0.3, "rate_weight": 0.5}),
-}  # fmt: skip
+    **{
+        f"qat-bits-{bits}": Variant(
+            f"{bits} bits between the extremes, trained with them for 30 % of the epochs",
+            {"quantization_share": 0.3, "rate_weight": 0.0, "weight_bits": bits, "embedding_bits": bits},
+        )
+        for bits in (5, 4)
+    },
+    AFTER: Variant("**`best`**: steps by curvature, w = 0.5, trained with them for 30 % of the epochs", _BEST),
+    **{
+        f"qat-{weight:g}": Variant(f"`best`, w = {weight:g}", {**_BEST, "rate_weight": weight})
+        for weight in (0.25, 1.0, 1.5)
+    },
+    **{
+        f"qat-{share:g}-epochs": Variant(
+            f"`best`, {100 * share:g} % of the epochs", {**_BEST, "quantization_share": share}
+        )
+        for share in (0.1, 0.5, 1.0)
+    },
+    "qat-rate-term": Variant("`best`, with a rate term in the loss", _BEST, (rate_term,)),
+}
 
 
 def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epochs: int = EPOCHS) -> Row:
@@ -96,12 +140,12 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
         size=size, epochs=epochs, seed=seed, frames=FRAMES, resize=RESIZE, crop=CROP, **variant.changes
     ).resolved()
     trainer, video, seconds = _trained(config, variant.patches, clip, data)
-    exponents = trainer.step_exponents
+    levels = trainer.levels
     quantization = quantization_config(config)
-    if exponents is None and quantization is not None:
-        exponents, _ = StepChooser(trainer.model, trainer.clip, seed=seed).choose(quantization)
+    if levels is None and quantization is not None:
+        levels = StepChooser(trainer.model, trainer.clip, seed=seed).choose(quantization)
     embeddings = embed_all(trainer.model, trainer.clip)
-    file = code(trainer.model, embeddings, video, config, exponents)
+    file = code(trainer.model, embeddings, video, config, levels)
     quality = evaluate(Decoder(file, device="cpu", precision="fp32"), trainer.clip.frames)
     parameters = trainer.model.parameter_counts()
     return {
@@ -111,7 +155,7 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
         "bytes": len(file),
         "bits_per_pixel": quality["bits_per_pixel"],
         "bits_per_value": 8 * Bitstream.open(file).accounting().symbol_bytes / parameters["total"],
-        "range_coder_bytes": _range_coded(trainer, embeddings, video, config, exponents),
+        "range_coder_bytes": _range_coded(trainer, embeddings, video, config, levels),
         "psnr_db": quality["psnr_db"],
         "epochs_psnr_db": [round(result.psnr_db, 3) for result in trainer.history],
         "training_seconds": seconds,
@@ -152,10 +196,10 @@ def _trained(
     return _last[key]
 
 
-def _range_coded(trainer: Trainer, embeddings: Any, video: Video, config: EncodeConfig, exponents: Any) -> int | None:
+def _range_coded(trainer: Trainer, embeddings: Any, video: Video, config: EncodeConfig, levels: Any) -> int | None:
     """Return the size of the same file by the range coder; None where its package is missing."""
     try:
-        return len(code(trainer.model, embeddings, video, dataclasses.replace(config, entropy="range"), exponents))
+        return len(code(trainer.model, embeddings, video, dataclasses.replace(config, entropy="range"), levels))
     except BackendUnavailable:
         return None
 
@@ -226,6 +270,7 @@ def filled(document: str, rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run variants, or write the tables."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(prog="python -m bench.rate", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("variants", nargs="*", help=f"all if none is named: {', '.join(VARIANTS)}")

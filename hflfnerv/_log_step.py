@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_EXPONENT", "MAX_ZERO_POINT", "MIN_EXPONENT", "STEPS_PER_OCTAVE", "log_steps"]
+__all__ = ["MAX_EXPONENT", "MAX_ZERO_POINT", "MIN_EXPONENT", "STEPS_PER_OCTAVE", "Levels", "log_steps"]
 
 #: Steps per octave, and the range of their exponent: 2**-126 to just under 2**128, normal float32 numbers.
 STEPS_PER_OCTAVE: Final = 16
@@ -23,6 +23,20 @@ _SIGNIFICANDS = np.array(
     ],
     dtype=np.float32,
 )  # fmt: skip
+
+
+class Levels(NamedTuple):
+    """The values a quantised tensor may have: ``step * n`` for the integers n of ``low .. high``.
+
+    Attributes:
+        exponent: of the step, ``MIN_EXPONENT .. MAX_EXPONENT``.
+        low: at least ``-MAX_ZERO_POINT``.
+        high: above ``low`` by less than ``2**12``.
+    """
+
+    exponent: int
+    low: int
+    high: int
 
 
 def log_steps(exponent: NDArray[Any]) -> NDArray[np.float32]:

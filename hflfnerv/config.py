@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, TrainingDefaults]] = {
         "nerv": TrainingDefaults("adam", lr=1e-3, batch_size=2, encoder_input=None),
     },
     "best": {
-        "hflf": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input="frame"),
-        "hnerv": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input="frame"),
-        "nerv": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input=None),
+        "hflf": TrainingDefaults("muon", 0.02, 1, "frame", quantization_share=0.3, rate_weight=0.5),
+        "hnerv": TrainingDefaults("muon", 0.02, 1, "frame", quantization_share=0.3, rate_weight=0.5),
+        "nerv": TrainingDefaults("muon", 0.02, 1, None, quantization_share=0.3, rate_weight=0.5),
     },
 }
 
@@ -82,10 +82,11 @@ class EncodeConfig:
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
         highpass_removed: fraction of the bandwidth that the high-pass filter removes on each axis.
         quantization_share: the last part of the epochs, in [0, 1], in which the network is trained with its weights
-            and embeddings quantised as in the file; None for the preset's.
+            and embeddings quantised as in the file; None for the preset's. It must have learned something by then: with
+            weights in large steps from the start it learns nothing.
         rate_weight: how much the size of the file counts beside its error: one per cent of its bits is worth so many
-            per cent of the mean squared error. Steps of the weights follow from it, and with ``quantization_share`` a
-            rate term in training. 0 for steps between a tensor's extremes; None for the preset's.
+            per cent of the mean squared error. The step of each tensor follows from it. 0 for steps between a tensor's
+            extremes; None for the preset's.
         weight_bits: bits of a quantised weight, 2 to 8; with ``rate_weight``, of the weights of the finest steps.
         embedding_bits: bits of a quantised embedding value, 2 to 8; the same.
         entropy: the entropy coder, ``"huffman"`` or ``"range"``.

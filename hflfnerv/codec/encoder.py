@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._atomic import atomic_path
 from .._device import resolve_device, training_precision
+from .._log_step import Levels
 from .._version import __version__
 from ..config import EncodeConfig
 from ..data import Video, centre_offset, load_video
@@ -31,7 +32,7 @@ from .decoder import Decoder
 from .engine import to_uint8
 from .entropy import entropy_coder
 from .evaluation import evaluate
-from .quantization import quantize, quantize_tensors, quantize_with_step
+from .quantization import quantize, quantize_tensors, quantize_to_levels
 
 __all__ = ["EncodeObserver", "EncodeResult", "code", "embed_all", "encode", "quantization_config"]
 
@@ -135,7 +136,7 @@ def encode(
     with stages("code"):
         embeddings = embed_all(model, trainer.clip)
         psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip, embeddings)]
-        data = code(model, embeddings, video, config, trainer.step_exponents)
+        data = code(model, embeddings, video, config, trainer.levels)
 
     with stages("check"):
         quality = evaluate(Decoder(data, device=device, precision="fp32"), trainer.clip.frames)
@@ -199,7 +200,7 @@ def code(
     embeddings: Tensor | None,
     video: Video,
     config: EncodeConfig,
-    exponents: Mapping[str, int] | None = None,
+    levels: Mapping[str, Levels] | None = None,
 ) -> bytes:
     """Quantise a trained network and write its file.
 
@@ -208,17 +209,17 @@ def code(
         embeddings: of all frames, from :func:`embed_all`.
         video: what was loaded, for the header.
         config: what was asked for, resolved.
-        exponents: of the steps, as :attr:`hflfnerv.train.Trainer.step_exponents` has them; None to quantise to
+        levels: of each tensor, as :attr:`hflfnerv.train.Trainer.levels` has them; None to quantise to
             ``config.weight_bits`` and ``config.embedding_bits`` between the extremes.
     """
     tensors = {name: p.detach().cpu().contiguous().numpy() for name, p in model.coded_parameters().items()}
     values = None if embeddings is None else embeddings.numpy()
-    if exponents is None:
+    if levels is None:
         weights = quantize_tensors(tensors, config.weight_bits)
         quantised = None if values is None else quantize(values, config.embedding_bits)
     else:
-        weights = {name: quantize_with_step(tensor, exponents[name]) for name, tensor in tensors.items()}
-        quantised = None if values is None else quantize_with_step(values, exponents[EMBEDDINGS])
+        weights = {name: quantize_to_levels(tensor, levels[name]) for name, tensor in tensors.items()}
+        quantised = None if values is None else quantize_to_levels(values, levels[EMBEDDINGS])
     return write_bitstream(_header(video, config, model), weights, quantised, entropy=config.entropy)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, log_steps
+from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
 from .planes import plane_bits
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "dequantize",
     "quantize",
     "quantize_tensors",
-    "quantize_with_step",
+    "quantize_to_levels",
 ]
 
 Scheme = Literal["log", "minmax"]
@@ -273,40 +273,39 @@ def quantize_tensors(
     return {name: option.quantized for name, option in chosen.items()}
 
 
-def quantize_with_step(tensor: Array, exponent: int) -> QuantizedTensor:
-    """Quantise a tensor with one given step, to as many bits as its values then need.
+def quantize_to_levels(tensor: Array, levels: Levels) -> QuantizedTensor:
+    """Quantise a tensor to given levels, in as many bits as its values then need.
 
-    ``symbol - zero_point = round(value / step)``, half to even: what training with quantised weights computes
-    (:class:`hflfnerv.train.Quantization`).
+    ``symbol - zero_point = clip(round(value / step), low, high)``, half to even: what training with quantised weights
+    computes (:func:`hflfnerv.train.fake_quantize`).
 
     Args:
         tensor: what :func:`quantize` takes.
-        exponent: of the step ``2 ** (exponent / 16)``. It grows as far as it must for 12 bits and a zero point within
-            ±``MAX_ZERO_POINT``.
+        levels: the step and the range.
 
     Returns:
-        The quantised tensor, one pair for all of it. Each value is within half a step; no value is clipped.
+        The quantised tensor, one pair for all of it. Each value within the range is within half a step.
 
     Raises:
-        ValueError: as :func:`quantize`; or ``exponent`` is out of the format's range.
+        ValueError: as :func:`quantize`; or the levels are not such that the format has.
 
     Numerics:
         The quotient is one float32 division.
     """
-    if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
-        raise ValueError(f"exponent must be in {MIN_EXPONENT}..{MAX_EXPONENT}, got {exponent}")
-    values = _checked(tensor)
-    while True:
-        step = LogStep(np.array(exponent, dtype=np.int16), np.array(0, dtype=np.int16), None)
-        with np.errstate(over="ignore"):
-            levels = np.rint(values / step.steps)
-        low, high = float(levels.min()), float(levels.max())
-        if high - low < 2**MAX_BITS and abs(low) <= MAX_ZERO_POINT:
-            break
-        exponent += 1
-    bits = max(MIN_BITS, int(high - low).bit_length())
-    symbols = (levels - np.float32(low)).astype(symbol_dtype(bits))
-    return QuantizedTensor(symbols, bits, LogStep(step.exponent, np.array(-low, dtype=np.int16), None))
+    if not MIN_EXPONENT <= levels.exponent <= MAX_EXPONENT:
+        raise ValueError(f"levels.exponent must be in {MIN_EXPONENT}..{MAX_EXPONENT}, got {levels.exponent}")
+    if not -MAX_ZERO_POINT <= levels.low <= levels.high <= MAX_ZERO_POINT or levels.high - levels.low >= 2**MAX_BITS:
+        raise ValueError(
+            f"levels must be at most {2**MAX_BITS} within ±{MAX_ZERO_POINT}, got {levels.low}..{levels.high}"
+        )
+    exponent = np.array(levels.exponent, dtype=np.int16)
+    with np.errstate(over="ignore"):
+        steps = np.clip(np.rint(_checked(tensor) / log_steps(exponent)), levels.low, levels.high).astype(np.int32)
+    low, high = int(steps.min()), int(steps.max())
+    bits = max(MIN_BITS, (high - low).bit_length())
+    return QuantizedTensor(
+        (steps - low).astype(symbol_dtype(bits)), bits, LogStep(exponent, np.array(-low, dtype=np.int16), None)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Training with quantised weights: steps by what they cost in error and in bits, rounding in the step, a rate term."""
+"""Training with quantised weights: steps by what they cost in error and in bits, and rounding in the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, log_steps
+from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
 from ..models import VideoNetwork
 from .clip import Clip
 
@@ -32,9 +32,9 @@ class QuantizationConfig:
     Attributes:
         epochs: the last so many epochs run with quantised weights and embeddings; 0 to choose the steps alone, for a
             network that was trained without.
-        rate_weight: w of ``ln(mean squared error) + w ln(bits)``, which the steps and the rate term go down: one per
-            cent of the file is worth w per cent of the error. 0 for steps between the extremes, and no rate term.
-        weight_bits: no step of a weight is finer than that of so many bits between the extremes.
+        rate_weight: w of ``ln(mean squared error) + w ln(bits)``, of which the steps are the optimum: one per cent of
+            the file is worth w per cent of the error. 0 for steps between the extremes.
+        weight_bits: no weight has more bits than these, and no step is finer than so many bits between the extremes.
         embedding_bits: the same for the embeddings.
     """
 
@@ -45,31 +45,33 @@ class QuantizationConfig:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``round(x / step) * step``, with the gradient of the identity."""
+    """``clip(round(x / step), low, high) * step``, with the gradient of the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
-        return torch.round(x / step) * step
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        return torch.round(x / step).clamp_(low, high).mul_(step)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
 
 
-def fake_quantize(x: Tensor, step: Tensor) -> Tensor:
-    """Return what a decoder will read for ``x``: its values rounded to whole steps, half to even.
+def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Return what a decoder will read for ``x``: its values rounded to whole steps, half to even, within a range.
 
     Args:
         x: float32, any shape.
         step: float32 ``[]``.
+        low: the least number of steps.
+        high: the largest.
 
     Returns:
         float32 in the shape of ``x``; its gradient is that of the identity (the straight-through estimator).
 
     Numerics:
-        One division and one multiplication, as :func:`hflfnerv.codec.quantization.quantize_with_step` and the file.
+        One division and one multiplication, as :func:`hflfnerv.codec.quantization.quantize_to_levels` and the file.
     """
-    out: Tensor = _StraightThrough.apply(x, step)  # type: ignore[no-untyped-call]
+    out: Tensor = _StraightThrough.apply(x, step, low, high)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -89,8 +91,7 @@ class StepChooser:
 
     Attributes:
         error: E, the mean squared error on the frames that were looked at.
-        values: what is to be quantised, by name: the coded parameters, and the embeddings of these frames.
-        counts: how many values of each the file has.
+        values: what is to be quantised, by name: the coded parameters, and the embeddings of all frames.
         curvatures: ``h`` of each, mean over its values.
     """
 
@@ -98,7 +99,7 @@ class StepChooser:
         device = clip.frames.device
         parameters = model.coded_parameters()
         squares = dict.fromkeys(parameters, 0.0)
-        errors, embeddings, embedding_square = [], [], 0.0
+        errors, embedding_square = [], 0.0
         chosen = np.unique(np.linspace(0, len(clip) - 1, _PROBES).round().astype(int)).tolist()
         generator = torch.Generator().manual_seed(seed)
         for frame in chosen:
@@ -113,28 +114,23 @@ class StepChooser:
                 squares[name] += float(gradient.square().mean())
             if embedding is not None:
                 embedding_square += float(gradients[-1].square().mean())
-                embeddings.append(embedding.detach().cpu().numpy())
             errors.append(float((image.detach() - clip.targets(index)).square().mean()))
         scale = 2.0 / (clip.frames[0].numel() * len(chosen))
         self.error = float(np.mean(errors))
         self.values: dict[str, NDArray[np.float32]] = {
             name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()
         }
-        self.counts = {name: value.size for name, value in self.values.items()}
         self.curvatures = {name: scale * square for name, square in squares.items()}
-        if embeddings:
-            self.values[EMBEDDINGS] = np.concatenate(embeddings)
-            self.counts[EMBEDDINGS] = len(clip) * embeddings[0].size
+        if model.encoder is not None:
+            self.values[EMBEDDINGS] = np.concatenate([*_embeddings(model, clip)])
             # One frame's embedding changes the error of that frame alone.
             self.curvatures[EMBEDDINGS] = scale * embedding_square / len(clip)
 
-    def choose(self, config: QuantizationConfig) -> tuple[dict[str, int], float]:
-        """Return the exponents of the steps, and what one bit is worth in mean squared error."""
-        finest = {
-            name: _finest(value, config.embedding_bits if name == EMBEDDINGS else config.weight_bits)
-            for name, value in self.values.items()
-        }
-        exponents, bit_worth = finest, 0.0
+    def choose(self, config: QuantizationConfig) -> dict[str, Levels]:
+        """Return the levels of each tensor."""
+        bits_of = {name: config.embedding_bits if name == EMBEDDINGS else config.weight_bits for name in self.values}
+        finest = {name: _finest(value, bits_of[name]) for name, value in self.values.items()}
+        exponents = finest
         if config.rate_weight:
             # Fewer bits make each of them worth more, and that makes the steps coarser: from fine to coarse until it
             # holds, at half speed, since the bits follow the steps.
@@ -143,7 +139,7 @@ class StepChooser:
                 bit_worth = config.rate_weight * self.error / bits
                 exponents = {name: self._exponent(name, bit_worth, finest[name]) for name in finest}
                 bits = math.sqrt(bits * max(self.bits(exponents), 1.0))
-        return exponents, bit_worth
+        return {name: _levels(self.values[name], exponents[name], bits_of[name]) for name in exponents}
 
     def bits(self, exponents: Mapping[str, int]) -> float:
         """Return the bits of all symbols with the given steps: order-0 entropy of each tensor."""
@@ -151,7 +147,7 @@ class StepChooser:
         for name, exponent in exponents.items():
             symbols = np.rint(self.values[name] / log_steps(np.array(exponent))).astype(np.int64)
             counts = np.unique(symbols, return_counts=True)[1]
-            total += self.counts[name] * float((counts * np.log2(symbols.size / counts)).sum()) / symbols.size
+            total += float((counts * np.log2(symbols.size / counts)).sum())
         return total
 
     def _exponent(self, name: str, bit_worth: float, finest: int) -> int:
@@ -176,47 +172,60 @@ def _finest(values: NDArray[np.float32], bits: int) -> int:
     low, high = float(values.min()), float(values.max())
     exponent = _exponent_of(max((high - low) / 2**bits, max(-low, high, 0.0) / MAX_ZERO_POINT))
     while exponent < MAX_EXPONENT:
-        step = float(log_steps(np.array(exponent)))
-        if round(high / step) - round(low / step) < 2**bits and abs(round(low / step)) <= MAX_ZERO_POINT:
+        first, last = _extremes(values, exponent)
+        if last - first < 2**bits and max(-first, last) <= MAX_ZERO_POINT:
             break
         exponent += 1
     return exponent
 
 
+def _levels(values: NDArray[np.float32], exponent: int, bits: int) -> Levels:
+    """Return ``2**bits`` levels, or what there is of them, with the tensor's own in the middle."""
+    first, last = _extremes(values, exponent)
+    low = max(first - (2**bits - 1 - (last - first)) // 2, -MAX_ZERO_POINT)
+    return Levels(exponent, low, min(low + 2**bits - 1, MAX_ZERO_POINT))
+
+
+def _extremes(values: NDArray[np.float32], exponent: int) -> tuple[int, int]:
+    step = log_steps(np.array(exponent))
+    return round(float(np.rint(values.min() / step))), round(float(np.rint(values.max() / step)))
+
+
+@torch.no_grad()
+def _embeddings(model: VideoNetwork, clip: Clip) -> Iterator[NDArray[np.float32]]:
+    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
+        inputs = clip.inputs(index)
+        assert inputs is not None
+        yield model.embed(inputs).float().cpu().numpy()
+
+
 class Quantization:
-    """Shows a network its weights and embeddings as the file will hold them, and what they cost.
+    """Shows a network its weights and embeddings as the file will hold them.
 
     The weights are rounded to whole steps for the forward and the backward pass, and the gradient goes to the weights
-    themselves (straight through). The rate term is ``bit_worth sum_i n_i log2(1 + 2 e m_i / s_i)``, close to the
-    entropy of n Laplace-distributed values of mean magnitude m in steps of s, and none where all are zero.
-
-    All of it is operations on tensors, which a CUDA graph can hold.
+    themselves (straight through). All of it is operations on tensors, which a CUDA graph can hold.
 
     Args:
         model: the network.
-        exponents: of the steps, by parameter and :data:`EMBEDDINGS`.
-        bit_worth: what a bit is worth in mean squared error.
-        frames: number of frames T.
+        levels: by parameter and :data:`EMBEDDINGS`.
     """
 
-    def __init__(self, model: VideoNetwork, exponents: Mapping[str, int], bit_worth: float, *, frames: int) -> None:
+    def __init__(self, model: VideoNetwork, levels: Mapping[str, Levels]) -> None:
         parameters = model.coded_parameters()
         device = next(iter(parameters.values())).device
-        steps = torch.from_numpy(log_steps(np.array([*exponents.values()]))).to(device)
-        self.exponents = dict(exponents)
-        self.bit_worth = bit_worth
+        steps = torch.from_numpy(log_steps(np.array([of.exponent for of in levels.values()]))).to(device)
+        self.levels = dict(levels)
         self._parameters: list[Tensor] = list(parameters.values())
-        self._steps = dict(zip(exponents, steps.unbind(), strict=True))
-        self._weight_steps = [self._steps[name] for name in parameters]
+        self._steps = dict(zip(levels, steps.unbind(), strict=True))
+        self._names = list(parameters)
         self._exact = [torch.empty_like(parameter) for parameter in self._parameters]
-        self._frames = frames
 
     @torch.no_grad()
     def round_weights(self) -> None:
         """Round the weights in their place; :meth:`restore_weights` brings them back."""
         torch._foreach_copy_(self._exact, self._parameters)
-        for parameter, step in zip(self._parameters, self._weight_steps, strict=True):
-            parameter.copy_(fake_quantize(parameter, step))
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            parameter.copy_(self._rounded(name, parameter))
 
     @torch.no_grad()
     def restore_weights(self) -> None:
@@ -225,16 +234,7 @@ class Quantization:
 
     def round_embeddings(self, embeddings: Tensor) -> Tensor:
         """Return embeddings ``[B, C, h, w]`` as the file will hold them, float32."""
-        return fake_quantize(embeddings.float(), self._steps[EMBEDDINGS])
+        return self._rounded(EMBEDDINGS, embeddings.float())
 
-    def rate(self, embeddings: Tensor | None) -> Tensor:
-        """Return the rate term, float32 ``[]``, of the weights as they are and of a batch of embeddings."""
-        terms = [self._bits(p, step, p.numel()) for p, step in zip(self._parameters, self._weight_steps, strict=True)]
-        if embeddings is not None:
-            count = self._frames * embeddings[0].numel()
-            terms.append(self._bits(embeddings.float(), self._steps[EMBEDDINGS], count))
-        return self.bit_worth * torch.stack(terms).sum()
-
-    @staticmethod
-    def _bits(values: Tensor, step: Tensor, count: int) -> Tensor:
-        return count * torch.log2(1 + 2 * math.e * values.abs().mean() / step)
+    def _rounded(self, name: str, values: Tensor) -> Tensor:
+        return fake_quantize(values, self._steps[name], self.levels[name].low, self.levels[name].high)

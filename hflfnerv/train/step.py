@@ -42,8 +42,8 @@ class TrainingStep:
 
     Attributes:
         errors: float32 ``[steps_per_epoch, B]``, the mean squared error of each frame of the running epoch.
-        quantization: how weights and embeddings are quantised in the step, and what their bits cost; None while they
-            are not. A step that was captured before it is set goes on without.
+        quantization: how weights and embeddings are quantised in the step; None while they are not. A step that was
+            captured before it is set goes on without.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class TrainingStep:
         self._set_lr()
         if self.quantization is not None:
             self.quantization.round_weights()
-        loss, errors = self._forward(index)
+        errors = self._errors(index)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(errors.mean()).backward()
         if self.quantization is not None:
             self.quantization.restore_weights()
         for optimizer in self.optimizers:
@@ -92,19 +92,15 @@ class TrainingStep:
         self.errors.index_copy_(0, self._number % self._steps_per_epoch, errors.detach()[None])
         self._number.add_(1)
 
-    def _forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, and the mean squared error of each frame."""
+    def _errors(self, index: Tensor) -> Tensor:
+        """Return the mean squared error of each frame."""
         inputs, frames, quantization = self.clip.inputs(index), self.clip.frames[index], self.quantization
         # A cast that autocast kept from another step would be of weights that have changed since.
         with torch.autocast(index.device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
             embeddings = None if inputs is None else self.model.embed(inputs)
             if quantization is not None and embeddings is not None:
                 embeddings = quantization.round_embeddings(embeddings)
-            errors = self.model.distortion(embeddings, index, frames)
-        loss = errors.mean()
-        if quantization is not None and quantization.bit_worth:
-            loss = loss + quantization.rate(embeddings)
-        return loss, errors
+            return self.model.distortion(embeddings, index, frames)
 
     def _set_lr(self) -> None:
         factor = self._factors.index_select(0, self._number)[0]

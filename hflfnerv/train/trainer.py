@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._atomic import check_writable
+from .._log_step import Levels
 from ..errors import CheckpointError, TrainingDiverged, TrainingInterrupted
 from ..models import VideoNetwork
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -188,18 +189,15 @@ class Trainer:
         if self.training_step.quantization is not None or self.step < first_epoch * self.steps_per_epoch:
             return False
         assert config is not None
-        exponents, bit_worth = StepChooser(self.model, self.clip, seed=self.config.seed).choose(config)
-        self._set_quantization(exponents, bit_worth)
+        levels = StepChooser(self.model, self.clip, seed=self.config.seed).choose(config)
+        self.training_step.quantization = Quantization(self.model, levels)
         return True
 
-    def _set_quantization(self, exponents: Mapping[str, int], bit_worth: float) -> None:
-        self.training_step.quantization = Quantization(self.model, exponents, bit_worth, frames=len(self.clip))
-
     @property
-    def step_exponents(self) -> dict[str, int] | None:
-        """The exponents of the steps that were chosen, by coded parameter and ``"embeddings"``; None for none."""
+    def levels(self) -> dict[str, Levels] | None:
+        """The levels that were chosen for each coded parameter and ``"embeddings"``; None for none."""
         quantization = self.training_step.quantization
-        return None if quantization is None else quantization.exponents
+        return None if quantization is None else quantization.levels
 
     def _taker(self) -> Callable[[], None]:
         return self._captured_step() if self.device.type == "cuda" else self.training_step
@@ -262,7 +260,7 @@ class Trainer:
         }
         quantization = self.training_step.quantization
         if quantization is not None:
-            state["quantization"] = {"exponents": quantization.exponents, "bit_worth": quantization.bit_worth}
+            state["levels"] = quantization.levels
         save_checkpoint(self._path, Checkpoint(tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -283,8 +281,9 @@ class Trainer:
             self._epoch_seconds = float(state["epoch_seconds"])
             self.training_step.errors.copy_(tensors["epoch_errors"])
             self._random_state = _take(tensors, "random.")
-            if "quantization" in state:
-                self._set_quantization(**state["quantization"])
+            if "levels" in state:
+                levels = {name: Levels(*values) for name, values in state["levels"].items()}
+                self.training_step.quantization = Quantization(self.model, levels)
         except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self._path} is damaged ({error}); delete it to start again") from error
 

@@ -11,11 +11,11 @@ import torch
 from test_step import READS_BACK, Operations
 from test_trainer import StopAfter, assert_same_state, make_trainer
 
-from hflfnerv._log_step import log_steps
-from hflfnerv.codec.quantization import dequantize, quantize, quantize_with_step
+from hflfnerv._log_step import Levels, log_steps
+from hflfnerv.codec.quantization import dequantize, quantize, quantize_to_levels
 from hflfnerv.errors import CheckpointError, TrainingInterrupted
 from hflfnerv.models import MODELS
-from hflfnerv.train import EMBEDDINGS, Quantization, QuantizationConfig, StepChooser, TrainConfig, fake_quantize
+from hflfnerv.train import EMBEDDINGS, QuantizationConfig, StepChooser, TrainConfig, fake_quantize
 
 QUANTIZATION = QuantizationConfig(epochs=2, rate_weight=0.5, weight_bits=8, embedding_bits=6)
 CONFIG = TrainConfig(epochs=4, lr=0.02, batch_size=2, seed=3, optimizer="muon", quantization=QUANTIZATION)
@@ -35,8 +35,7 @@ def trained(moving_frames):
 
 def assert_same_run(a, b):
     assert_same_state(a, b)
-    assert a.step_exponents == b.step_exponents
-    assert a.training_step.quantization.bit_worth == b.training_step.quantization.bit_worth
+    assert a.levels == b.levels
     assert [(r.epoch, r.psnr_db, r.lr) for r in a.history] == [(r.epoch, r.psnr_db, r.lr) for r in b.history]
 
 
@@ -47,28 +46,34 @@ def test_rounds_as_the_file_does(exponent):
     values = generator.standard_normal((7, 300), dtype=np.float32) * np.float32(300 * step)
     values[0, :200] = step * (np.arange(200, dtype=np.float32) - 100 + np.float32(0.5))  # halfway, or next to it
     values[1, :3] = [0.0, -0.0, step / 4]
-    ours = fake_quantize(torch.from_numpy(values), torch.from_numpy(step)).numpy()
-    assert np.array_equal(ours, dequantize(quantize_with_step(values, exponent)))
+    for low, high in ((-2000, 2000), (-31, 32), (-200, -100)):
+        ours = fake_quantize(torch.from_numpy(values), torch.from_numpy(step), low, high).numpy()
+        assert np.array_equal(ours, dequantize(quantize_to_levels(values, Levels(exponent, low, high))))
 
 
 def test_the_gradient_is_that_of_the_identity():
     x = torch.randn(5, 6, requires_grad=True)
     gradient = torch.randn(5, 6)
-    fake_quantize(x, torch.tensor(0.25)).backward(gradient)
+    fake_quantize(x, torch.tensor(0.25), -3, 4).backward(gradient)
     assert torch.equal(x.grad, gradient)
 
 
-def test_a_step_takes_as_many_bits_as_it_needs():
+def test_levels_take_as_many_bits_as_they_need():
     values = np.linspace(-1, 1, 1001, dtype=np.float32)
     for exponent, bits in ((0, 2), (-16, 3), (-80, 7), (-144, 11)):
-        quantized = quantize_with_step(values, exponent)
+        quantized = quantize_to_levels(values, Levels(exponent, -2048, 2047))
         assert (quantized.bits, int(quantized.step.exponent)) == (bits, exponent)
         assert np.abs(dequantize(quantized) - values).max() <= quantized.step.steps / 2
-    widened = quantize_with_step(values, -300)
-    assert widened.bits == 12
-    assert int(widened.step.exponent) > -300
-    with pytest.raises(ValueError, match=r"exponent must be in -2016\.\.2047, got 2048"):
-        quantize_with_step(values, 2048)
+    clipped = quantize_to_levels(values, Levels(-80, -3, 12))
+    assert clipped.bits == 4
+    assert (dequantize(clipped).min(), dequantize(clipped).max()) == (-3 / 32, 12 / 32)
+    for levels, message in (
+        ((2048, 0, 1), r"levels\.exponent must be in -2016\.\.2047, got 2048"),
+        ((0, 0, 4096), r"levels must be at most 4096 within ±32767, got 0\.\.4096"),
+        ((0, -32768, 0), r"got -32768\.\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_to_levels(values, Levels(*levels))
 
 
 def test_curvatures_foretell_the_error_of_rounding(trained):
@@ -98,58 +103,46 @@ def test_curvatures_foretell_the_error_of_rounding(trained):
 def test_steps_grow_with_the_weight_of_the_rate(trained):
     chooser = StepChooser(trained.model, trained.clip, seed=0)
     weights = (0.0, 0.1, 0.5, 2.0)
-    found = [chooser.choose(dataclasses.replace(QUANTIZATION, rate_weight=weight)) for weight in weights]
-    bits = [chooser.bits(exponents) for exponents, _ in found]
+    found = []
+    for weight in weights:
+        levels = chooser.choose(dataclasses.replace(QUANTIZATION, rate_weight=weight))
+        found.append({name: of.exponent for name, of in levels.items()})
+    bits = [chooser.bits(exponents) for exponents in found]
     assert bits == sorted(bits, reverse=True)
     assert len(set(bits)) == len(bits)
-    assert [worth for _, worth in found] == sorted(worth for _, worth in found)
     for finer, coarser in itertools.pairwise(found):
-        assert all(finer[0][name] <= coarser[0][name] for name in chooser.values)
-    # It holds what it says, the worth of a bit is w E / R, as far as bits follow steps of a sixteenth of an octave.
-    for weight, (_, worth), total in list(zip(weights, found, bits, strict=True))[1:]:
-        assert worth == pytest.approx(weight * chooser.error / total, rel=0.1)
+        assert all(finer[name] <= coarser[name] for name in chooser.values)
+    # The steps are those of the formula for the bits that come of them, as far as sixteenths of an octave can tell.
+    for weight, exponents, total in list(zip(weights, found, bits, strict=True))[1:]:
+        for name, exponent in exponents.items():
+            step, size = float(log_steps(np.array(exponent))), float(np.sqrt(np.square(chooser.values[name]).mean()))
+            if found[0][name] < exponent and step < 0.9 * size:
+                best = 12 * weight * chooser.error / (total * chooser.curvatures[name] * np.log(2))
+                assert step == pytest.approx(np.sqrt(best), rel=0.06), name
 
 
 def test_without_a_rate_steps_are_between_the_extremes(trained):
     chooser = StepChooser(trained.model, trained.clip, seed=0)
     config = QuantizationConfig(0, 0.0, 5, 4)
-    exponents, worth = chooser.choose(config)
-    assert worth == 0
+    levels = chooser.choose(config)
     for name, values in chooser.values.items():
         bits = 4 if name == EMBEDDINGS else 5
-        assert quantize_with_step(values, exponents[name]).bits <= bits
+        assert levels[name].high - levels[name].low == 2**bits - 1
+        quantized = quantize_to_levels(values, levels[name])
+        assert quantized.bits <= bits
+        assert np.abs(dequantize(quantized) - values).max() <= quantized.step.steps * 0.501  # none is clipped
         usual = quantize(values, bits, max_pair_ratio=0).step
-        assert abs(exponents[name] - int(usual.exponent)) <= 1, name
+        assert abs(levels[name].exponent - int(usual.exponent)) <= 1, name
 
 
 def test_no_step_is_larger_than_the_values(trained):
     chooser = StepChooser(trained.model, trained.clip, seed=0)
-    name = max(chooser.counts, key=chooser.counts.get)
+    name = max(chooser.values, key=lambda name: chooser.values[name].size)
     chooser.curvatures[name] = 0.0
-    exponents, _ = chooser.choose(QUANTIZATION)
+    levels = chooser.choose(QUANTIZATION)
     size = np.sqrt(np.square(chooser.values[name]).mean())
-    assert size / 2 ** (1 / 16) < log_steps(np.array(exponents[name])) < size * 2 ** (1 / 16)
-    assert 1 < chooser.bits({name: exponents[name]}) / chooser.counts[name] < 2.5
-
-
-def test_the_rate_is_near_the_entropy(trained):
-    model, count = trained.model, len(trained.clip)
-    exponents, _ = StepChooser(model, trained.clip, seed=0).choose(QUANTIZATION)
-    before = {name: p.detach().clone() for name, p in model.coded_parameters().items()}
-    for parameter in model.coded_parameters().values():
-        parameter.data.copy_(torch.distributions.Laplace(0, parameter.abs().mean()).sample(parameter.shape))
-    chooser = StepChooser(model, trained.clip, seed=0)
-    embeddings = torch.from_numpy(chooser.values[EMBEDDINGS])
-    for shift in (0, 24, 48):
-        coarser = {name: exponent + shift for name, exponent in exponents.items()}
-        quantization = Quantization(model, coarser, 1.0, frames=count)
-        quantization.round_weights()
-        with torch.no_grad():
-            rate = float(quantization.rate(quantization.round_embeddings(embeddings)))
-        quantization.restore_weights()
-        assert rate == pytest.approx(chooser.bits(coarser), rel=0.15), shift
-    for name, parameter in model.coded_parameters().items():
-        parameter.data.copy_(before[name])
+    assert size / 2 ** (1 / 16) < log_steps(np.array(levels[name].exponent)) < size * 2 ** (1 / 16)
+    assert 1 < chooser.bits({name: levels[name].exponent}) / chooser.values[name].size < 2.5
 
 
 def test_weights_come_back_exactly(model_name, moving_frames):
@@ -177,14 +170,14 @@ def test_the_network_sees_what_the_file_holds(moving_frames):
     trainer.model.distortion = watched
     exact = []
     trainer.run(lambda t: exact.append({name: p.detach().clone() for name, p in t.model.coded_parameters().items()}))
-    exponents = trainer.step_exponents
+    levels = trainer.levels
     assert len(seen) == 2 * trainer.steps_per_epoch
     for step, (weights, embeddings) in enumerate(seen, start=2 * trainer.steps_per_epoch):
         for name, value in weights.items():
-            stored = quantize_with_step(exact[step - 1][name].numpy(), exponents[name])
+            stored = quantize_to_levels(exact[step - 1][name].numpy(), levels[name])
             assert np.array_equal(value.numpy(), dequantize(stored)), name
         assert np.array_equal(
-            embeddings.numpy(), dequantize(quantize_with_step(embeddings.numpy(), exponents[EMBEDDINGS]))
+            embeddings.numpy(), dequantize(quantize_to_levels(embeddings.numpy(), levels[EMBEDDINGS]))
         )
 
 
@@ -226,7 +219,7 @@ def test_steps_alone_are_chosen_at_the_end(moving_frames, tmp_path):
     config = dataclasses.replace(CONFIG, quantization=dataclasses.replace(QUANTIZATION, epochs=0))
     plain = make_trainer("hflf", moving_frames, dataclasses.replace(CONFIG, quantization=None))
     plain.run()
-    assert plain.step_exponents is None
+    assert plain.levels is None
     trainer = make_trainer("hflf", moving_frames, config, workdir=tmp_path)
     trainer.run()
     assert_same_state(plain, trainer)
