@@ -253,6 +253,10 @@ def test_presets_fill_in_what_is_not_given():
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.encoder_input) == ("adam", 2e-3, 1, "highpass")
     best = EncodeConfig().resolved()
     assert (best.optimizer, best.lr, best.batch_size, best.encoder_input) == ("muon", 0.02, 1, "frame")
+    assert (paper.quantization_share, paper.rate_weight) == (0, 0)
+    assert (best.quantization_share, best.rate_weight) == (0.3, 0.5)
+    assert EncodeConfig(rate_weight=0.0).resolved().rate_weight == 0
+    assert EncodeConfig(preset="paper", quantization_share=0.5).resolved().quantization_share == 0.5
     assert EncodeConfig(encoder_input="highpass").resolved().encoder_input == "highpass"
     assert EncodeConfig(lr=0.01).resolved().lr == 0.01
     assert EncodeConfig(optimizer="adam", lr=1e-3).resolved().optimizer == "adam"

@@ -238,3 +238,12 @@ def test_checkpoint_of_other_quantisation_is_refused(moving_frames, tmp_path):
 def test_epochs_are_at_most_all(moving_frames):
     with pytest.raises(ValueError, match=r"quantization\.epochs must be in 0\.\.1, got 2"):
         dataclasses.replace(CONFIG, epochs=1)
+
+
+def test_the_step_is_captured_anew_when_quantisation_begins(moving_frames):
+    trainer = make_trainer("hflf", moving_frames, CONFIG)
+    taken = []
+    plain = trainer._taker
+    trainer._taker = lambda: taken.append(trainer.step) or plain()
+    trainer.run()
+    assert taken == [0, 2 * trainer.steps_per_epoch]
