@@ -227,23 +227,28 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     ours = [name for name in ("best, 8 bits", "best") if any(point["implementation"] == name for point in points)]
     if not ours:
         return
-    yield f"| {CLIPS[0]}, rate at equal PSNR | " + " | ".join(f"against {name}" for name in _ANCHORS) + " |"
-    yield "|---" * (1 + len(_ANCHORS)) + "|"
-    deltas = {
-        (delta["implementation"], anchor): delta["bd_rate_percent"]
-        for anchor in _ANCHORS
-        if len([point for point in points if point["implementation"] == anchor]) > 1
-        for delta in bjontegaard(points, anchor)
-    }
-    for name in ours:
-        cells = [deltas.get((name, anchor)) for anchor in _ANCHORS]
-        shown = ["–" if cell is None else f"{cell:+.1f} %" for cell in cells]
+    yield f"| {CLIPS[0]}, by size | PSNR in dB at bits per pixel |"
+    yield "|---|---|"
+    for name in (*ours, *_ANCHORS[1:]):
         curve = sorted((p["bits_per_pixel"], p["psnr_db"]) for p in points if p["implementation"] == name)
-        listed = ", ".join(f"{quality:.2f} at {rate:.3f}" for rate, quality in curve)
-        yield f"| {name}: {listed} | {' | '.join(shown)} |"
+        yield f"| {name} | {', '.join(f'{quality:.2f} at {rate:.4f}' for rate, quality in curve)} |"
+    yield ""
+    yield "| Bjontegaard delta | rate at equal PSNR | PSNR at equal rate |"
+    yield "|---|---|---|"
+    for anchor in _ANCHORS:
+        if len([point for point in points if point["implementation"] == anchor]) < 2:
+            continue
+        for delta in bjontegaard(points, anchor):
+            if delta["implementation"] in ours:
+                rate, psnr = delta["bd_rate_percent"], delta["bd_psnr_db"]
+                cells = ("–" if rate is None else f"{rate:+.1f} %", "–" if psnr is None else f"{psnr:+.2f} dB")
+                yield f"| {delta['implementation']} against {anchor} | {' | '.join(cells)} |"
+    yield ""
+    yield "A dash: the curves have no such range in common."
 
 
 _ANCHORS = ("best, 8 bits", "paper", "x265 medium")
+_NETWORKS = {"hflf/paper": "paper", "hflf/best": "best, 8 bits"}
 
 
 def _curves(rows: Sequence[Row]) -> Iterator[Row]:
@@ -252,13 +257,18 @@ def _curves(rows: Sequence[Row]) -> Iterator[Row]:
         for row in rows:
             if row["variant"] == variant and row["clip"] == CLIPS[0]:
                 yield {"implementation": name, **{key: row[key] for key in ("bits_per_pixel", "psnr_db")}}
+    measured = {row["size"] for row in rows if row["variant"] == BEFORE and row["clip"] == CLIPS[0]}
     for row in read_rows(results_path("cpu")):
         if row["clip"] != CLIPS[0]:
             continue
-        if row["implementation"] == "hflf/paper" and row["preset_settings"] and row["config"]["epochs"] == EPOCHS:
-            yield {**row, "implementation": "paper"}
         if row["implementation"].startswith("x265"):
             yield row
+        elif row["implementation"] in _NETWORKS and row["preset_settings"] and row["config"]["epochs"] == EPOCHS:
+            name = _NETWORKS[row["implementation"]]
+            # Of "best" the rows from before it weighed the rate, at sizes that have none here.
+            earlier = not row["config"].get("rate_weight") and row["config"]["size"] not in measured
+            if name == "paper" or earlier:
+                yield {**row, "implementation": name}
 
 
 def filled(document: str, rows: Sequence[Row]) -> str:
