@@ -223,7 +223,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             f"{row['bits_per_value']:.2f} | {row['bits_per_pixel']:.4f} | {coded} | {row['psnr_db']:.2f} |"
         )
     yield ""
-    points = list(_curves(rows))
+    points = list(_curves(rows, CLIPS[0]))
     ours = [name for name in ("best, 8 bits", "best") if any(point["implementation"] == name for point in points)]
     if not ours:
         return
@@ -245,21 +245,34 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"| {delta['implementation']} against {anchor} | {' | '.join(cells)} |"
     yield ""
     yield "A dash: the curves have no such range in common."
+    yield ""
+    yield f"| clip, {SIZE} | 8 bits | `best` |"
+    yield "|---|---|---|"
+    for clip in CLIPS:
+        cells = [
+            f"{point['psnr_db']:.2f} dB at {point['bits_per_pixel']:.4f}"
+            for name in ours
+            for point in _curves(rows, clip)
+            if point["implementation"] == name and point["size"] == parse_size(SIZE)
+        ]
+        if len(cells) == 2:
+            yield f"| {clip} | {' | '.join(cells)} |"
 
 
 _ANCHORS = ("best, 8 bits", "paper", "x265 medium")
 _NETWORKS = {"hflf/paper": "paper", "hflf/best": "best, 8 bits"}
 
 
-def _curves(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the points of the curves on the first clip: ours by size, and those of the reproduction's rows."""
+def _curves(rows: Sequence[Row], clip: str) -> Iterator[Row]:
+    """Yield the points of a clip's curves: ours by size, and those of the reproduction's rows."""
+    rows = [row for row in rows if row["clip"] == clip]
     for name, variant in (("best, 8 bits", BEFORE), ("best", AFTER)):
         for row in rows:
-            if row["variant"] == variant and row["clip"] == CLIPS[0]:
-                yield {"implementation": name, **{key: row[key] for key in ("bits_per_pixel", "psnr_db")}}
-    measured = {row["size"] for row in rows if row["variant"] == BEFORE and row["clip"] == CLIPS[0]}
+            if row["variant"] == variant:
+                yield {"implementation": name, **{key: row[key] for key in ("size", "bits_per_pixel", "psnr_db")}}
+    measured = {row["size"] for row in rows if row["variant"] == BEFORE}
     for row in read_rows(results_path("cpu")):
-        if row["clip"] != CLIPS[0]:
+        if row["clip"] != clip:
             continue
         if row["implementation"].startswith("x265"):
             yield row
@@ -268,7 +281,7 @@ def _curves(rows: Sequence[Row]) -> Iterator[Row]:
             # Of "best" the rows from before it weighed the rate, at sizes that have none here.
             earlier = not row["config"].get("rate_weight") and row["config"]["size"] not in measured
             if name == "paper" or earlier:
-                yield {**row, "implementation": name}
+                yield {**row, "implementation": name, "size": row["config"]["size"]}
 
 
 def filled(document: str, rows: Sequence[Row]) -> str:
