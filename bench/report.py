@@ -56,6 +56,9 @@ class Results:
             own = row["selection"] if "selection" in row else row["config"]
             if [own.get(name) for name in SELECTION] == selection:
                 config = row.get("config", row.get("setting"))
+                if row.get("preset_settings"):
+                    # What a preset stands for changes as it gets better: its last rows are the ones that count.
+                    config = {name: value for name, value in row["config"].items() if name not in SETTINGS}
                 latest[json.dumps([row["clip"], row["implementation"], config], sort_keys=True)] = row
         self.rows = list(latest.values())
         epochs = profile.encodes[0]["epochs"]
@@ -295,15 +298,18 @@ def grid_table(results: Results) -> Iterator[str]:
         for network, settings in grid.items()
     }
     lines = []
+    # Settings that no row has are of a later date than all of them.
+    known = [i for i in range(len(SETTINGS)) if any(setting[i] is not None for of in grid.values() for setting in of)]
     for network, settings in grid.items():
         for setting, clips in settings.items():
             marks = ["of the preset"] if (network, *setting) in preset else []
             marks += ["best"] if best[network] == setting else []
-            lines.append((name_of(network), *map(str, setting), number(clips.values(), 2), ", ".join(marks)))
+            shown = [str(setting[i]) for i in known]
+            lines.append((name_of(network), *shown, number(clips.values(), 2), ", ".join(marks)))
     clips = sorted(next(iter(next(iter(grid.values())).values())))
     yield f"**Each at its own best.** PSNR of the file in dB, one seed, mean over {', '.join(clips)}."
     yield ""
-    yield from markdown(("network", *(name.replace("_", " ") for name in SETTINGS), "PSNR", ""), lines)
+    yield from markdown(("network", *(SETTINGS[i].replace("_", " ") for i in known), "PSNR", ""), lines)
     if BASELINE in grid:
         for network in grid:
             if network.startswith("hflf/"):

@@ -65,6 +65,8 @@ PROFILES = ROOT / "bench" / "profiles"
 WORK = ROOT / "build" / "reproduce"
 #: What an encode's result does not depend on.
 _INCIDENTAL = ("device", "workdir", "tensorboard", "checkpoint_seconds")
+#: What encodes were like before there were these settings; rows from then do not have them.
+_BEFORE = {"quantization_share": 0.0, "rate_weight": 0.0}
 #: Which frames of a clip.
 SELECTION = ("frames", "resize", "crop")
 #: What a preset fixes, and a block of a profile may try other values of.
@@ -83,7 +85,11 @@ class Encode:
     @property
     def key(self) -> Row:
         """What tells this job from others, as it stands in its row."""
-        settings = {k: v for k, v in vars(self.config.resolved()).items() if k not in _INCIDENTAL}
+        settings = {
+            name: value
+            for name, value in vars(self.config.resolved()).items()
+            if name not in _INCIDENTAL and not (name in _BEFORE and value == _BEFORE[name])
+        }
         return json.loads(json.dumps({"what": "encode", "clip": self.clip, "config": settings}))
 
     @property

@@ -21,6 +21,8 @@ class TrainingDefaults(NamedTuple):
     lr: float
     batch_size: int
     encoder_input: EncoderInput | None
+    quantization_share: float = 0.0
+    rate_weight: float = 0.0
 
 
 #: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with. ``best``:
@@ -32,9 +34,9 @@ PRESETS: dict[str, dict[str, TrainingDefaults]] = {
         "nerv": TrainingDefaults("adam", lr=1e-3, batch_size=2, encoder_input=None),
     },
     "best": {
-        "hflf": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input="frame"),
-        "hnerv": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input="frame"),
-        "nerv": TrainingDefaults("muon", lr=0.02, batch_size=1, encoder_input=None),
+        "hflf": TrainingDefaults("muon", 0.02, 1, "frame", quantization_share=0.3, rate_weight=0.5),
+        "hnerv": TrainingDefaults("muon", 0.02, 1, "frame", quantization_share=0.3, rate_weight=0.5),
+        "nerv": TrainingDefaults("muon", 0.02, 1, None, quantization_share=0.3, rate_weight=0.5),
     },
 }
 
@@ -79,8 +81,14 @@ class EncodeConfig:
         resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
         highpass_removed: fraction of the bandwidth that the high-pass filter removes on each axis.
-        weight_bits: bits of a quantised weight, 2 to 8.
-        embedding_bits: bits of a quantised embedding value, 2 to 8.
+        quantization_share: the last part of the epochs, in [0, 1], in which the network is trained with its weights
+            and embeddings quantised as in the file; None for the preset's. It must have learned something by then: with
+            weights in large steps from the start it learns nothing.
+        rate_weight: how much the size of the file counts beside its error: one per cent of its bits is worth so many
+            per cent of the mean squared error. The step of each tensor follows from it. 0 for steps between a tensor's
+            extremes; None for the preset's.
+        weight_bits: bits of a quantised weight, 2 to 8; with ``rate_weight``, of the weights of the finest steps.
+        embedding_bits: bits of a quantised embedding value, 2 to 8; the same.
         entropy: the entropy coder, ``"huffman"`` or ``"range"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         precision: compute type of the training step, ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the
@@ -103,6 +111,8 @@ class EncodeConfig:
     resize: tuple[int, int] | None = None
     frames: slice | tuple[int | None, int | None] | str | None = None
     highpass_removed: float = 0.8
+    quantization_share: float | None = None
+    rate_weight: float | None = None
     weight_bits: int = 8
     embedding_bits: int = 6
     entropy: str = "huffman"
@@ -133,6 +143,10 @@ class EncodeConfig:
             _integer("batch_size", self.batch_size, 1)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.quantization_share is not None and not 0 <= self.quantization_share <= 1:
+            raise ValueError(f"quantization_share must be in [0, 1], got {self.quantization_share}")
+        if self.rate_weight is not None and not 0 <= self.rate_weight < float("inf"):
+            raise ValueError(f"rate_weight must be at least 0, got {self.rate_weight}")
         if not 0 <= self.highpass_removed <= 1:
             raise ValueError(f"highpass_removed must be in [0, 1], got {self.highpass_removed}")
         if not self.checkpoint_seconds >= 0:
@@ -171,6 +185,10 @@ class EncodeConfig:
             lr=defaults.lr if self.lr is None else self.lr,
             batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
             encoder_input=defaults.encoder_input if self.encoder_input is None else self.encoder_input,
+            quantization_share=(
+                defaults.quantization_share if self.quantization_share is None else self.quantization_share
+            ),
+            rate_weight=defaults.rate_weight if self.rate_weight is None else self.rate_weight,
         )
 
 

@@ -35,8 +35,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--encoder-input", choices=("highpass", "frame"), help="what the encoder sees (default: the preset's)"
     )
     add_selection(parser)
-    parser.add_argument("--weight-bits", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--embedding-bits", type=int, default=6, help="(default: 6)")
+    parser.add_argument(
+        "--quantization-share",
+        type=float,
+        metavar="PART",
+        help="last part of the epochs, 0 to 1, that is trained with quantised weights (default: the preset's)",
+    )
+    parser.add_argument(
+        "--rate-weight",
+        type=float,
+        metavar="W",
+        help="so many per cent of the error are worth one per cent of the file; more makes it smaller, 0 takes "
+        "--weight-bits for every weight (default: the preset's)",
+    )
+    parser.add_argument("--weight-bits", type=int, default=8, help="with --rate-weight, at most (default: 8)")
+    parser.add_argument("--embedding-bits", type=int, default=6, help="with --rate-weight, at most (default: 6)")
     parser.add_argument("--entropy", choices=("huffman", "range"), default="huffman", help="(default: huffman)")
     add_device(parser, ("auto", "fp32", "bf16", "fp16"), "fp32")
     parser.add_argument("--seed", type=int, default=1, help="(default: 1)")
@@ -82,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         crop=arguments.crop,
         resize=arguments.resize,
         frames=arguments.frames,
+        quantization_share=arguments.quantization_share,
+        rate_weight=arguments.rate_weight,
         weight_bits=arguments.weight_bits,
         embedding_bits=arguments.embedding_bits,
         entropy=arguments.entropy,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._atomic import atomic_path
 from .._device import resolve_device, training_precision
+from .._log_step import Levels
 from .._version import __version__
 from ..config import EncodeConfig
 from ..data import Video, centre_offset, load_video
@@ -25,15 +26,15 @@ from ..data.selection import as_frame_slice, format_frames
 from ..errors import BackendUnavailable
 from ..metrics import psnr
 from ..models import MODELS, VideoNetwork, build_model
-from ..train import Clip, TrainConfig, Trainer, prepare_clip
+from ..train import EMBEDDINGS, Clip, QuantizationConfig, TrainConfig, Trainer, prepare_clip
 from .bitstream import Bitstream, Color, Header, Source, write_bitstream
 from .decoder import Decoder
 from .engine import to_uint8
 from .entropy import entropy_coder
 from .evaluation import evaluate
-from .quantization import quantize, quantize_tensors
+from .quantization import quantize, quantize_tensors, quantize_to_levels
 
-__all__ = ["EncodeObserver", "EncodeResult", "embed_all", "encode"]
+__all__ = ["EncodeObserver", "EncodeResult", "code", "embed_all", "encode", "quantization_config"]
 
 
 class EncodeObserver(Protocol):
@@ -135,11 +136,7 @@ def encode(
     with stages("code"):
         embeddings = embed_all(model, trainer.clip)
         psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip, embeddings)]
-        header = _header(video, config, model, (height, width))
-        tensors = {name: p.detach().cpu().contiguous().numpy() for name, p in model.coded_parameters().items()}
-        weights = quantize_tensors(tensors, config.weight_bits)
-        quantised = None if embeddings is None else quantize(embeddings.numpy(), config.embedding_bits)
-        data = write_bitstream(header, weights, quantised, entropy=config.entropy)
+        data = code(model, embeddings, video, config, trainer.levels)
 
     with stages("check"):
         quality = evaluate(Decoder(data, device=device, precision="fp32"), trainer.clip.frames)
@@ -182,6 +179,7 @@ def _train(
             seed=config.seed,
             precision=training_precision(config.precision, device),
             optimizer=config.optimizer,
+            quantization=quantization_config(config),
         ),
         device=device,
         workdir=None if config.workdir is None else Path(config.workdir),
@@ -195,6 +193,48 @@ def _train(
 
         trainer.run(on_step)
     return trainer
+
+
+def code(
+    model: VideoNetwork,
+    embeddings: Tensor | None,
+    video: Video,
+    config: EncodeConfig,
+    levels: Mapping[str, Levels] | None = None,
+) -> bytes:
+    """Quantise a trained network and write its file.
+
+    Args:
+        model: the network.
+        embeddings: of all frames, from :func:`embed_all`.
+        video: what was loaded, for the header.
+        config: what was asked for, resolved.
+        levels: of each tensor, as :attr:`hflfnerv.train.Trainer.levels` has them; None to quantise to
+            ``config.weight_bits`` and ``config.embedding_bits`` between the extremes.
+    """
+    tensors = {name: p.detach().cpu().contiguous().numpy() for name, p in model.coded_parameters().items()}
+    values = None if embeddings is None else embeddings.numpy()
+    if levels is None:
+        weights = quantize_tensors(tensors, config.weight_bits)
+        quantised = None if values is None else quantize(values, config.embedding_bits)
+    else:
+        weights = {name: quantize_to_levels(tensor, levels[name]) for name, tensor in tensors.items()}
+        quantised = None if values is None else quantize_to_levels(values, levels[EMBEDDINGS])
+    return write_bitstream(_header(video, config, model), weights, quantised, entropy=config.entropy)
+
+
+def quantization_config(config: EncodeConfig) -> QuantizationConfig | None:
+    """Return how training chooses steps, or None where weights are quantised afterwards between their extremes.
+
+    Args:
+        config: resolved.
+    """
+    assert config.quantization_share is not None
+    assert config.rate_weight is not None
+    epochs = round(config.quantization_share * config.epochs)
+    if not epochs and not config.rate_weight:
+        return None
+    return QuantizationConfig(epochs, config.rate_weight, config.weight_bits, config.embedding_bits)
 
 
 @torch.inference_mode()
@@ -220,8 +260,8 @@ def _predictions(model: VideoNetwork, clip: Clip, embeddings: Tensor | None) -> 
         yield to_uint8(model.decode(embedding, index))[0].cpu(), clip.frames[index][0].cpu()
 
 
-def _header(video: Video, config: EncodeConfig, model: VideoNetwork, size: tuple[int, int]) -> Header:
-    color = video.color
+def _header(video: Video, config: EncodeConfig, model: VideoNetwork) -> Header:
+    color, size = video.color, (model.spec.height, model.spec.width)
     full_height, full_width = video.shape[1:3]
     crop = None
     if config.crop is not None:
@@ -237,7 +277,10 @@ def _header(video: Video, config: EncodeConfig, model: VideoNetwork, size: tuple
         sample_aspect_ratio=video.sample_aspect_ratio,
         color=Color(color.matrix, color.range, color.primaries, color.transfer),
         source=Source(*video.source_size, first_frame=video.first_frame, resize=config.resize, crop=crop),
-        training={"epochs": config.epochs, "seed": config.seed, "lr": config.lr, "batch_size": config.batch_size},
+        training={
+            **{name: getattr(config, name) for name in ("epochs", "seed", "lr", "batch_size")},
+            **({"rate_weight": config.rate_weight} if config.rate_weight else {}),
+        },
     )
 
 

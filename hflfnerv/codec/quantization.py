@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
 from .planes import plane_bits
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "dequantize",
     "quantize",
     "quantize_tensors",
+    "quantize_to_levels",
 ]
 
 Scheme = Literal["log", "minmax"]
@@ -41,26 +43,11 @@ MIN_BITS: Final = 2
 MAX_BITS: Final = 12
 MAX_RANK: Final = 8
 
-#: Steps per octave, and the range of their exponent: 2**-126 to just under 2**128, normal float32 numbers.
-STEPS_PER_OCTAVE: Final = 16
-MIN_EXPONENT: Final = -126 * STEPS_PER_OCTAVE
-MAX_EXPONENT: Final = 128 * STEPS_PER_OCTAVE - 1
-MAX_ZERO_POINT: Final = 32767
-
 _MAX_MAGNITUDE = 2.0**100
 _MAX_PAIR_RATIO = 0.02
 _SCHEMES = ("log", "minmax")
 # Bits that a float16 (minimum, scale) pair takes in a file, measured on trained networks.
 _MINMAX_PAIR_BITS = 20.0
-
-# round(2**(23 + i / 16)): the significands of the steps within one octave. Written out, since they are the format.
-_SIGNIFICANDS = np.array(
-    [
-        8388608, 8760003, 9147842, 9552851, 9975792, 10417458, 10878679, 11360319,
-        11863283, 12388516, 12937002, 13509772, 14107901, 14732511, 15384775, 16065917,
-    ],
-    dtype=np.float32,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +115,7 @@ class LogStep:
     @property
     def steps(self) -> NDArray[np.float32]:
         """The float32 steps, exact: a 24-bit significand from the table of the format times a power of two."""
-        octave, index = np.divmod(self.exponent.astype(np.int32), STEPS_PER_OCTAVE)
-        return np.asarray(np.ldexp(_SIGNIFICANDS[index], octave - 23), dtype=np.float32)
+        return log_steps(self.exponent)
 
     def values(self, symbols: Array) -> NDArray[np.float32]:
         offset = symbols.astype(np.int32) - self.zero_point.astype(np.int32)
@@ -287,6 +273,41 @@ def quantize_tensors(
     return {name: option.quantized for name, option in chosen.items()}
 
 
+def quantize_to_levels(tensor: Array, levels: Levels) -> QuantizedTensor:
+    """Quantise a tensor to given levels, in as many bits as its values then need.
+
+    ``symbol - zero_point = clip(round(value / step), low, high)``, half to even: what training with quantised weights
+    computes (:func:`hflfnerv.train.fake_quantize`).
+
+    Args:
+        tensor: what :func:`quantize` takes.
+        levels: the step and the range.
+
+    Returns:
+        The quantised tensor, one pair for all of it. Each value within the range is within half a step.
+
+    Raises:
+        ValueError: as :func:`quantize`; or the levels are not such that the format has.
+
+    Numerics:
+        The quotient is one float32 division.
+    """
+    if not MIN_EXPONENT <= levels.exponent <= MAX_EXPONENT:
+        raise ValueError(f"levels.exponent must be in {MIN_EXPONENT}..{MAX_EXPONENT}, got {levels.exponent}")
+    if not -MAX_ZERO_POINT <= levels.low <= levels.high <= MAX_ZERO_POINT or levels.high - levels.low >= 2**MAX_BITS:
+        raise ValueError(
+            f"levels must be at most {2**MAX_BITS} within ±{MAX_ZERO_POINT}, got {levels.low}..{levels.high}"
+        )
+    exponent = np.array(levels.exponent, dtype=np.int16)
+    with np.errstate(over="ignore"):
+        steps = np.clip(np.rint(_checked(tensor) / log_steps(exponent)), levels.low, levels.high).astype(np.int32)
+    low, high = int(steps.min()), int(steps.max())
+    bits = max(MIN_BITS, (high - low).bit_length())
+    return QuantizedTensor(
+        (steps - low).astype(symbol_dtype(bits)), bits, LogStep(exponent, np.array(-low, dtype=np.int16), None)
+    )
+
+
 @dataclass(frozen=True)
 class _Candidate:
     quantized: QuantizedTensor
@@ -316,13 +337,7 @@ def _candidates(tensor: Array, bits: int, scheme: Scheme, max_pair_ratio: float)
     _check_bits(bits)
     if scheme not in _SCHEMES:
         raise ValueError(f"scheme must be one of {_SCHEMES}, got {scheme!r}")
-    values = np.ascontiguousarray(tensor, dtype=np.float32)
-    if not 1 <= np.ndim(tensor) <= MAX_RANK or values.size == 0:
-        raise ValueError(f"tensor must have 1 to {MAX_RANK} axes and no empty one, got shape {np.shape(tensor)}")
-    if not np.isfinite(values).all():
-        raise ValueError("tensor must be finite, got NaN or infinite values: training has diverged")
-    if np.abs(values).max() >= _MAX_MAGNITUDE:
-        raise ValueError(f"tensor must be below 2**100 in magnitude, got {np.abs(values).max()}")
+    values = _checked(tensor)
     step = _log_step if scheme == "log" else _minmax_step
     options = []
     for axis in (None, *range(values.ndim)):
@@ -334,6 +349,18 @@ def _candidates(tensor: Array, bits: int, scheme: Scheme, max_pair_ratio: float)
             error = float(np.abs(dequantize(quantized) - values).mean(dtype=np.float64))
             options.append(_Candidate(quantized, error))
     return sorted(options, key=lambda option: option.error)
+
+
+def _checked(tensor: Array) -> NDArray[np.float32]:
+    """Return a tensor's values as float32, or raise a ValueError that says why they cannot be quantised."""
+    values = np.ascontiguousarray(tensor, dtype=np.float32)
+    if not 1 <= np.ndim(tensor) <= MAX_RANK or values.size == 0:
+        raise ValueError(f"tensor must have 1 to {MAX_RANK} axes and no empty one, got shape {np.shape(tensor)}")
+    if not np.isfinite(values).all():
+        raise ValueError("tensor must be finite, got NaN or infinite values: training has diverged")
+    if np.abs(values).max() >= _MAX_MAGNITUDE:
+        raise ValueError(f"tensor must be below 2**100 in magnitude, got {np.abs(values).max()}")
+    return values
 
 
 def _log_step(values: NDArray[np.float32], bits: int, axis: int | None) -> QuantizedTensor:

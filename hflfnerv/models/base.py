@@ -123,7 +123,11 @@ class VideoNetwork(nn.Module, ABC):
             index: as in :meth:`decode`.
             frames: what the frames should be, uint8 ``[B, H, W, 3]``.
         """
-        low, high = self.images(self.stems(None if x is None else self.embed(x), index))
+        return self.distortion(None if x is None else self.embed(x), index, frames)
+
+    def distortion(self, embeddings: Tensor | None, index: Tensor, frames: Tensor) -> Tensor:
+        """Decode and compare; arguments as in :meth:`decode` and :meth:`errors`, whose result it returns."""
+        low, high = self.images(self.stems(embeddings, index))
         return stream_loss(low, frames, high)
 
     def crop(self, image: Tensor) -> Tensor:

@@ -6,17 +6,23 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .clip import Clip, prepare_clip
 from .graph import CapturedStep
 from .muon import Muon
+from .quantization import EMBEDDINGS, Quantization, QuantizationConfig, StepChooser, fake_quantize
 from .schedule import learning_rate_factor
 from .trainer import EpochResult, TrainConfig, Trainer
 
 __all__ = [
+    "EMBEDDINGS",
     "CapturedStep",
     "Checkpoint",
     "Clip",
     "EpochResult",
     "Muon",
+    "Quantization",
+    "QuantizationConfig",
+    "StepChooser",
     "TrainConfig",
     "Trainer",
+    "fake_quantize",
     "learning_rate_factor",
     "load_checkpoint",
     "prepare_clip",

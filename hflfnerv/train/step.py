@@ -10,6 +10,7 @@ from torch import Tensor
 from .._device import autocast_dtype
 from ..models import VideoNetwork
 from .clip import Clip
+from .quantization import Quantization
 
 __all__ = ["TrainingStep", "use_device_lr"]
 
@@ -41,6 +42,8 @@ class TrainingStep:
 
     Attributes:
         errors: float32 ``[steps_per_epoch, B]``, the mean squared error of each frame of the running epoch.
+        quantization: how weights and embeddings are quantised in the step; None while they are not. A step that was
+            captured before it is set goes on without.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class TrainingStep:
         self.optimizers = tuple(optimizers)
         self.scaler = scaler
         self.errors = torch.zeros(steps_per_epoch, orders.shape[1], device=orders.device)
+        self.quantization: Quantization | None = None
         self._dtype = autocast_dtype(precision)
         self._orders = orders
         self._factors = factors
@@ -74,17 +78,29 @@ class TrainingStep:
         """Take the next step."""
         index = self._orders.index_select(0, self._number)[0]
         self._set_lr()
-        # A cast that autocast kept from another step would be of weights that have changed since.
-        with torch.autocast(index.device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
-            errors = self.model.errors(self.clip.inputs(index), index, self.clip.frames[index])
+        if self.quantization is not None:
+            self.quantization.round_weights()
+        errors = self._errors(index)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(errors.mean()).backward()
+        if self.quantization is not None:
+            self.quantization.restore_weights()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.errors.index_copy_(0, self._number % self._steps_per_epoch, errors.detach()[None])
         self._number.add_(1)
+
+    def _errors(self, index: Tensor) -> Tensor:
+        """Return the mean squared error of each frame."""
+        inputs, frames, quantization = self.clip.inputs(index), self.clip.frames[index], self.quantization
+        # A cast that autocast kept from another step would be of weights that have changed since.
+        with torch.autocast(index.device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
+            embeddings = None if inputs is None else self.model.embed(inputs)
+            if quantization is not None and embeddings is not None:
+                embeddings = quantization.round_embeddings(embeddings)
+            return self.model.distortion(embeddings, index, frames)
 
     def _set_lr(self) -> None:
         factor = self._factors.index_select(0, self._number)[0]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from .._atomic import check_writable
+from .._log_step import Levels
 from ..errors import CheckpointError, TrainingDiverged, TrainingInterrupted
 from ..models import VideoNetwork
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .clip import Clip
 from .graph import CapturedStep
 from .muon import Muon
+from .quantization import Quantization, QuantizationConfig, StepChooser
 from .schedule import learning_rate_factor
 from .step import TrainingStep, use_device_lr
 
@@ -46,6 +48,7 @@ class TrainConfig:
         seed: seed of the frame order.
         precision: compute type of forward and backward, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         optimizer: ``"adam"``, or ``"muon"`` for :meth:`VideoNetwork.hidden_weights` and Adam for the rest.
+        quantization: how the last epochs run with quantised weights; None for none, and no steps.
     """
 
     epochs: int
@@ -54,6 +57,11 @@ class TrainConfig:
     seed: int
     precision: str = "fp32"
     optimizer: str = "adam"
+    quantization: QuantizationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and not 0 <= self.quantization.epochs <= self.epochs:
+            raise ValueError(f"quantization.epochs must be in 0..{self.epochs}, got {self.quantization.epochs}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Trainer:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             check_writable(self._path)
             # What a checkpoint must share with this run. Hashing the clip is for checkpoints alone.
-            self._fingerprint = {"model": model.spec.to_dict(), "train": vars(config), "clip": clip.digest()}
+            self._fingerprint = {"model": model.spec.to_dict(), "train": asdict(config), "clip": clip.digest()}
             if self._path.exists():
                 self._restore(load_checkpoint(self._path))
 
@@ -149,13 +157,16 @@ class Trainer:
         with torch.random.fork_rng(devices), _stop_signals() as stopped:
             self._seed_or_restore_random_state()
             self.training_step.seek(self.step)
-            take_step = self._captured_step() if self.device.type == "cuda" else self.training_step
+            self._quantize_if_due()
+            take_step = self._taker()
             saved = started = time.monotonic()
             while self.step < self.total_steps:
                 take_step()
                 self.step += 1
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch(started)
+                    if self._quantize_if_due():
+                        take_step = self._taker()
                     if time.monotonic() - saved >= self._checkpoint_seconds and self.step < self.total_steps:
                         self._save()
                         saved = time.monotonic()
@@ -170,6 +181,26 @@ class Trainer:
                         f"stopped in epoch {self.step // self.steps_per_epoch + 1} of {self.config.epochs}, {where}"
                     )
             self._save()
+
+    def _quantize_if_due(self) -> bool:
+        """Choose the steps when the first epoch with quantised weights is about to begin; return whether it was now."""
+        config = self.config.quantization
+        first_epoch = math.inf if config is None else self.config.epochs - config.epochs
+        if self.training_step.quantization is not None or self.step < first_epoch * self.steps_per_epoch:
+            return False
+        assert config is not None
+        levels = StepChooser(self.model, self.clip, seed=self.config.seed).choose(config)
+        self.training_step.quantization = Quantization(self.model, levels)
+        return True
+
+    @property
+    def levels(self) -> dict[str, Levels] | None:
+        """The levels that were chosen for each coded parameter and ``"embeddings"``; None for none."""
+        quantization = self.training_step.quantization
+        return None if quantization is None else quantization.levels
+
+    def _taker(self) -> Callable[[], None]:
+        return self._captured_step() if self.device.type == "cuda" else self.training_step
 
     def _captured_step(self) -> Callable[[], None]:
         # Unless the optimiser itself looks at it, the GradScaler of fp16 reads the check of the gradients back.
@@ -227,6 +258,9 @@ class Trainer:
             "epoch_seconds": self._epoch_seconds,
             "history": [list(vars(result).values()) for result in self.history],
         }
+        quantization = self.training_step.quantization
+        if quantization is not None:
+            state["levels"] = quantization.levels
         save_checkpoint(self._path, Checkpoint(tensors, state))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -247,6 +281,9 @@ class Trainer:
             self._epoch_seconds = float(state["epoch_seconds"])
             self.training_step.errors.copy_(tensors["epoch_errors"])
             self._random_state = _take(tensors, "random.")
+            if "levels" in state:
+                levels = {name: Levels(*values) for name, values in state["levels"].items()}
+                self.training_step.quantization = Quantization(self.model, levels)
         except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self._path} is damaged ({error}); delete it to start again") from error
 

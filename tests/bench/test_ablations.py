@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import ablations, stability
+from bench import ablations, rate, stability
 from bench.reproduce import read_rows
 
 
@@ -22,7 +22,7 @@ def data(tmp_path, moving_frames):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for module in (ablations, stability):
+    for module in (ablations, rate, stability):
         for name, value in (("SIZE", 60_000), ("FRAMES", "0:5"), ("RESIZE", (54, 96)), ("CROP", (48, 96))):
             monkeypatch.setattr(module, name, value)
 
@@ -45,12 +45,29 @@ def test_a_stability_run(data):
     assert all(value > 0 for layers in row["contrast_layers"] for value in layers)
 
 
+@pytest.mark.parametrize("name", rate.VARIANTS)
+def test_every_way_to_quantise_makes_a_file(name, data):
+    row = rate.run(name, "clip", "60k", 1, data, epochs=4)
+    assert row["bits_per_pixel"] == 8 * row["bytes"] / (5 * 48 * 96)
+    assert 5 < row["psnr_db"] < 60
+    assert 1 < row["bits_per_value"] < 9
+    assert row["config"].items() >= rate.VARIANTS[name].changes.items()
+    assert len(row["epochs_psnr_db"]) == 4
+
+
+def test_what_is_done_afterwards_shares_a_training(data):
+    rows = [rate.run(name, "clip", "60k", 1, data, epochs=3) for name in ("bits-8", "bits-4", "steps-0.4")]
+    assert len({row["training_seconds"] for row in rows}) == 1
+    assert rows[0]["bytes"] > rows[2]["bytes"] > 0
+    assert rate.run("qat", "clip", "60k", 1, data, epochs=3)["training_seconds"] != rows[0]["training_seconds"]
+
+
 def test_stalled_epochs():
     assert stability.stalled_epochs({"contrast_frame": [0.01, 0.3, 0.05, 0.2]}) == 2
     assert stability.stalled_epochs({"contrast_frame": [0.5, 0.5]}) == 0
 
 
-@pytest.mark.parametrize("module", [ablations, stability])
+@pytest.mark.parametrize("module", [ablations, rate, stability])
 def test_the_page_is_what_the_rows_say(module):
     document = module.DOCUMENT.read_text()
     assert module.filled(document, read_rows(module.PATH)) == document

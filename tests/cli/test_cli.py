@@ -109,6 +109,25 @@ def test_eval_knows_frames_resize_and_crop(folder, tmp_path, capsys):
     assert run("eval", coded, "--reference", tmp_path / "frames", "--json") == 0
 
 
+def test_encode_weighs_the_rate(folder, tmp_path, capsys):
+    sizes = {}
+    for weight in ("0", "0.2", "2"):
+        report = tmp_path / f"{weight}.json"
+        options = ["--rate-weight", weight, "--quantization-share", "0.4", "--json", report]
+        assert run("encode", folder / "images", "-o", tmp_path / "clip.hflf", *options, *SMALL) == 0
+        config = json.loads(report.read_text())["config"]
+        assert (config["rate_weight"], config["quantization_share"]) == (float(weight), 0.4)
+        sizes[weight] = (tmp_path / "clip.hflf").stat().st_size
+    assert sizes["0"] > sizes["0.2"] >= sizes["2"]
+    for option, value, rule in (
+        ("--rate-weight", "-1", "rate_weight must be at least 0, got -1.0"),
+        ("--quantization-share", "2", "quantization_share must be in [0, 1], got 2.0"),
+    ):
+        error = fails(capsys, "encode", folder / "images", "-o", tmp_path / "x.hflf", option, value, *SMALL)
+        assert rule in error
+        assert not (tmp_path / "x.hflf").exists()
+
+
 def test_decode_in_a_fresh_process_without_the_original(folder, tmp_path):
     command = [sys.executable, "-m", "hflfnerv", "decode", folder / "clip.hflf", "-o", tmp_path / "out.npy"]
     subprocess.run([str(part) for part in command], check=True, cwd=tmp_path, capture_output=True)

@@ -237,6 +237,10 @@ def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
         ({"crop": (0, 4)}, "crop must be"),
         ({"resize": (4,)}, "resize must be"),
         ({"highpass_removed": 1.5}, "highpass_removed must be"),
+        ({"quantization_share": 1.5}, r"quantization_share must be in \[0, 1\], got 1.5"),
+        ({"quantization_share": float("nan")}, "quantization_share must be"),
+        ({"rate_weight": -0.5}, "rate_weight must be at least 0, got -0.5"),
+        ({"rate_weight": float("inf")}, "rate_weight must be"),
         ({"entropy": "zip"}, "entropy must be one of"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"seed": -1}, "seed must be"),
@@ -255,6 +259,10 @@ def test_presets_fill_in_what_is_not_given():
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.encoder_input) == ("adam", 2e-3, 1, "highpass")
     best = EncodeConfig().resolved()
     assert (best.optimizer, best.lr, best.batch_size, best.encoder_input) == ("muon", 0.02, 1, "frame")
+    assert (paper.quantization_share, paper.rate_weight) == (0, 0)
+    assert (best.quantization_share, best.rate_weight) == (0.3, 0.5)
+    assert EncodeConfig(rate_weight=0.0).resolved().rate_weight == 0
+    assert EncodeConfig(preset="paper", quantization_share=0.5).resolved().quantization_share == 0.5
     assert EncodeConfig(encoder_input="highpass").resolved().encoder_input == "highpass"
     assert EncodeConfig(lr=0.01).resolved().lr == 0.01
     assert EncodeConfig(optimizer="adam", lr=1e-3).resolved().optimizer == "adam"
@@ -265,3 +273,29 @@ def test_presets_fill_in_what_is_not_given():
 @pytest.mark.parametrize(("text", "value"), [("1.5M", 1_500_000), ("300k", 300_000), ("42", 42), (0.5e6, 500_000)])
 def test_sizes(text, value):
     assert EncodeConfig(size=text).parameters == value
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_rate_counts(moving_frames, share):
+    files = []
+    for weight in (0.1, 1.0):
+        config = dataclasses.replace(CONFIG, epochs=4, quantization_share=share, rate_weight=weight)
+        result = encode(moving_frames, config)
+        stream = Bitstream.open(result.bitstream)
+        assert stream.header.training["rate_weight"] == weight
+        assert result.report["config"]["quantization_share"] == share
+        bits = {tensor.bits for tensor in stream.read_weights().values()}
+        assert max(bits) <= 8
+        assert min(bits) < 5
+        files.append(result)
+    assert files[1].report["bytes"] < files[0].report["bytes"]
+    assert encode(moving_frames, config).bitstream == files[1].bitstream
+
+
+def test_trained_for_few_bits(moving_frames):
+    results = []
+    for share in (0.0, 0.5):
+        config = dataclasses.replace(CONFIG, epochs=30, weight_bits=4, quantization_share=share, rate_weight=0.0)
+        results.append(encode(moving_frames, config).report)
+    assert results[1]["psnr_db"] > results[0]["psnr_db"] + 0.5
+    assert results[1]["bytes"] < 1.1 * results[0]["bytes"]

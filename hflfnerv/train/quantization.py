@@ -1,0 +1,240 @@
+"""Training with quantised weights: steps by what they cost in error and in bits, and rounding in the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
+from ..models import VideoNetwork
+from .clip import Clip
+
+__all__ = ["EMBEDDINGS", "Quantization", "QuantizationConfig", "StepChooser", "fake_quantize"]
+
+#: The name under which the step of the embeddings is kept beside those of the weights.
+EMBEDDINGS = "embeddings"
+
+_PROBES = 16
+_ITERATIONS = 30
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How a network is trained for quantisation.
+
+    Attributes:
+        epochs: the last so many epochs run with quantised weights and embeddings; 0 to choose the steps alone, for a
+            network that was trained without.
+        rate_weight: w of ``ln(mean squared error) + w ln(bits)``, of which the steps are the optimum: one per cent of
+            the file is worth w per cent of the error. 0 for steps between the extremes.
+        weight_bits: no weight has more bits than these, and no step is finer than so many bits between the extremes.
+        embedding_bits: the same for the embeddings.
+    """
+
+    epochs: int
+    rate_weight: float
+    weight_bits: int
+    embedding_bits: int
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``clip(round(x / step), low, high) * step``, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        return torch.round(x / step).clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
+
+
+def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Return what a decoder will read for ``x``: its values rounded to whole steps, half to even, within a range.
+
+    Args:
+        x: float32, any shape.
+        step: float32 ``[]``.
+        low: the least number of steps.
+        high: the largest.
+
+    Returns:
+        float32 in the shape of ``x``; its gradient is that of the identity (the straight-through estimator).
+
+    Numerics:
+        One division and one multiplication, as :func:`hflfnerv.codec.quantization.quantize_to_levels` and the file.
+    """
+    out: Tensor = _StraightThrough.apply(x, step, low, high)  # type: ignore[no-untyped-call]
+    return out
+
+
+class StepChooser:
+    """Chooses a step for each tensor so that ``ln(error) + w ln(bits)`` of the whole file is least.
+
+    Rounding to steps of ``s`` adds ``h s^2 / 24`` to the error of the clip for each value, with ``h`` the second
+    derivative of the mean squared error by that value, and saves ``log2 s`` bits. So at the optimum
+    ``s^2 = 12 w E / (R h ln 2)`` with the error E and the file's bits R: one step for each tensor, from the mean of
+    ``h`` over its values. ``h`` is that of Gauss and Newton, ``2 / n |df / dx|^2``, estimated on some of the frames
+    from the gradient of a sum with random signs (Hutchinson).
+
+    Args:
+        model: the network, its encoder included.
+        clip: frames and encoder inputs.
+        seed: of the random signs.
+
+    Attributes:
+        error: E, the mean squared error on the frames that were looked at.
+        values: what is to be quantised, by name: the coded parameters, and the embeddings of all frames.
+        curvatures: ``h`` of each, mean over its values.
+    """
+
+    def __init__(self, model: VideoNetwork, clip: Clip, *, seed: int) -> None:
+        device = clip.frames.device
+        parameters = model.coded_parameters()
+        squares = dict.fromkeys(parameters, 0.0)
+        errors, embedding_square = [], 0.0
+        chosen = np.unique(np.linspace(0, len(clip) - 1, _PROBES).round().astype(int)).tolist()
+        generator = torch.Generator().manual_seed(seed)
+        for frame in chosen:
+            index = torch.tensor([frame], device=device)
+            inputs = clip.inputs(index)
+            embedding = None if inputs is None else model.embed(inputs).detach().float().requires_grad_()
+            image = model.decode(embedding, index)
+            signs = torch.randint(0, 2, image.shape, generator=generator).mul_(2).sub_(1).to(image)
+            wanted = [*parameters.values(), *([] if embedding is None else [embedding])]
+            gradients = torch.autograd.grad((image * signs).sum(), wanted)
+            for name, gradient in zip(parameters, gradients, strict=False):
+                squares[name] += float(gradient.square().mean())
+            if embedding is not None:
+                embedding_square += float(gradients[-1].square().mean())
+            errors.append(float((image.detach() - clip.targets(index)).square().mean()))
+        scale = 2.0 / (clip.frames[0].numel() * len(chosen))
+        self.error = float(np.mean(errors))
+        self.values: dict[str, NDArray[np.float32]] = {
+            name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()
+        }
+        self.curvatures = {name: scale * square for name, square in squares.items()}
+        if model.encoder is not None:
+            self.values[EMBEDDINGS] = np.concatenate([*_embeddings(model, clip)])
+            # One frame's embedding changes the error of that frame alone.
+            self.curvatures[EMBEDDINGS] = scale * embedding_square / len(clip)
+
+    def choose(self, config: QuantizationConfig) -> dict[str, Levels]:
+        """Return the levels of each tensor."""
+        bits_of = {name: config.embedding_bits if name == EMBEDDINGS else config.weight_bits for name in self.values}
+        finest = {name: _finest(value, bits_of[name]) for name, value in self.values.items()}
+        exponents = finest
+        if config.rate_weight:
+            # Fewer bits make each of them worth more, and that makes the steps coarser: from fine to coarse until it
+            # holds, at half speed, since the bits follow the steps.
+            bits = self.bits(finest)
+            for _ in range(_ITERATIONS):
+                bit_worth = config.rate_weight * self.error / bits
+                exponents = {name: self._exponent(name, bit_worth, finest[name]) for name in finest}
+                bits = math.sqrt(bits * max(self.bits(exponents), 1.0))
+        return {name: _levels(self.values[name], exponents[name], bits_of[name]) for name in exponents}
+
+    def bits(self, exponents: Mapping[str, int]) -> float:
+        """Return the bits of all symbols with the given steps: order-0 entropy of each tensor."""
+        total = 0.0
+        for name, exponent in exponents.items():
+            symbols = np.rint(self.values[name] / log_steps(np.array(exponent))).astype(np.int64)
+            counts = np.unique(symbols, return_counts=True)[1]
+            total += float((counts * np.log2(symbols.size / counts)).sum())
+        return total
+
+    def _exponent(self, name: str, bit_worth: float, finest: int) -> int:
+        # The quadratic model ends where steps are as large as the values: about two bits each. Without this a network
+        # that has learned little yet, whose error no weight changes by much, would lose them all.
+        coarsest = max(finest, _exponent_of(float(np.sqrt(np.square(self.values[name], dtype=np.float64).mean()))))
+        curvature = self.curvatures[name]
+        if curvature <= 0:
+            return coarsest
+        return min(max(_exponent_of(math.sqrt(12 * bit_worth / (curvature * math.log(2)))), finest), coarsest)
+
+
+def _exponent_of(step: float) -> int:
+    """Return the exponent of the step of the grid that is nearest; the least for 0."""
+    if step <= 0:
+        return MIN_EXPONENT
+    return min(max(round(math.log2(step) * STEPS_PER_OCTAVE), MIN_EXPONENT), MAX_EXPONENT)
+
+
+def _finest(values: NDArray[np.float32], bits: int) -> int:
+    """Return the exponent of the least step that takes a tensor to at most ``2**bits`` levels."""
+    low, high = float(values.min()), float(values.max())
+    exponent = _exponent_of(max((high - low) / 2**bits, max(-low, high, 0.0) / MAX_ZERO_POINT))
+    while exponent < MAX_EXPONENT:
+        first, last = _extremes(values, exponent)
+        if last - first < 2**bits and max(-first, last) <= MAX_ZERO_POINT:
+            break
+        exponent += 1
+    return exponent
+
+
+def _levels(values: NDArray[np.float32], exponent: int, bits: int) -> Levels:
+    """Return ``2**bits`` levels, or what there is of them, with the tensor's own in the middle."""
+    first, last = _extremes(values, exponent)
+    low = max(first - (2**bits - 1 - (last - first)) // 2, -MAX_ZERO_POINT)
+    return Levels(exponent, low, min(low + 2**bits - 1, MAX_ZERO_POINT))
+
+
+def _extremes(values: NDArray[np.float32], exponent: int) -> tuple[int, int]:
+    step = log_steps(np.array(exponent))
+    return round(float(np.rint(values.min() / step))), round(float(np.rint(values.max() / step)))
+
+
+@torch.no_grad()
+def _embeddings(model: VideoNetwork, clip: Clip) -> Iterator[NDArray[np.float32]]:
+    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
+        inputs = clip.inputs(index)
+        assert inputs is not None
+        yield model.embed(inputs).float().cpu().numpy()
+
+
+class Quantization:
+    """Shows a network its weights and embeddings as the file will hold them.
+
+    The weights are rounded to whole steps for the forward and the backward pass, and the gradient goes to the weights
+    themselves (straight through). All of it is operations on tensors, which a CUDA graph can hold.
+
+    Args:
+        model: the network.
+        levels: by parameter and :data:`EMBEDDINGS`.
+    """
+
+    def __init__(self, model: VideoNetwork, levels: Mapping[str, Levels]) -> None:
+        parameters = model.coded_parameters()
+        device = next(iter(parameters.values())).device
+        steps = torch.from_numpy(log_steps(np.array([of.exponent for of in levels.values()]))).to(device)
+        self.levels = dict(levels)
+        self._parameters: list[Tensor] = list(parameters.values())
+        self._steps = dict(zip(levels, steps.unbind(), strict=True))
+        self._names = list(parameters)
+        self._exact = [torch.empty_like(parameter) for parameter in self._parameters]
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Round the weights in their place; :meth:`restore_weights` brings them back."""
+        torch._foreach_copy_(self._exact, self._parameters)
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            parameter.copy_(self._rounded(name, parameter))
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Undo :meth:`round_weights`."""
+        torch._foreach_copy_(self._parameters, self._exact)
+
+    def round_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Return embeddings ``[B, C, h, w]`` as the file will hold them, float32."""
+        return self._rounded(EMBEDDINGS, embeddings.float())
+
+    def _rounded(self, name: str, values: Tensor) -> Tensor:
+        return fake_quantize(values, self._steps[name], self.levels[name].low, self.levels[name].high)
