@@ -55,7 +55,10 @@ std::uint32_t crc32(std::uint32_t crc, const std::uint8_t* data, std::size_t siz
   if (level >= SimdLevel::avx512) taken = detail::crc32_fold_avx512(&state, data, size);
 #endif
 #if defined(HFLFNERV_HAVE_AVX2)
-  if (level >= SimdLevel::avx2) taken += detail::crc32_fold_avx2(&state, data + taken, size - taken);
+  if (level >= SimdLevel::avx2) {
+    if (has_vpclmulqdq()) taken += detail::crc32_fold_vpclmulqdq(&state, data + taken, size - taken);
+    taken += detail::crc32_fold_avx2(&state, data + taken, size - taken);
+  }
 #endif
   (void)level;
   return ~detail::crc32_update(state, data + taken, size - taken);
@@ -73,6 +76,13 @@ std::uint32_t crc32_copy(std::uint32_t crc, std::uint8_t* out, const std::uint8_
     std::memcpy(out, data, taken);
     state = detail::crc32_update(state, data, taken);
     taken += detail::crc32_fold_stream_avx512(&state, out + taken, data + taken, size - taken);
+    crc = ~state;
+  }
+#endif
+#if defined(HFLFNERV_HAVE_AVX2)
+  if (level == SimdLevel::avx2 && has_vpclmulqdq()) {
+    std::uint32_t state = ~crc;
+    taken = detail::crc32_fold_copy_vpclmulqdq(&state, out, data, size);
     crc = ~state;
   }
 #endif
