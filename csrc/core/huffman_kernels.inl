@@ -477,14 +477,23 @@ bool decode_prefix(const HuffmanDecodeTable& table, const std::uint8_t* begin, c
   return decode_careful<S>(table, begin, end, 0, count, out) <= static_cast<std::uint64_t>(end - begin) * 8;
 }
 
-template <class T, int per_flush>
-std::uint8_t* encode_chunk(const std::uint32_t* codes, const T* symbols, std::size_t count, std::uint8_t* out) {
+// A code and its length apart: that saves two instructions a symbol.
+struct SplitCode {
+  std::uint32_t code, length;
+};
+
+inline std::uint64_t code_of(std::uint32_t packed) { return packed & 0xFFFFFF; }
+inline unsigned length_of(std::uint32_t packed) { return packed >> 24; }
+inline std::uint64_t code_of(const SplitCode& split) { return split.code; }
+inline unsigned length_of(const SplitCode& split) { return split.length; }
+
+template <class Code, class T, int per_flush>
+std::uint8_t* encode_chunk(const Code* codes, const T* symbols, std::size_t count, std::uint8_t* out) {
   std::uint64_t bits = 0;
   unsigned used = 0;
   const auto put = [&](T symbol) {
-    const std::uint32_t code = codes[symbol];
-    bits |= std::uint64_t{code & 0xFFFFFF} << used;
-    used += code >> 24;
+    bits |= code_of(codes[symbol]) << used;
+    used += length_of(codes[symbol]);
   };
   const auto flush = [&] {
     store64(out, bits);
@@ -506,12 +515,12 @@ std::uint8_t* encode_chunk(const std::uint32_t* codes, const T* symbols, std::si
   return out;
 }
 
-template <class T, int per_flush>
-std::uint8_t* encode_chunks(const std::uint32_t* codes, const T* symbols, std::size_t count, std::size_t chunk_symbols,
+template <int per_flush, class Code, class T>
+std::uint8_t* encode_chunks(const Code* codes, const T* symbols, std::size_t count, std::size_t chunk_symbols,
                             std::uint8_t* out, std::uint32_t* sizes) {
   while (count > 0) {
     const std::size_t take = count < chunk_symbols ? count : chunk_symbols;
-    std::uint8_t* end = encode_chunk<T, per_flush>(codes, symbols, take, out);
+    std::uint8_t* end = encode_chunk<Code, T, per_flush>(codes, symbols, take, out);
     *sizes++ = static_cast<std::uint32_t>(end - out);
     out = end;
     symbols += take;
@@ -524,10 +533,15 @@ std::uint8_t* encode_chunks(const std::uint32_t* codes, const T* symbols, std::s
 template <class T>
 std::uint8_t* encode_chunks(const std::uint32_t* codes, unsigned max_bits, const T* symbols, std::size_t count,
                             std::size_t chunk_symbols, std::uint8_t* out, std::uint32_t* sizes) {
-  if (max_bits <= 11) return encode_chunks<T, 5>(codes, symbols, count, chunk_symbols, out, sizes);
-  if (max_bits <= 14) return encode_chunks<T, 4>(codes, symbols, count, chunk_symbols, out, sizes);
-  if (max_bits <= 18) return encode_chunks<T, 3>(codes, symbols, count, chunk_symbols, out, sizes);
-  return encode_chunks<T, 2>(codes, symbols, count, chunk_symbols, out, sizes);
+  if constexpr (sizeof(T) == 1) {
+    SplitCode split[256];
+    for (int symbol = 0; symbol < 256; ++symbol) split[symbol] = {codes[symbol] & 0xFFFFFF, codes[symbol] >> 24};
+    return encode_chunks<5>(split, symbols, count, chunk_symbols, out, sizes);
+  }
+  if (max_bits <= 11) return encode_chunks<5>(codes, symbols, count, chunk_symbols, out, sizes);
+  if (max_bits <= 14) return encode_chunks<4>(codes, symbols, count, chunk_symbols, out, sizes);
+  if (max_bits <= 18) return encode_chunks<3>(codes, symbols, count, chunk_symbols, out, sizes);
+  return encode_chunks<2>(codes, symbols, count, chunk_symbols, out, sizes);
 }
 
 // Eight tables, so that a run of equal symbols does not wait for its own last increment.
