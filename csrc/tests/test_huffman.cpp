@@ -65,12 +65,12 @@ void round_trip(const std::vector<T>& symbols, std::uint64_t chunk_symbols) {
 
 void test_crc() {
   const std::uint8_t digits[] = {'1', '2', '3', '4', '5', '6', '7', '8', '9'};
-  std::vector<std::uint8_t> bytes(5000);
+  std::vector<std::uint8_t> bytes(130000);
   for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::uint8_t>(i * i >> 3);
   for (const SimdLevel level : levels()) {
     CHECK(crc32(0, digits, 9, level) == 0xCBF43926);
     for (std::size_t size = 0; size < bytes.size(); size += 1 + size / 16) {
-      const std::uint32_t crc = crc32(7, bytes.data(), size, SimdLevel::scalar);
+      const std::uint32_t crc = ~detail::crc32_update(~7u, bytes.data(), size);  // by table
       CHECK(crc32(7, bytes.data(), size, level) == crc);
       const std::unique_ptr<std::uint8_t[]> copy(new std::uint8_t[size]);
       CHECK(crc32_copy(7, copy.get(), bytes.data(), size, level) == crc);
