@@ -40,4 +40,13 @@ SimdLevel best_simd_level() {
 #endif
 }
 
+bool has_vpclmulqdq() {
+#if defined(HFLFNERV_HAVE_AVX2)
+  static const bool has = best_simd_level() >= SimdLevel::avx2 && __builtin_cpu_supports("vpclmulqdq");
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace hflfnerv

@@ -8,4 +8,7 @@ enum class SimdLevel { scalar = 0, avx2 = 1, avx512 = 2 };
 // The best level that this machine can run and that this build contains.
 SimdLevel best_simd_level();
 
+// Carry-less multiplication of 256-bit registers, which some processors with AVX2 have and some have not.
+bool has_vpclmulqdq();
+
 }  // namespace hflfnerv

@@ -16,9 +16,13 @@ std::uint32_t crc32_copy(std::uint32_t crc, std::uint8_t* out, const std::uint8_
                          SimdLevel level);
 
 namespace detail {
-// `state` is the inverted value. Both fold as many bytes as they can and return how many they took.
+// `state` is the inverted value. All fold as many bytes as they can and return how many they took.
 std::size_t crc32_fold_avx2(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
+std::size_t crc32_fold_vpclmulqdq(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
 std::size_t crc32_fold_avx512(std::uint32_t* state, const std::uint8_t* data, std::size_t size);
+// The same, and copies what it took to `out`.
+std::size_t crc32_fold_copy_vpclmulqdq(std::uint32_t* state, std::uint8_t* out, const std::uint8_t* data,
+                                       std::size_t size);
 // The same, and copies what it took past the caches to `out`, which is aligned to 64 bytes.
 std::size_t crc32_fold_stream_avx512(std::uint32_t* state, std::uint8_t* out, const std::uint8_t* data,
                                      std::size_t size);

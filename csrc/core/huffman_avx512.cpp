@@ -274,7 +274,7 @@ bool decode8_avx512(const HuffmanDecodeTable& table, const HuffmanChunks& chunks
   const std::size_t full = chunks.last_symbols == chunks.chunk_symbols ? chunks.chunks : chunks.chunks - 1;
   // That loop runs faster as compiled for AVX2.
   if (table.multi_steps != nullptr && table.mean_bits <= kShort) return kHuffmanKernelsAvx2.decode8(table, chunks, out);
-  if (full < kWorthwhile || chunks.chunk_symbols < kBatch) return decode_chunks<Symbol8>(table, chunks, out);
+  if (full < kWorthwhile || chunks.chunk_symbols < kBatch) return decode_chunks8<Rows>(table, chunks, out);
   unsigned extra = 0;
   const Canonical8 canonical = canonical8(table, &extra);
   std::size_t c = 0;
@@ -294,7 +294,7 @@ bool decode8_avx512(const HuffmanDecodeTable& table, const HuffmanChunks& chunks
   HuffmanChunks rest = chunks;
   rest.offsets += c;
   rest.chunks -= c;
-  return (rest.chunks == 0 || decode_chunks<Symbol8>(table, rest, out + c * chunks.chunk_symbols)) && good;
+  return (rest.chunks == 0 || decode_chunks8<Rows>(table, rest, out + c * chunks.chunk_symbols)) && good;
 }
 
 // Three bytes for each symbol: the code's low and high byte, and its length.

@@ -86,10 +86,15 @@ std::uint64_t decode_careful(const HuffmanDecodeTable& table, const std::uint8_t
                              std::uint64_t bit, std::size_t count, typename S::Type* out) {
   const typename S::Entry* root = S::root(table);
   const std::uint64_t mask = (std::uint64_t{1} << table.root_bits) - 1;
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto entry = next<S>(table, root, mask, peek(begin, end, bit));
-    out[i] = S::symbol(entry);
-    bit += S::shift(entry);
+  const unsigned per_peek = 57 / table.max_bits;
+  while (count > 0) {
+    std::uint64_t bits = peek(begin, end, bit);
+    for (unsigned i = 0; i < per_peek && count > 0; ++i, --count) {
+      const auto entry = next<S>(table, root, mask, bits);
+      *out++ = S::symbol(entry);
+      bits >>= S::shift(entry);
+      bit += S::shift(entry);
+    }
   }
   return bit;
 }
@@ -161,68 +166,269 @@ bool decode_streams(const HuffmanDecodeTable& table, const std::uint8_t* begin, 
   return decode_streams<S, streams, 2>(table, begin, end, starts, ends, count, stride, out);
 }
 
-// Decodes whole chunks of 8-bit symbols by the table that yields several symbols a look-up.
+constexpr int kLanes8 = 8;
+constexpr int kStageRounds = 32;
+constexpr int kStageSymbols = 5 * kStageRounds;  // of each lane
+
+// Where decode_rounds puts the entry of a lane's i-th symbol, how far apart rounds are, and how the stage becomes
+// bytes.
+struct Rows {
+  static constexpr int at(int lane, int i) { return lane * kStageSymbols + i; }
+  static constexpr int kRound = 5;
+
+  static void write(const std::uint16_t* stage, int count, std::uint8_t* const rows[kLanes8]) {
+    for (int lane = 0; lane < kLanes8; ++lane) narrow(stage + at(lane, 0), count, rows[lane]);
+  }
+  static void narrow(const std::uint16_t* __restrict from, int count, std::uint8_t* __restrict to) {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<std::uint8_t>(from[i] >> 8);
+  }
+};
+
+// Decodes `rounds` times five symbols of each of eight chunks from bit `position[lane]` on, codes of at most 11 bits.
+// Table entries are stored as they are: to take the symbol out of each would be one more instruction for all, and they
+// are made bytes many at a time.
+// Not inlined, because the loop needs every register.
+template <class Layout>
+__attribute__((noinline)) void decode_rounds(const HuffmanDecodeTable& table, const std::uint8_t* begin,
+                                             std::uint64_t position[kLanes8], int rounds, std::uint16_t* stage) {
+  const std::uint16_t* const root = table.root8;
+  const std::uint64_t mask = (std::uint64_t{1} << table.root_bits) - 1;
+  const std::uint64_t marker = std::uint64_t{1} << 63;
+  // Eight streams leave no registers for what is touched once a round. Volatile keeps that in memory and the streams
+  // in registers, which compilers would choose the other way round; it also keeps them from joining the stores.
+  const std::uint8_t* volatile at[kLanes8];
+  std::uint64_t bits[kLanes8];
+#pragma GCC unroll 8
+  for (int s = 0; s < kLanes8; ++s) {
+    const std::uint8_t* const from = begin + (position[s] >> 3);
+    at[s] = from;
+    bits[s] = (load64(from) | marker) >> (position[s] & 7);
+  }
+  volatile std::uint16_t* to = stage;
+  volatile std::uint16_t* const until = to + rounds * Layout::kRound;
+  do {
+#pragma GCC unroll 5
+    for (int i = 0; i < 5; ++i) {
+#pragma GCC unroll 8
+      for (int s = 0; s < kLanes8; ++s) {
+        const std::uint16_t entry = root[bits[s] & mask];
+        to[Layout::at(s, i)] = entry;
+        bits[s] >>= Symbol8::shift(entry);
+      }
+    }
+    to += Layout::kRound;
+#pragma GCC unroll 8
+    for (int s = 0; s < kLanes8; ++s) {
+      const unsigned taken = static_cast<unsigned>(__builtin_clzll(bits[s]));
+      const std::uint8_t* const from = at[s] + (taken >> 3);
+      at[s] = from;
+      bits[s] = (load64(from) | marker) >> (taken & 7);
+    }
+  } while (to != until);
+  for (int s = 0; s < kLanes8; ++s) {
+    const auto bytes = static_cast<std::uint64_t>(at[s] - begin);
+    position[s] = bytes * 8 + static_cast<unsigned>(__builtin_clzll(bits[s]));
+  }
+}
+
+// Decodes the next `count` symbols of eight chunks to `rows` and advances both.
+template <class Layout>
+void decode_lanes8(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint64_t position[kLanes8],
+                   std::size_t count, std::uint8_t* rows[kLanes8]) {
+  const std::uint64_t size = static_cast<std::uint64_t>(chunks.payload_end - chunks.payload);
+  const std::uint64_t most = std::uint64_t{5} * table.max_bits;
+  alignas(64) std::uint16_t stage[kLanes8 * kStageSymbols];
+  while (count >= 5 && size >= 8) {
+    // A round takes at most `most` bits of a lane, so neither these rounds nor the load behind the last of them can
+    // read behind the end, whatever the bits are.
+    const std::uint64_t last = (size - 8) * 8 + 7;
+    std::uint64_t furthest = 0;
+    for (int s = 0; s < kLanes8; ++s) furthest = position[s] > furthest ? position[s] : furthest;
+    if (furthest + most > last) break;
+    std::uint64_t rounds = kStageRounds;
+    if (count < kStageSymbols) rounds = count / 5;
+    if (last - furthest < rounds * most) rounds = (last - furthest) / most;
+    decode_rounds<Layout>(table, chunks.payload, position, static_cast<int>(rounds), stage);
+    Layout::write(stage, static_cast<int>(rounds * 5), rows);
+    for (int s = 0; s < kLanes8; ++s) rows[s] += rounds * 5;
+    count -= rounds * 5;
+  }
+  for (int s = 0; s < kLanes8; ++s) {
+    position[s] = decode_careful<Symbol8>(table, chunks.payload, chunks.payload_end, position[s], count, rows[s]);
+    rows[s] += count;
+  }
+}
+
+// Decodes three to eight chunks from `first` on, the last one perhaps shorter. Lanes to spare repeat another one.
+template <class Layout>
+bool decode_group8(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::size_t first, int lanes,
+                   std::uint8_t* out) {
+  std::uint64_t position[kLanes8];
+  std::uint8_t* rows[kLanes8];
+  for (int s = 0; s < kLanes8; ++s) {
+    const std::size_t chunk = first + static_cast<std::size_t>(s < lanes ? s : lanes - 1);
+    position[s] = chunks.offsets[chunk] * 8;
+    rows[s] = out + chunk * chunks.chunk_symbols;
+  }
+  const bool last = first + static_cast<std::size_t>(lanes) == chunks.chunks;
+  const std::size_t common = last ? chunks.last_symbols : chunks.chunk_symbols;
+  decode_lanes8<Layout>(table, chunks, position, common, rows);
+  bool good = true;
+  if (common < chunks.chunk_symbols) {
+    good &= ends_at(chunks.payload, chunks.offsets[chunks.chunks], position[lanes - 1]);
+    --lanes;
+    for (int s = lanes; s < kLanes8; ++s) {
+      position[s] = position[lanes - 1];
+      rows[s] = rows[lanes - 1];
+    }
+    decode_lanes8<Layout>(table, chunks, position, chunks.chunk_symbols - common, rows);
+  }
+  for (int s = 0; s < lanes; ++s) {
+    good &= ends_at(chunks.payload, chunks.offsets[first + static_cast<std::size_t>(s) + 1], position[s]);
+  }
+  return good;
+}
+
+constexpr int kMultiLookUps = 5;  // in a round
+constexpr std::ptrdiff_t kMultiMostSymbols = kMultiLookUps * kHuffmanMultiMost;
+constexpr std::uint64_t kMultiMostBits = kMultiLookUps * kHuffmanMultiBits;
+static_assert(kMultiMostBits <= 56, "a refill lasts for its look-ups");
+
+// Decodes the rest of a chunk, symbols [at, end), and says whether it ends at byte `chunk_end`. A look-up of several
+// symbols stores eight bytes, so the last few are decoded one at a time.
+inline bool finish_multi(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint64_t position,
+                         std::uint64_t chunk_end, std::uint8_t* at, const std::uint8_t* end) {
+  constexpr auto kMost = static_cast<std::ptrdiff_t>(kHuffmanMultiMost);
+  while (end - at >= kMost) {
+    std::uint64_t bits = peek(chunks.payload, chunks.payload_end, position);
+    for (int i = 0; i < kMultiLookUps && end - at >= kMost; ++i) {
+      const std::uint64_t window = bits & (kHuffmanMultiWindows - 1);
+      const std::uint64_t step = table.multi_steps[window];
+      store64(at, table.multi_symbols[window]);
+      at += step >> 6;
+      bits >>= step & 63;
+      position += step & 63;
+    }
+  }
+  const auto left = static_cast<std::size_t>(end - at);
+  position = decode_careful<Symbol8>(table, chunks.payload, chunks.payload_end, position, left, at);
+  return ends_at(chunks.payload, chunk_end, position);
+}
+
+// A stream of decode_multi. A round that begins with `to` at `limit` or before it stores all within the chunk, and it
+// and the refill behind it load all from within the payload.
+struct MultiStream {
+  const std::uint8_t* at;
+  std::uint64_t bits;  // a 1 above the valid bits
+  std::uint8_t* to;
+  std::uint8_t* limit;
+  std::uint8_t* end;
+  std::size_t chunk;
+};
+
+// Runs rounds until a stream is past its limit.
 template <int streams>
-bool decode_multi(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::size_t first, std::size_t count,
-                  std::uint8_t* out) {
-  constexpr int kPerRefill = 5;
-  constexpr std::size_t kMostSymbols = kPerRefill * kHuffmanMultiMost;
-  static_assert(kPerRefill * kHuffmanMultiBits <= 56, "a refill lasts for its look-ups");
+__attribute__((noinline)) void run_multi(const HuffmanDecodeTable& table, MultiStream* stream) {
   constexpr std::uint64_t kMask = kHuffmanMultiWindows - 1;
-  const std::uint64_t root_mask = (std::uint64_t{1} << table.root_bits) - 1;
-  const std::uint8_t* const begin = chunks.payload;
-  const std::uint64_t size = static_cast<std::uint64_t>(chunks.payload_end - begin);
+  const std::uint64_t marker = std::uint64_t{1} << 63;
   const std::uint64_t* const symbols = table.multi_symbols;
   const std::uint16_t* const steps = table.multi_steps;
-  std::uint64_t position[streams];
-  std::size_t at[streams], end[streams];
-  for (int s = 0; s < streams; ++s) {
-    position[s] = chunks.offsets[first + s] * 8;
-    at[s] = (first + s) * chunks.chunk_symbols;
-    end[s] = at[s] + count;
-  }
-  for (;;) {
-    bool room = true;
-    for (int s = 0; s < streams; ++s) room = room && at[s] + kMostSymbols <= end[s] && (position[s] >> 3) + 8 <= size;
-    if (!room) break;
-    std::uint64_t bits[streams];
-    for (int s = 0; s < streams; ++s) {
-      bits[s] = load64(begin + (position[s] >> 3)) >> (position[s] & 7) | std::uint64_t{1} << 63;
-    }
+  std::uint64_t bits[streams];
+  std::uint8_t* to[streams];
+  const std::uint8_t* volatile at[streams];  // in memory, as in decode_rounds
+  std::uint8_t* volatile limit[streams];
 #pragma GCC unroll 8
-    for (int i = 0; i < kPerRefill; ++i) {
+  for (int s = 0; s < streams; ++s) {
+    bits[s] = stream[s].bits;
+    to[s] = stream[s].to;
+    at[s] = stream[s].at;
+    limit[s] = stream[s].limit;
+  }
+  bool within;
+  do {
+#pragma GCC unroll 5
+    for (int i = 0; i < kMultiLookUps; ++i) {
 #pragma GCC unroll 8
       for (int s = 0; s < streams; ++s) {
         const std::uint64_t window = bits[s] & kMask;
-        const std::uint64_t step = steps[window];
-        store64(out + at[s], symbols[window]);
-        at[s] += step >> 6;
+        std::uint64_t step = steps[window];
+        asm("" : "+r"(step));  // else it is extended a second time, before it is shifted
+        store64(to[s], symbols[window]);
+        to[s] += step >> 6;
         bits[s] >>= step & 63;
       }
     }
-    for (int s = 0; s < streams; ++s) position[s] += static_cast<unsigned>(__builtin_clzll(bits[s]));
-  }
-  // The ends, still in turn: a look-up must not give more than what is left.
-  for (bool more = true; more;) {
-    more = false;
+    within = true;
+#pragma GCC unroll 8
     for (int s = 0; s < streams; ++s) {
-      if (at[s] == end[s]) continue;
-      const std::uint64_t bits = peek(begin, chunks.payload_end, position[s]);
-      if (end[s] - at[s] >= kHuffmanMultiMost) {
-        const std::uint64_t window = bits & kMask;
-        store64(out + at[s], symbols[window]);
-        at[s] += steps[window] >> 6;
-        position[s] += steps[window] & 63;
-      } else {
-        const std::uint16_t entry = table.root8[bits & root_mask];
-        out[at[s]++] = Symbol8::symbol(entry);
-        position[s] += Symbol8::shift(entry);
-      }
-      more = true;
+      const unsigned taken = static_cast<unsigned>(__builtin_clzll(bits[s]));
+      const std::uint8_t* const from = at[s] + (taken >> 3);
+      at[s] = from;
+      bits[s] = (load64(from) | marker) >> (taken & 7);
+      within &= to[s] <= limit[s];
+    }
+  } while (within);
+#pragma GCC unroll 8
+  for (int s = 0; s < streams; ++s) {
+    stream[s].bits = bits[s];
+    stream[s].to = to[s];
+    stream[s].at = at[s];
+  }
+}
+
+// Decodes chunks by the table that yields several symbols a look-up. Each stream takes the next chunk when it is
+// through with one, so that none waits for the others.
+template <int streams>
+bool decode_multi(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint8_t* out) {
+  const std::uint8_t* const begin = chunks.payload;
+  const std::uint64_t size_bits = static_cast<std::uint64_t>(chunks.payload_end - begin) * 8;
+  std::size_t next = 0;
+  bool good = true;
+  const auto position_of = [&](const MultiStream& stream) {
+    const auto bytes = static_cast<std::uint64_t>(stream.at - begin);
+    return bytes * 8 + static_cast<unsigned>(__builtin_clzll(stream.bits));
+  };
+  const auto finish = [&](const MultiStream& stream, std::uint64_t position) {
+    good &= finish_multi(table, chunks, position, chunks.offsets[stream.chunk + 1], stream.to, stream.end);
+  };
+  // Loads a stream from a position and sets its limit; false if not even one round is safe. A look-up gives a symbol at
+  // least, so symbols measure how far the input may be used up.
+  const auto load = [&](MultiStream& stream, std::uint64_t position) {
+    if (stream.end - stream.to < kMultiMostSymbols || position + kMultiMostBits + 64 > size_bits) return false;
+    const std::uint64_t rounds = (size_bits - 64 - position) / kMultiMostBits;
+    const std::uint64_t by_input = (rounds - 1) * kMultiLookUps;
+    const auto by_output = static_cast<std::uint64_t>(stream.end - stream.to - kMultiMostSymbols);
+    stream.limit = stream.to + (by_input < by_output ? by_input : by_output);
+    stream.at = begin + (position >> 3);
+    stream.bits = (load64(stream.at) | std::uint64_t{1} << 63) >> (position & 7);
+    return true;
+  };
+  // Gives a stream its next chunk; false if none is left.
+  const auto start = [&](MultiStream& stream) {
+    while (next < chunks.chunks) {
+      stream.chunk = next++;
+      stream.to = out + stream.chunk * chunks.chunk_symbols;
+      stream.end = stream.to + (next == chunks.chunks ? chunks.last_symbols : chunks.chunk_symbols);
+      const std::uint64_t position = chunks.offsets[stream.chunk] * 8;
+      if (load(stream, position)) return true;
+      finish(stream, position);
+    }
+    return false;
+  };
+  MultiStream stream[streams];
+  int running = 0;
+  while (running < streams && start(stream[running])) ++running;
+  while (running == streams) {
+    run_multi<streams>(table, stream);
+    for (int s = 0; s < running; ++s) {
+      if (stream[s].to <= stream[s].limit) continue;
+      const std::uint64_t position = position_of(stream[s]);
+      if (load(stream[s], position)) continue;
+      finish(stream[s], position);
+      if (!start(stream[s])) stream[s--] = stream[--running];
     }
   }
-  bool good = true;
-  for (int s = 0; s < streams; ++s) good &= ends_at(begin, chunks.offsets[first + s + 1], position[s]);
+  for (int s = 0; s < running; ++s) finish(stream[s], position_of(stream[s]));
   return good;
 }
 
@@ -240,18 +446,29 @@ bool decode_chunks(const HuffmanDecodeTable& table, const HuffmanChunks& chunks,
   const std::size_t full = chunks.last_symbols == chunks.chunk_symbols ? chunks.chunks : chunks.chunks - 1;
   std::size_t c = 0;
   bool good = true;
-  if constexpr (sizeof(typename S::Type) == 1) {
-    if (table.multi_steps != nullptr) {
-      for (; c + 5 <= full; c += 5) good &= decode_multi<5>(table, chunks, c, chunks.chunk_symbols, out);
-      for (; c < full; ++c) good &= decode_multi<1>(table, chunks, c, chunks.chunk_symbols, out);
-      return (c == chunks.chunks || decode_multi<1>(table, chunks, c, chunks.last_symbols, out)) && good;
-    }
-  }
   for (; c + 8 <= full; c += 8) good &= decode_chunks<S, 8>(table, chunks, c, chunks.chunk_symbols, out);
   for (; c + 2 <= full; c += 2) good &= decode_chunks<S, 2>(table, chunks, c, chunks.chunk_symbols, out);
   for (; c < full; ++c) good &= decode_chunks<S, 1>(table, chunks, c, chunks.chunk_symbols, out);
   if (c < chunks.chunks) good &= decode_chunks<S, 1>(table, chunks, c, chunks.last_symbols, out);
   return good;
+}
+
+// All of the above for 8-bit symbols.
+template <class Layout>
+bool decode_chunks8(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint8_t* out) {
+  if (table.multi_steps != nullptr) return decode_multi<5>(table, chunks, out);
+  std::size_t c = 0;
+  bool good = true;
+  constexpr std::size_t kWorthwhile = 3;  // with fewer chunks lanes to spare cost more than they give
+  while (chunks.chunks - c >= kWorthwhile) {
+    const std::size_t lanes = chunks.chunks - c < kLanes8 ? chunks.chunks - c : kLanes8;
+    good &= decode_group8<Layout>(table, chunks, c, static_cast<int>(lanes), out);
+    c += lanes;
+  }
+  HuffmanChunks rest = chunks;
+  rest.offsets += c;
+  rest.chunks -= c;
+  return (rest.chunks == 0 || decode_chunks<Symbol8>(table, rest, out + c * chunks.chunk_symbols)) && good;
 }
 
 template <class S>
@@ -260,14 +477,23 @@ bool decode_prefix(const HuffmanDecodeTable& table, const std::uint8_t* begin, c
   return decode_careful<S>(table, begin, end, 0, count, out) <= static_cast<std::uint64_t>(end - begin) * 8;
 }
 
-template <class T, int per_flush>
-std::uint8_t* encode_chunk(const std::uint32_t* codes, const T* symbols, std::size_t count, std::uint8_t* out) {
+// A code and its length apart: that saves two instructions a symbol.
+struct SplitCode {
+  std::uint32_t code, length;
+};
+
+inline std::uint64_t code_of(std::uint32_t packed) { return packed & 0xFFFFFF; }
+inline unsigned length_of(std::uint32_t packed) { return packed >> 24; }
+inline std::uint64_t code_of(const SplitCode& split) { return split.code; }
+inline unsigned length_of(const SplitCode& split) { return split.length; }
+
+template <class Code, class T, int per_flush>
+std::uint8_t* encode_chunk(const Code* codes, const T* symbols, std::size_t count, std::uint8_t* out) {
   std::uint64_t bits = 0;
   unsigned used = 0;
   const auto put = [&](T symbol) {
-    const std::uint32_t code = codes[symbol];
-    bits |= std::uint64_t{code & 0xFFFFFF} << used;
-    used += code >> 24;
+    bits |= code_of(codes[symbol]) << used;
+    used += length_of(codes[symbol]);
   };
   const auto flush = [&] {
     store64(out, bits);
@@ -289,12 +515,12 @@ std::uint8_t* encode_chunk(const std::uint32_t* codes, const T* symbols, std::si
   return out;
 }
 
-template <class T, int per_flush>
-std::uint8_t* encode_chunks(const std::uint32_t* codes, const T* symbols, std::size_t count, std::size_t chunk_symbols,
+template <int per_flush, class Code, class T>
+std::uint8_t* encode_chunks(const Code* codes, const T* symbols, std::size_t count, std::size_t chunk_symbols,
                             std::uint8_t* out, std::uint32_t* sizes) {
   while (count > 0) {
     const std::size_t take = count < chunk_symbols ? count : chunk_symbols;
-    std::uint8_t* end = encode_chunk<T, per_flush>(codes, symbols, take, out);
+    std::uint8_t* end = encode_chunk<Code, T, per_flush>(codes, symbols, take, out);
     *sizes++ = static_cast<std::uint32_t>(end - out);
     out = end;
     symbols += take;
@@ -307,10 +533,15 @@ std::uint8_t* encode_chunks(const std::uint32_t* codes, const T* symbols, std::s
 template <class T>
 std::uint8_t* encode_chunks(const std::uint32_t* codes, unsigned max_bits, const T* symbols, std::size_t count,
                             std::size_t chunk_symbols, std::uint8_t* out, std::uint32_t* sizes) {
-  if (max_bits <= 11) return encode_chunks<T, 5>(codes, symbols, count, chunk_symbols, out, sizes);
-  if (max_bits <= 14) return encode_chunks<T, 4>(codes, symbols, count, chunk_symbols, out, sizes);
-  if (max_bits <= 18) return encode_chunks<T, 3>(codes, symbols, count, chunk_symbols, out, sizes);
-  return encode_chunks<T, 2>(codes, symbols, count, chunk_symbols, out, sizes);
+  if constexpr (sizeof(T) == 1) {
+    SplitCode split[256];
+    for (int symbol = 0; symbol < 256; ++symbol) split[symbol] = {codes[symbol] & 0xFFFFFF, codes[symbol] >> 24};
+    return encode_chunks<5>(split, symbols, count, chunk_symbols, out, sizes);
+  }
+  if (max_bits <= 11) return encode_chunks<5>(codes, symbols, count, chunk_symbols, out, sizes);
+  if (max_bits <= 14) return encode_chunks<4>(codes, symbols, count, chunk_symbols, out, sizes);
+  if (max_bits <= 18) return encode_chunks<3>(codes, symbols, count, chunk_symbols, out, sizes);
+  return encode_chunks<2>(codes, symbols, count, chunk_symbols, out, sizes);
 }
 
 // Eight tables, so that a run of equal symbols does not wait for its own last increment.
