@@ -21,7 +21,7 @@ from .._device import resolve_device, training_precision
 from .._log_step import Levels
 from .._version import __version__
 from ..config import EncodeConfig
-from ..data import Video, centre_offset, load_video
+from ..data import Video, centre_crop, centre_offset, load_video
 from ..data.selection import as_frame_slice, format_frames
 from ..errors import BackendUnavailable
 from ..metrics import psnr
@@ -108,12 +108,15 @@ def encode(
         observer: told of every stage and training step.
 
     Raises:
+        TypeError: ``config`` is no EncodeConfig.
         FileNotFoundError: there is no such source.
         MediaError: the source cannot be read, or does not fit in memory.
         ValueError: the configuration is impossible for this video.
         CheckpointError: ``config.workdir`` holds another run's checkpoint.
         TrainingInterrupted: stopped by a signal; the same call goes on if there is a ``workdir``.
     """
+    if config is not None and not isinstance(config, EncodeConfig):
+        raise TypeError(f"config must be an EncodeConfig, got {type(config).__name__}")
     config = (config or EncodeConfig()).resolved()
     device = resolve_device(config.device)
     stages = _Stages(observer or _Silent())
@@ -124,6 +127,7 @@ def encode(
         video = load_video(source, frames=config.frames, resize=config.resize, fps=fps)
         count = len(video)
         height, width = config.crop or video.frames.shape[1:3]
+        centre_crop(video.frames[:1], height, width)  # a crop that does not fit is no question of the network's size
         spec = network.plan(config.parameters, count, height, width, preset=config.preset)
         clip = prepare_clip(video.frames, config.encoder_input, crop=config.crop, removed=config.highpass_removed)
 

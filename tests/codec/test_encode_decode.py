@@ -299,3 +299,16 @@ def test_trained_for_few_bits(moving_frames):
         results.append(encode(moving_frames, config).report)
     assert results[1]["psnr_db"] > results[0]["psnr_db"] + 0.5
     assert results[1]["bytes"] < 1.1 * results[0]["bytes"]
+
+
+def test_a_crop_that_does_not_fit_is_said_to_be_that():
+    frames = np.zeros((2, 40, 60, 3), np.uint8)
+    with pytest.raises(
+        ValueError, match=r"crop must be at least 1x1 and fit into the frames of 40x60 .*, got 640x1280"
+    ):
+        encode(frames, EncodeConfig(size="60k", crop=(640, 1280)))
+
+
+def test_config_must_be_one():
+    with pytest.raises(TypeError, match="config must be an EncodeConfig, got dict"):
+        encode(np.zeros((2, 40, 60, 3), np.uint8), {"size": "60k"})
