@@ -146,7 +146,8 @@ class StepChooser:
         total = 0.0
         for name, exponent in exponents.items():
             symbols = np.rint(self.values[name] / log_steps(np.array(exponent))).astype(np.int64)
-            counts = np.unique(symbols, return_counts=True)[1]
+            counts = np.bincount(symbols.ravel() - symbols.min())
+            counts = counts[counts > 0]
             total += float((counts * np.log2(symbols.size / counts)).sum())
         return total
 
