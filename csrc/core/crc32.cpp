@@ -27,13 +27,12 @@ constexpr Tables make_tables() {
 
 constexpr Tables kTables = make_tables();
 
-// Without carry-less multiplication: modulo the polynomial, a block is the sum of itself moved on by each of these
-// numbers of blocks, so exclusive or alone folds it onto later ones (Russell, "Chorba: A novel CRC32 implementation",
-// 2024). That 1 = x^-145 + x^-183 + x^-211 + x^-300 holds for x^256, which is a block, because it holds for x. None of
-// them is near, so no load waits for a store.
-constexpr std::size_t kBlock = 32;
-constexpr std::size_t kDistances[] = {145, 183, 211, 300};
-constexpr std::size_t kRingBytes = kDistances[3] * kBlock;
+// Without carry-less multiplication.
+using detail::kBlock;
+using detail::kDistances;
+using detail::kQuarters;
+using detail::kRingBlocks;
+using detail::kRingBytes;
 
 struct Block {
   std::uint64_t words[4];
@@ -54,16 +53,16 @@ inline Block operator^(Block a, const Block& b) {
 template <int quarter, bool kCopy, bool kLast>
 void fold_quarter(std::uint8_t* ring, std::uint8_t* out, const std::uint8_t* data) {
   constexpr int kFirst = kLast ? quarter : 0;  // of what is added
-  constexpr std::size_t kBegin = quarter == 0 ? 0 : kDistances[(quarter + 3) % 4];
+  constexpr std::size_t kBegin = kQuarters[quarter], kEnd = kQuarters[quarter + 1];
   // Block i - distance is of this round or, where that is below 0, still of the one before.
   const std::uint8_t* from[3];
   for (int i = 0; i < 3; ++i) {
-    from[i] = ring + (kBegin + (i < quarter ? 0 : kDistances[3]) - kDistances[i]) * kBlock;
+    from[i] = ring + (kBegin + (i < quarter ? 0 : kRingBlocks) - kDistances[i]) * kBlock;
   }
   ring += kBegin * kBlock;
   data += kBegin * kBlock;
   if constexpr (kCopy) out += kBegin * kBlock;
-  for (std::size_t at = 0; at < (kDistances[quarter] - kBegin) * kBlock; at += kBlock) {
+  for (std::size_t at = 0; at < (kEnd - kBegin) * kBlock; at += kBlock) {
     const Block block = load(data + at);
     if constexpr (kCopy) std::memcpy(out + at, &block, kBlock);
     Block sum = load(ring + at) ^ block;
