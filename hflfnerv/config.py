@@ -82,8 +82,8 @@ class EncodeConfig:
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
         highpass_removed: fraction of the bandwidth that the high-pass filter removes on each axis.
         quantization_share: the last part of the epochs, in [0, 1], in which the network is trained with its weights
-            and embeddings quantised as in the file; None for the preset's. It must have learned something by then: with
-            weights in large steps from the start it learns nothing.
+            and embeddings quantised as in the file; None for the preset's. It should have learned
+            something by then, since the steps are chosen once.
         rate_weight: how much the size of the file counts beside its error: one per cent of its bits is worth so many
             per cent of the mean squared error. The step of each tensor follows from it. 0 for steps between a tensor's
             extremes; None for the preset's.

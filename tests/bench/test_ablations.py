@@ -23,8 +23,10 @@ def data(tmp_path, moving_frames):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     for module in (ablations, rate, stability):
-        for name, value in (("SIZE", 60_000), ("FRAMES", "0:5"), ("RESIZE", (54, 96)), ("CROP", (48, 96))):
+        for name, value in (("FRAMES", "0:5"), ("RESIZE", (54, 96)), ("CROP", (48, 96))):
             monkeypatch.setattr(module, name, value)
+    for module in (ablations, stability):
+        monkeypatch.setattr(module, "SIZE", 60_000)
 
 
 @pytest.mark.parametrize("name", ablations.VARIANTS)
