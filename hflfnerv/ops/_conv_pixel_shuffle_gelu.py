@@ -173,7 +173,8 @@ def _backward_fake(
     dgrad: str,
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx = x.new_empty(x.shape).contiguous(memory_format=torch.channels_last) if wanted[0] else x.new_empty(0)
+    layout = _winograd.gradient_format(x) if dgrad == "winograd" else torch.channels_last
+    dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
 

@@ -9,7 +9,7 @@ import torch
 from . import _cpp
 from ._check import compute_dtype, half_padding
 
-__all__ = ["forward", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
+__all__ = ["forward", "gradient_format", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -45,6 +45,16 @@ def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torc
     """Return y in the layout that PyTorch's convolution gives: channels-last where x or weight is, else contiguous."""
     channels_last = (t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
     return y if any(channels_last) else y.contiguous()
+
+
+def gradient_format(x: torch.Tensor) -> torch.memory_format:
+    """Return the layout of the gradient of x, which is x's own.
+
+    Not every operation takes another: the backward pass of ``nn.InstanceNorm2d`` on the CPU (torch 2.13) gives wrong
+    numbers for a channels-last gradient of a contiguous result.
+    """
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:
@@ -122,11 +132,13 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of x and weight, as far as they are wanted, for dz in the order (i, j, c)."""
     module, sizes, threads = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads()
+    x_format = gradient_format(x)
     dz, x = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x))
     dx = dweight = None
     if wanted[0]:
         packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(*x.shape)
         module.winograd_dgrad(sizes, *(_cpp.address(t) for t in (dz, packed, dx)), threads=threads)
+        dx = dx.contiguous(memory_format=x_format)
     if wanted[1]:
         dweight = _empty(*weight.shape)
         module.winograd_wgrad(sizes, *(_cpp.address(t) for t in (x, dz, dweight)), threads=threads)

@@ -138,6 +138,21 @@ def test_noncontiguous():
 
 
 @needs_vectors
+def test_before_it_a_norm_that_takes_gradients_in_its_own_layout_alone():
+    x, weight, bias = (t.contiguous() for t in operands(SHAPES[0]))
+    norm = torch.nn.InstanceNorm2d(33)
+    dy = make_tensor(1, 28, 34, 42, seed=3)
+
+    def gradient(impl, dtype=torch.float32):
+        leaf = x.to(dtype).requires_grad_()
+        y = ops.conv_pixel_shuffle_gelu(norm(leaf), weight.to(dtype), bias.to(dtype), 2, padding=2, impl=impl)
+        return torch.autograd.grad(y, leaf, dy.to(dtype))[0]
+
+    expected = gradient("reference", torch.float64)
+    assert (gradient("winograd") - expected).norm() <= 1e-4 * expected.norm()
+
+
+@needs_vectors
 def test_deterministic_whatever_the_threads_and_the_batch():
     shape = (3, 33, 7, 2, 61, 67, 5)
     tensors = operands(shape)
