@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .._device import autocast_dtype
 from .._impl import Implementation, ImplementationTable
-from ..models import VideoNetwork
+from ..models import ModelSpec, VideoNetwork
+from ..models.streams import DecoderStream
+from ..ops import output_stage
 
-__all__ = ["DECODE", "OUTPUT_GROUPS", "Embeddings", "Engine", "ModuleEngine", "make_engine", "to_uint8"]
+__all__ = ["DECODE", "OUTPUT_GROUPS", "Embeddings", "Engine", "ModuleEngine", "draw", "make_engine", "to_uint8"]
 
 #: Gives the embeddings of frames as float32 ``[n, C, h, w]`` on the CPU, or None for a network that has none.
 Embeddings = Callable[[Sequence[int]], "torch.Tensor | None"]
@@ -65,6 +68,32 @@ class Engine(ABC):
         """Write frames into ``out``, uint8 ``[n, H, W, 3]``, contiguous."""
         for row, frame in zip(out, self.frames(indices), strict=True):
             row[...] = frame
+
+
+def draw(streams: Sequence[DecoderStream], stems: Sequence[Tensor], spec: ModelSpec, *, as_bytes: bool) -> Tensor:
+    """Make frames ``[B, H, W, 3]``, uint8 or float32, by the fused operations.
+
+    Args:
+        streams: of the network, in the order of ``spec.streams``.
+        stems: what each stream's upsampling blocks start from, as :meth:`VideoNetwork.stems` returns it.
+        spec: the network's.
+        as_bytes: whether frames are uint8.
+    """
+    groups, scales = OUTPUT_GROUPS[len(streams)]
+    # The kernels of the first blocks look at the memory order.
+    features = [
+        stream.upsample(stem.contiguous(memory_format=torch.channels_last))
+        for stream, stem in zip(streams, stems, strict=True)
+    ]
+    return output_stage(
+        features,
+        [stream.head.weight for stream in streams],
+        [stream.head.bias for stream in streams],
+        groups=groups,
+        scales=scales,
+        crop=(spec.height, spec.width),
+        as_bytes=as_bytes,
+    )
 
 
 class ModuleEngine(Engine):

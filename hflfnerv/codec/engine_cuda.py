@@ -19,8 +19,8 @@ from torch import Tensor
 from .._device import autocast_dtype, exact_convolutions, first_line
 from ..models import ModelSpec, VideoNetwork
 from ..models.streams import DecoderStream
-from ..ops import PackedWeights, output_stage
-from .engine import OUTPUT_GROUPS, Embeddings, Engine, to_uint8
+from ..ops import PackedWeights
+from .engine import OUTPUT_GROUPS, Embeddings, Engine, draw, to_uint8
 
 __all__ = ["CudaEngine", "rejects"]
 
@@ -162,20 +162,9 @@ class CudaEngine(Engine):
 
     def _render(self, index: Tensor, *, as_bytes: bool = True) -> Tensor:
         """Make frames ``[B, H, W, 3]``, uint8 or float32."""
-        # index_select forgets the memory order, which the kernels of the first blocks look at.
-        stems = [stem.index_select(0, index).contiguous(memory_format=torch.channels_last) for stem in self._stems]
-        groups, scales = OUTPUT_GROUPS[len(stems)]
-        heads = [stream.head for stream in self._streams]
+        stems = [stem.index_select(0, index) for stem in self._stems]
         with self._current_device(), self._packed, exact_convolutions():
-            return output_stage(
-                [stream.upsample(stem) for stream, stem in zip(self._streams, stems, strict=True)],
-                [head.weight for head in heads],
-                [head.bias for head in heads],
-                groups=groups,
-                scales=scales,
-                crop=(self.spec.height, self.spec.width),
-                as_bytes=as_bytes,
-            )
+            return draw(self._streams, stems, self.spec, as_bytes=as_bytes)
 
     def _program(self, batch: int) -> _Program:
         program = self._programs.get(batch)

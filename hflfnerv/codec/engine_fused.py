@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..models import VideoNetwork
 from ..models.streams import DecoderStream
-from ..ops import PackedWeights, output_stage
-from .engine import OUTPUT_GROUPS, Embeddings, Engine
+from ..ops import PackedWeights
+from .engine import OUTPUT_GROUPS, Embeddings, Engine, draw
 
 __all__ = ["FusedEngine", "rejects"]
 
@@ -54,19 +54,5 @@ class FusedEngine(Engine):
     def _frame(self, index: int, *, as_bytes: bool) -> Tensor:
         """Make a frame ``[H, W, 3]``, uint8 or float32."""
         stems = self._model.stems(self.embeddings([index]), torch.tensor([index]))
-        groups, scales = OUTPUT_GROUPS[len(stems)]
-        heads = [stream.head for stream in self._streams]
         with self._packed:
-            features = [
-                stream.upsample(stem.contiguous(memory_format=torch.channels_last))
-                for stream, stem in zip(self._streams, stems, strict=True)
-            ]
-        return output_stage(
-            features,
-            [head.weight for head in heads],
-            [head.bias for head in heads],
-            groups=groups,
-            scales=scales,
-            crop=(self.spec.height, self.spec.width),
-            as_bytes=as_bytes,
-        )[0]
+            return draw(self._streams, stems, self.spec, as_bytes=as_bytes)[0]

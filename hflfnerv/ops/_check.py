@@ -11,6 +11,7 @@ __all__ = [
     "check_upscale_factor",
     "compute_dtype",
     "half_padding",
+    "memory_format_of",
 ]
 
 
@@ -55,3 +56,9 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def half_padding(weight: torch.Tensor) -> tuple[int, int]:
     """Return the padding that keeps the size of an image under an odd kernel."""
     return weight.shape[2] // 2, weight.shape[3] // 2
+
+
+def memory_format_of(x: torch.Tensor) -> torch.memory_format:
+    """Return channels-last where x is that and nothing else, contiguous otherwise."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

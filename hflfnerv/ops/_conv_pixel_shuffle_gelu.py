@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _cpp, _cuda, _winograd
-from ._check import half_padding
+from ._check import half_padding, memory_format_of
 from ._library import register
 
 __all__ = ["conv2d_gradients"]
@@ -173,7 +173,7 @@ def _backward_fake(
     dgrad: str,
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _winograd.gradient_format(x) if dgrad == "winograd" else torch.channels_last
+    layout = memory_format_of(x) if dgrad == "winograd" else torch.channels_last
     dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)

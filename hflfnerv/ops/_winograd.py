@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from . import _cpp
-from ._check import compute_dtype, half_padding
+from ._check import compute_dtype, half_padding, memory_format_of
 
-__all__ = ["forward", "gradient_format", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
+__all__ = ["forward", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -43,18 +43,7 @@ def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return y in the layout that PyTorch's convolution gives: channels-last where x or weight is, else contiguous."""
-    channels_last = (t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
-    return y if any(channels_last) else y.contiguous()
-
-
-def gradient_format(x: torch.Tensor) -> torch.memory_format:
-    """Return the layout of the gradient of x, which is x's own.
-
-    Not every operation takes another: the backward pass of ``nn.InstanceNorm2d`` on the CPU (torch 2.13) gives wrong
-    numbers for a channels-last gradient of a contiguous result.
-    """
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return y if torch.channels_last in (memory_format_of(x), memory_format_of(weight)) else y.contiguous()
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:
@@ -132,7 +121,9 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of x and weight, as far as they are wanted, for dz in the order (i, j, c)."""
     module, sizes, threads = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads()
-    x_format = gradient_format(x)
+    # The gradient of x has x's layout. Not every operation before takes another: the backward pass of nn.InstanceNorm2d
+    # on the CPU (torch 2.13) gives wrong numbers for a channels-last gradient of a contiguous result.
+    x_format = memory_format_of(x)
     dz, x = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x))
     dx = dweight = None
     if wanted[0]:

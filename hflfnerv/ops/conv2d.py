@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
 from . import _cpp, _winograd
-from ._check import check_like, check_tensor, compute_dtype, half_padding
+from ._check import check_like, check_tensor, compute_dtype, half_padding, memory_format_of
 from ._library import register
 
 __all__ = ["CONV2D", "conv2d"]
@@ -60,7 +60,7 @@ def _backward(
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [*wanted[:2], False]
         )
-        dx = None if dx is None else dx.contiguous(memory_format=_winograd.gradient_format(x))
+        dx = None if dx is None else dx.contiguous(memory_format=memory_format_of(x))
         dweight = None if dweight is None else torch.empty_like(weight).copy_(dweight)
     else:
         dx, dweight = _winograd.gradients(dy, x, weight, 1, wanted)
@@ -71,7 +71,7 @@ def _backward(
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = _winograd.gradient_format(x)
+    layout = memory_format_of(x)
     dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)

@@ -15,7 +15,7 @@ from . import (
     _cuda,
     _winograd,
 )
-from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype
+from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype, memory_format_of
 from ._triton import rejects_tensor, unavailable
 from .packed_weights import kept_weight
 from .pixel_shuffle_gelu import image_is_small, pixel_shuffle_gelu, rejects_shape
@@ -160,10 +160,6 @@ def _run_cuda(call: Call) -> torch.Tensor:
     return out
 
 
-def _is_channels_last(t: torch.Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
 def _cpp_rejects(call: Call) -> str | None:
     x, weight, bias = call[:3]
     if x.device.type != "cpu":
@@ -172,7 +168,7 @@ def _cpp_rejects(call: Call) -> str | None:
         return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
     if _wants_gradient(x, weight, bias):
         return "a gradient is wanted, and this kernel is for inference alone; 'conv2d+cpp' has gradients"
-    if not _is_channels_last(x) and not _is_channels_last(weight):
+    if torch.channels_last not in (memory_format_of(x), memory_format_of(weight)):
         return "neither x nor weight is channels-last; use .to(memory_format=torch.channels_last)"
     if x.numel() == 0 or weight.numel() == 0:
         return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"

@@ -9,7 +9,7 @@ import torch
 from .._impl import Implementation, ImplementationTable
 from ..reference import pixel_shuffle_gelu as reference
 from . import _cpp
-from ._check import check_approximate, check_like, check_tensor, check_upscale_factor
+from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, memory_format_of
 from ._library import register
 from ._triton import rejects_tensor, unavailable
 
@@ -18,13 +18,6 @@ __all__ = ["PIXEL_SHUFFLE_GELU", "image_is_small", "pixel_shuffle_gelu", "reject
 _INT32_MAX = 2**31 - 1
 _MAX_UPSCALE_FACTOR = 32
 _SMALL_IMAGE = 2**15
-
-
-def output_memory_format(x: torch.Tensor) -> torch.memory_format:
-    """Return the layout that the kernels read and write: channels-last where x is that and nothing else."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def rejects_shape(r: int, channels: int, height: int, width: int) -> str | None:
@@ -78,7 +71,7 @@ PIXEL_SHUFFLE_GELU = ImplementationTable(
 
 def _cpp_arguments(x: torch.Tensor, r: int, approximate: str) -> tuple[Any, ...]:
     batch, channels, height, width = x.shape
-    channels_last = output_memory_format(x) == torch.channels_last
+    channels_last = memory_format_of(x) == torch.channels_last
     dtype = str(x.dtype).removeprefix("torch.")
     return [batch, channels // (r * r), r, height, width], channels_last, dtype, approximate == "tanh"
 
@@ -98,7 +91,7 @@ def _cpp_forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate
 def _cpp_backward(
     dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=output_memory_format(x))
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format_of(x))
     dbias = None if bias is None else torch.zeros(x.shape[1])
     if dx.numel() > 0:
         biases = _cpp.float_bias(bias)
@@ -111,7 +104,7 @@ def _cpp_backward(
 
 
 def _forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str) -> torch.Tensor:
-    layout = output_memory_format(x)
+    layout = memory_format_of(x)
     x = x.contiguous(memory_format=layout)
     if impl == "reference":
         return reference.pixel_shuffle_gelu(x, r, bias, approximate=approximate).contiguous(memory_format=layout)
@@ -129,14 +122,14 @@ def _forward_fake(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximat
         (batch, channels // (r * r), height * r, width * r),
         dtype=x.dtype,
         device=x.device,
-        memory_format=output_memory_format(x),
+        memory_format=memory_format_of(x),
     )
 
 
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = output_memory_format(x)
+    layout = memory_format_of(x)
     dy, x = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
     if impl == "reference":
         dx, dbias = reference.pixel_shuffle_gelu_backward(dy, x, r, bias, approximate=approximate)
@@ -153,7 +146,7 @@ def _backward(
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=output_memory_format(x))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return dx, x.new_empty(0 if bias is None else x.shape[1])
 
 
