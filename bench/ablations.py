@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 # Before torch is loaded; see hflfnerv.cli.main.
@@ -303,24 +303,46 @@ def filled(document: str, rows: Sequence[Row]) -> str:
     return "\n".join([f"{head}<!-- table -->", *table(rows), f"<!-- /table -->{tail}"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run variants, or write the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ablations", description=__doc__.splitlines()[0])
+def variants_parser(
+    module: str, document: str | None, variants: Iterable[str], results: pathlib.Path
+) -> argparse.ArgumentParser:
+    """Return the command line of a table of variants: what to run, on what, and where its rows are.
+
+    Args:
+        module: what ``python -m`` calls.
+        document: its docstring.
+        variants: their names.
+        results: where the rows are unless the command line says otherwise.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(document or "").splitlines()[0])
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("variants", nargs="*", help=f"all if none is named: {', '.join(VARIANTS)}")
+    parser.add_argument("variants", nargs="*", help=f"all if none is named: {', '.join(variants)}")
     parser.add_argument("--data", type=pathlib.Path, help="folder that holds davis480p")
-    parser.add_argument("--clips", nargs="+", default=["soapbox"], help=f"of {', '.join(CLIPS)} (default: soapbox)")
+    parser.add_argument("--clips", nargs="+", default=[CLIPS[0]], help=f"of {', '.join(CLIPS)} (default: {CLIPS[0]})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="(default: 1)")
-    parser.add_argument("--results", type=pathlib.Path, default=PATH, help="(default: bench/results/ablations.jsonl)")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "report":
-        DOCUMENT.write_text(filled(DOCUMENT.read_text(), read_rows(arguments.results)))
-        return 0
-    unknown = sorted(set(arguments.variants) - set(VARIANTS))
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=results, help=f"(default: {results.relative_to(ROOT).as_posix()})"
+    )
+    return parser
+
+
+def check_variants(parser: argparse.ArgumentParser, arguments: argparse.Namespace, variants: Iterable[str]) -> None:
+    """End with a usage error where there is no such variant, or no folder of clips."""
+    unknown = sorted(set(arguments.variants) - set(variants))
     if unknown or arguments.data is None:
         parser.error(
             f"unknown variants: {', '.join(unknown)}" if unknown else "--data must name the folder of davis480p"
         )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run variants, or write the table."""
+    parser = variants_parser("bench.ablations", __doc__, VARIANTS, PATH)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        DOCUMENT.write_text(filled(DOCUMENT.read_text(), read_rows(arguments.results)))
+        return 0
+    check_variants(parser, arguments, VARIANTS)
     for name in arguments.variants or VARIANTS:
         for clip in arguments.clips:
             for seed in arguments.seeds:

@@ -8,7 +8,6 @@ tables of ``docs/ablations.md``.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -33,7 +32,7 @@ from hflfnerv.errors import BackendUnavailable
 from hflfnerv.models import MODELS, build_model
 from hflfnerv.train import QuantizationConfig, StepChooser, TrainConfig, Trainer, prepare_clip
 
-from .ablations import CROP, DOCUMENT, EPOCHS, FRAMES, RESIZE
+from .ablations import CLIPS, CROP, DOCUMENT, EPOCHS, FRAMES, RESIZE, check_variants, variants_parser
 from .reproduce import append_row, is_done, read_rows, results_path
 from .run import RESULTS, environment
 
@@ -42,7 +41,6 @@ __all__ = ["VARIANTS", "Variant", "filled", "run", "tables"]
 Row = dict[str, Any]
 Patch = Callable[[Trainer], None]
 PATH = RESULTS / "rate.jsonl"
-CLIPS = ("soapbox", "camel", "motocross-jump")
 SIZE = "0.15M"
 #: The smallest network of ``best`` at this scale has 60,064 parameters.
 SIZES = ("0.062M", "0.08M", "0.15M", "0.3M")
@@ -294,23 +292,13 @@ def filled(document: str, rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run variants, or write the tables."""
     keep_freed_memory()
-    parser = argparse.ArgumentParser(prog="python -m bench.rate", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("variants", nargs="*", help=f"all if none is named: {', '.join(VARIANTS)}")
-    parser.add_argument("--data", type=pathlib.Path, help="folder that holds davis480p")
-    parser.add_argument("--clips", nargs="+", default=[CLIPS[0]], help=f"(default: {CLIPS[0]})")
+    parser = variants_parser("bench.rate", __doc__, VARIANTS, PATH)
     parser.add_argument("--sizes", nargs="+", default=[SIZE], help=f"(default: {SIZE})")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="(default: 1)")
-    parser.add_argument("--results", type=pathlib.Path, default=PATH, help="(default: bench/results/rate.jsonl)")
     arguments = parser.parse_args(argv)
     if arguments.command == "report":
         DOCUMENT.write_text(filled(DOCUMENT.read_text(), read_rows(arguments.results)))
         return 0
-    unknown = sorted(set(arguments.variants) - set(VARIANTS))
-    if unknown or arguments.data is None:
-        parser.error(
-            f"unknown variants: {', '.join(unknown)}" if unknown else "--data must name the folder of davis480p"
-        )
+    check_variants(parser, arguments, VARIANTS)
     for clip in arguments.clips:
         for size in arguments.sizes:
             for seed in arguments.seeds:
