@@ -129,7 +129,14 @@ struct Reader {
     good = false;
     return 0;
   }
+  // At most 32 bits.
   std::uint64_t bits(unsigned count) {
+    if (left() >= 8) {
+      const std::uint64_t value = get_little(at, 8) >> used & ((std::uint64_t{1} << count) - 1);
+      at += (used + count) >> 3;
+      used = (used + count) & 7;
+      return value;
+    }
     std::uint64_t value = 0;
     for (unsigned i = 0; i < count; ++i) {
       if (at == end) {
@@ -532,6 +539,7 @@ struct DecodeTables {
   HuffmanDecodeTable table;
   std::vector<std::uint64_t> multi_symbols;
   std::vector<std::uint16_t> multi_steps;
+  std::uint8_t lengths8[256] = {};
   std::vector<std::uint16_t> root8;
   std::vector<std::uint32_t> root16;
   std::vector<std::uint16_t> sorted;
@@ -579,8 +587,7 @@ DecodeTables::DecodeTables(const HuffmanGroup& group) {
 // Several symbols a look-up, from the table of single ones. A state is a 1 above the bits that are left of a window; it
 // holds its first symbol, and then what the state behind that holds, up to the most that one look-up gives.
 void DecodeTables::build_multi() {
-  std::uint8_t lengths[256];
-  for (const std::uint16_t entry : root8) lengths[entry >> 8] = static_cast<std::uint8_t>(entry);
+  for (const std::uint16_t entry : root8) lengths8[entry >> 8] = static_cast<std::uint8_t>(entry);
   multi_symbols.resize(2 * kHuffmanMultiWindows);
   multi_steps.resize(2 * kHuffmanMultiWindows);
   for (unsigned bits = 1; bits <= kHuffmanMultiBits; ++bits) {
@@ -590,13 +597,14 @@ void DecodeTables::build_multi() {
       if (length > bits) continue;
       std::uint64_t rest = multi_symbols[state >> length];
       std::uint32_t step = multi_steps[state >> length];
-      if (step >> 6 == kHuffmanMultiMost) step -= 1u << 6 | lengths[rest >> 56];
+      if (step >> 6 == kHuffmanMultiMost) step -= 1u << 6 | lengths8[rest >> 56];
       multi_symbols[state] = rest << 8 | entry >> 8;
       multi_steps[state] = static_cast<std::uint16_t>(step + (1u << 6 | length));
     }
   }
   table.multi_symbols = multi_symbols.data() + kHuffmanMultiWindows;
   table.multi_steps = multi_steps.data() + kHuffmanMultiWindows;
+  table.lengths8 = lengths8;
 }
 
 bool is_one_raw_array(const std::vector<std::unique_ptr<HuffmanGroup>>& groups) {

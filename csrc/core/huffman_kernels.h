@@ -24,6 +24,7 @@ struct HuffmanDecodeTable {
   // are short, else null.
   const std::uint64_t* multi_symbols = nullptr;
   const std::uint16_t* multi_steps = nullptr;
+  const std::uint8_t* lengths8 = nullptr;  // of each 8-bit symbol's code, made with them
   double mean_bits = 0;  // of a code, where symbols occur as often as their codes allow for
   // Canonical search for longer codes, on the next max_bits bits with the first bit most significant.
   std::uint32_t limit[kHuffmanMaxBits + 1] = {};  // codes of at most this length are below it

@@ -315,15 +315,16 @@ inline bool finish_multi(const HuffmanDecodeTable& table, const HuffmanChunks& c
   return ends_at(chunks.payload, chunk_end, position);
 }
 
-// A stream of decode_multi. A round that begins with `to` at `limit` or before it stores all within the chunk, and it
-// and the refill behind it load all from within the payload.
+// A stream of decode_multi: a chunk, and those up to `last` to be decoded after it. A round that begins with `to` at
+// `limit` or before it stores all where this stream is still to decode, and it and the refill behind it load all from
+// within the payload.
 struct MultiStream {
   const std::uint8_t* at;
   std::uint64_t bits;  // a 1 above the valid bits
   std::uint8_t* to;
   std::uint8_t* limit;
-  std::uint8_t* end;
-  std::size_t chunk;
+  std::uint8_t* end;  // of the chunk
+  std::size_t chunk, last;
 };
 
 // Runs rounds until a stream is past its limit.
@@ -376,59 +377,105 @@ __attribute__((noinline)) void run_multi(const HuffmanDecodeTable& table, MultiS
   }
 }
 
-// Decodes chunks by the table that yields several symbols a look-up. Each stream takes the next chunk when it is
-// through with one, so that none waits for the others.
-template <int streams>
-bool decode_multi(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint8_t* out) {
+constexpr int kMultiStreams = 5;
+
+inline void run_multi(const HuffmanDecodeTable& table, MultiStream* stream, int streams) {
+  switch (streams) {
+    case 5: return run_multi<5>(table, stream);
+    case 4: return run_multi<4>(table, stream);
+    case 3: return run_multi<3>(table, stream);
+    case 2: return run_multi<2>(table, stream);
+    default: return run_multi<1>(table, stream);
+  }
+}
+
+// Decodes chunks by the table that yields several symbols a look-up. Each stream decodes a run of chunks in order, so
+// that what it stores behind the end of one is decoded over; when it is through it takes half of what another has left.
+inline bool decode_multi(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint8_t* out) {
   const std::uint8_t* const begin = chunks.payload;
   const std::uint64_t size_bits = static_cast<std::uint64_t>(chunks.payload_end - begin) * 8;
-  std::size_t next = 0;
   bool good = true;
-  const auto position_of = [&](const MultiStream& stream) {
-    const auto bytes = static_cast<std::uint64_t>(stream.at - begin);
-    return bytes * 8 + static_cast<unsigned>(__builtin_clzll(stream.bits));
-  };
-  const auto finish = [&](const MultiStream& stream, std::uint64_t position) {
-    good &= finish_multi(table, chunks, position, chunks.offsets[stream.chunk + 1], stream.to, stream.end);
+  const auto out_of = [&](std::size_t chunk) {
+    if (chunk < chunks.chunks) return out + chunk * chunks.chunk_symbols;
+    return out + (chunk - 1) * chunks.chunk_symbols + chunks.last_symbols;
   };
   // Loads a stream from a position and sets its limit; false if not even one round is safe. A look-up gives a symbol at
   // least, so symbols measure how far the input may be used up.
   const auto load = [&](MultiStream& stream, std::uint64_t position) {
-    if (stream.end - stream.to < kMultiMostSymbols || position + kMultiMostBits + 64 > size_bits) return false;
+    const bool over = out_of(stream.last) - stream.end >= kMultiMostSymbols;
+    const std::ptrdiff_t room = stream.end - stream.to - (over ? 1 : kMultiMostSymbols);
+    if (room < 0 || position + kMultiMostBits + 64 > size_bits) return false;
     const std::uint64_t rounds = (size_bits - 64 - position) / kMultiMostBits;
     const std::uint64_t by_input = (rounds - 1) * kMultiLookUps;
-    const auto by_output = static_cast<std::uint64_t>(stream.end - stream.to - kMultiMostSymbols);
+    const auto by_output = static_cast<std::uint64_t>(room);
     stream.limit = stream.to + (by_input < by_output ? by_input : by_output);
     stream.at = begin + (position >> 3);
     stream.bits = (load64(stream.at) | std::uint64_t{1} << 63) >> (position & 7);
     return true;
   };
-  // Gives a stream its next chunk; false if none is left.
-  const auto start = [&](MultiStream& stream) {
-    while (next < chunks.chunks) {
-      stream.chunk = next++;
-      stream.to = out + stream.chunk * chunks.chunk_symbols;
-      stream.end = stream.to + (next == chunks.chunks ? chunks.last_symbols : chunks.chunk_symbols);
-      const std::uint64_t position = chunks.offsets[stream.chunk] * 8;
-      if (load(stream, position)) return true;
-      finish(stream, position);
+  const auto enter = [&](MultiStream& stream, std::size_t chunk) {
+    stream.chunk = chunk;
+    stream.to = out_of(chunk);
+    stream.end = out_of(chunk + 1);
+    return load(stream, chunks.offsets[chunk] * 8);
+  };
+  // Decodes what is left of a stream's chunk from `position` on, or goes back to the chunk's end, and checks it.
+  const auto finish = [&](const MultiStream& stream, std::uint64_t position) {
+    const std::uint64_t chunk_end = chunks.offsets[stream.chunk + 1];
+    if (stream.to < stream.end) {
+      good &= finish_multi(table, chunks, position, chunk_end, stream.to, stream.end);
+      return;
+    }
+    for (const std::uint8_t* past = stream.end; past < stream.to; ++past) position -= table.lengths8[*past];
+    good &= ends_at(begin, chunk_end, position);
+  };
+  // Enters the next chunk that is long enough for a round; false if the stream has none.
+  const auto next = [&](MultiStream& stream) {
+    while (stream.chunk + 1 < stream.last) {
+      if (enter(stream, stream.chunk + 1)) return true;
+      finish(stream, chunks.offsets[stream.chunk] * 8);
     }
     return false;
   };
-  MultiStream stream[streams];
+  const auto start = [&](MultiStream& stream, std::size_t first, std::size_t last) {
+    stream.last = last;
+    if (enter(stream, first)) return true;
+    finish(stream, chunks.offsets[first] * 8);
+    return next(stream);
+  };
+  MultiStream stream[kMultiStreams];
   int running = 0;
-  while (running < streams && start(stream[running])) ++running;
-  while (running == streams) {
-    run_multi<streams>(table, stream);
+  // Starts a stream in the second half of what the one with most left has behind its chunk and out of its reach.
+  const auto take = [&](MultiStream& idle) {
+    MultiStream* most = stream;
+    for (int s = 1; s < running; ++s) {
+      if (stream[s].last - stream[s].chunk > most->last - most->chunk) most = stream + s;
+    }
+    const std::size_t last = most->last, middle = (most->chunk + 1 + last) / 2;
+    if (middle == last || out_of(middle) - most->end < kMultiMostSymbols) return false;
+    most->last = middle;
+    return start(idle, middle, last);
+  };
+  std::size_t first = 0;
+  for (int left = kMultiStreams; left > 0; --left) {
+    const std::size_t last = first + (chunks.chunks - first) / static_cast<std::size_t>(left);
+    if (first < last && start(stream[running], first, last)) ++running;
+    first = last;
+  }
+  while (running > 0) {
+    run_multi(table, stream, running);
     for (int s = 0; s < running; ++s) {
-      if (stream[s].to <= stream[s].limit) continue;
-      const std::uint64_t position = position_of(stream[s]);
-      if (load(stream[s], position)) continue;
-      finish(stream[s], position);
-      if (!start(stream[s])) stream[s--] = stream[--running];
+      MultiStream& at = stream[s];
+      if (at.to <= at.limit) continue;
+      const auto bytes = static_cast<std::uint64_t>(at.at - begin);
+      const std::uint64_t position = bytes * 8 + static_cast<unsigned>(__builtin_clzll(at.bits));
+      if (at.to < at.end && load(at, position)) continue;
+      finish(at, position);
+      if (next(at) || take(at)) continue;
+      at = stream[--running];
+      --s;
     }
   }
-  for (int s = 0; s < running; ++s) finish(stream[s], position_of(stream[s]));
   return good;
 }
 
@@ -456,7 +503,7 @@ bool decode_chunks(const HuffmanDecodeTable& table, const HuffmanChunks& chunks,
 // All of the above for 8-bit symbols.
 template <class Layout>
 bool decode_chunks8(const HuffmanDecodeTable& table, const HuffmanChunks& chunks, std::uint8_t* out) {
-  if (table.multi_steps != nullptr) return decode_multi<5>(table, chunks, out);
+  if (table.multi_steps != nullptr) return decode_multi(table, chunks, out);
   std::size_t c = 0;
   bool good = true;
   constexpr std::size_t kWorthwhile = 3;  // with fewer chunks lanes to spare cost more than they give

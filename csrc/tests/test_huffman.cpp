@@ -107,6 +107,25 @@ void test_chunk_numbers() {
   }
 }
 
+// Short codes in some parts and long ones in others, so that streams which decode several symbols a look-up are through
+// at different times and take over what others have left; chunks of about the size that a look-up may write past.
+void test_uneven_parts() {
+  std::mt19937_64 random(9);
+  for (const int parts : {2, 3, 5, 7}) {
+    for (const std::size_t size : {17000, 60000}) {
+      std::vector<std::uint8_t> symbols(size);
+      for (std::size_t i = 0; i < size; ++i) {
+        const bool noisy = i * static_cast<std::size_t>(parts) / size % 2 == 1;
+        const std::uint64_t bits = random();
+        symbols[i] = static_cast<std::uint8_t>(noisy ? bits % 64 : bits % 32 == 0);
+      }
+      for (const std::uint64_t chunk : {7, 39, 40, 41, 79, 81, 300, 1920}) round_trip(symbols, chunk);
+      std::reverse(symbols.begin(), symbols.end());
+      round_trip(symbols, 300);
+    }
+  }
+}
+
 // Counts like Fibonacci numbers make an unlimited code as long as it gets.
 void test_length_limit() {
   std::vector<std::uint8_t> bytes;
@@ -252,6 +271,7 @@ int main() {
   test_crc();
   test_round_trips();
   test_chunk_numbers();
+  test_uneven_parts();
   test_length_limit();
   test_code_shapes();
   test_damaged_chunks();
