@@ -19,6 +19,7 @@ Symbols = npt.NDArray[np.uint8]
 
 COUNT = 1_500_000
 BASELINE = "zstandard level 1"
+CHECKED = "zstandard level 1, checksum"  # hflfnerv.huffman has one, and zstandard none unless asked
 FEW = 100_000  # symbols for baselines that take seconds for all
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -83,6 +84,8 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
     data = huffman.encode(symbols)
     compressor, decompressor = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
     zstd = compressor.compress(raw)
+    checked_compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+    checked_zstd = checked_compressor.compress(raw)
     codec = dahuffman.HuffmanCodec.from_data(few.tobytes())
     dahuffman_data = codec.encode(few.tobytes())
     counts = np.bincount(symbols, minlength=256)
@@ -117,7 +120,7 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
         for level in c.simd_levels():
             assert c.huffman_encode([symbols], [0], False, huffman.DEFAULT_CHUNK_SYMBOLS, level) == data
             assert (c.huffman_decode(data, False, 2**28, level)[0] == symbols).all()
-        assert decompressor.decompress(zstd) == raw
+        assert decompressor.decompress(zstd) == decompressor.decompress(checked_zstd) == raw
         assert codec.decode(dahuffman_data) == few.tobytes()
         assert (constriction.stream.stack.AnsCoder(ans).decode(model, symbols.size) == indices).all()
         assert queue_decode() == few_list
@@ -144,6 +147,7 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
                 for level in lower
             ),
             Contender(BASELINE, lambda: compressor.compress(raw), n),
+            Contender(CHECKED, lambda: checked_compressor.compress(raw), n),
             Contender("dahuffman", lambda: codec.encode(few.tobytes()), few.size, few_note),
             Contender("constriction ANS", ans_encode, n, "one categorical model, given"),
             Contender("constriction Huffman", queue_encode, few.size, f"symbol by symbol, {few_note}"),
@@ -161,6 +165,7 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
                 for level in lower
             ),
             Contender(BASELINE, lambda: decompressor.decompress(zstd), n),
+            Contender(CHECKED, lambda: decompressor.decompress(checked_zstd), n),
             Contender("dahuffman", lambda: codec.decode(dahuffman_data), few.size, few_note),
             Contender(
                 "constriction ANS",

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     # Imported late: --help and usage errors need no torch.
     from .._device import device_failure
-    from ..errors import HflfnervError, TrainingInterrupted
+    from ..errors import BitstreamError, HflfnervError, TrainingInterrupted
 
     try:
         code: int = arguments.run(arguments)
@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except (HflfnervError, OSError, ValueError, TypeError) as error:
-        print(f"hflfnerv: error: {_one_line(error)}", file=sys.stderr)
+        # The reader of a bitstream does not know which file its bytes are from.
+        named = isinstance(error, BitstreamError) and arguments.command in ("decode", "info", "eval")
+        file = f"{arguments.input}: " if named else ""
+        print(f"hflfnerv: error: {file}{_one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         failure = device_failure(error)

@@ -280,7 +280,12 @@ def test_truncated_file_is_one_clear_line(folder, tmp_path, capsys):
     data = (folder / "clip.hflf").read_bytes()
     damaged = tmp_path / "damaged.hflf"
     damaged.write_bytes(data[: len(data) // 2])
-    fails(capsys, "decode", damaged, "-o", tmp_path / "out.npy")
+    for command in (
+        ["decode", damaged, "-o", tmp_path / "out.npy"],
+        ["info", damaged],
+        ["eval", damaged, "--reference", folder / "images"],
+    ):
+        assert fails(capsys, *command).startswith(f"hflfnerv: error: {damaged}: ")
     assert not (tmp_path / "out.npy").exists()
 
 
