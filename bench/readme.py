@@ -47,6 +47,7 @@ def source_of(suite: str, rows: list[Row]) -> str:
 
 def huffman_table(rows: list[Row]) -> str:
     """Speed on the weights of the published HNeRV 1.5M, median, and its ratio to zstandard's."""
+    every = rows
     rows = [row for row in rows if row["data"].startswith("real")]
     of = {(row["what"], row["implementation"]): row for row in rows}
     lines = [
@@ -68,7 +69,27 @@ def huffman_table(rows: list[Row]) -> str:
         f"{100 * (sizes['bytes'] / sizes['payload_bytes'] - 1):.2f} % over the optimal code's payload. "
         + source_of("huffman", rows),
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *huffman_inputs(every)])
+
+
+def huffman_inputs(rows: list[Row]) -> list[str]:
+    """Speed on all inputs, as ratios to the peers' in the same run."""
+    of = {(row["data"], row["what"], row["implementation"]): row["p50"] for row in rows}
+    ours = next(row["implementation"] for row in rows)  # the fastest of this machine comes first
+    peers = ("zstandard level 1", "zstandard level 1, checksum", "dahuffman")
+    lines = [
+        f"| Speed of {ours} over | {' | '.join(f'{peer}: decode | encode' for peer in peers)} |",
+        "|---|" + "---|" * 2 * len(peers),
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        cells = []
+        for peer in peers:
+            for what in ("huffman.decode", "huffman.encode"):
+                other = of.get((data, what, peer))
+                ratio = of[data, what, ours] / other if other else 0
+                cells.append(f"{ratio:,.{0 if ratio >= 100 else 2}f}" if other else "")
+        lines.append(f"| {data} | {' | '.join(cells)} |")
+    return lines
 
 
 def open_table(rows: list[Row]) -> str:
