@@ -14,6 +14,7 @@ __all__ = ["Muon", "orthogonalise"]
 # the fewest steps, which is as good for an optimiser.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 5
+_SMALL = 16  # rows below which a step is all overhead
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -31,10 +32,36 @@ def orthogonalise(x: Tensor) -> Tensor:
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / x.norm().clamp(min=1e-20)
+    rows, columns = x.shape
+    wide = _SMALL <= rows and 2 * rows <= columns and x.dtype in (torch.float32, torch.float64)
+    x = _by_gram(x) if wide else _by_steps(x)
+    return x.mT if tall else x
+
+
+def _by_steps(x: Tensor) -> Tensor:
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x.mT if tall else x
+    return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    """The same, with one product of the size of ``x`` in place of ten.
+
+    Every step multiplies by a polynomial of ``X X^T``, and these commute: the product of all five is found from the
+    first ``X X^T`` alone. An error of eps in its small eigenvalues grows to ``a^8 eps``: 2e-3 in float32, too much in
+    half precision.
+    """
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for step in range(_STEPS):
+        factor = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
+        factor.diagonal().add_(_A)
+        product = factor if product is None else factor @ product
+        if step + 1 < _STEPS:
+            gram = factor @ gram @ factor
+    assert product is not None
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

@@ -8,7 +8,7 @@ import torch
 from hflfnerv.train.muon import Muon, orthogonalise
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1)])
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1), (20, 90), (90, 20)])
 def test_orthogonalise_flattens_the_singular_values(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
@@ -18,6 +18,24 @@ def test_orthogonalise_flattens_the_singular_values(shape):
     values = core.diagonal()
     assert torch.allclose(core, torch.diag(values), atol=1e-12)
     assert 0.6 < values.min() <= values.max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (20, 300), (300, 20), (57, 120)])
+@pytest.mark.parametrize("decades", [0, 3, 8, 300])
+def test_wide_matrices_take_the_same_steps_through_their_gram_matrix(shape, decades):
+    generator = torch.Generator().manual_seed(6)
+    rank = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for n in shape)
+    x = (left * 10 ** -torch.linspace(0, decades, rank, dtype=torch.float64)) @ right.mT
+    expected = x / x.norm()
+    for _ in range(5):  # the definition
+        gram = expected @ expected.mT
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    for dtype in (torch.float32, torch.float64):
+        # A Gram matrix errs by its rounding, eps, at its small eigenvalues as well, and each of the four later steps
+        # multiplies those by a^2; the reference errs by less.
+        bound = 2 * 3.4445**8 * torch.finfo(dtype).eps
+        assert (orthogonalise(x.to(dtype)) - expected).norm() < bound * expected.norm()
 
 
 def test_orthogonalise_of_zero_is_zero():
