@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -128,13 +131,99 @@ def machine(**options) -> Machine:
     return Machine(**{"dry": True, "seconds": 0.0, "deadline": float("inf"), **options})
 
 
-def test_wrong_results_are_not_timed():
-    def wrong() -> None:
-        require_close("it", torch.ones(3), torch.zeros(3), torch.zeros(3))
+def point(contenders: dict[str, Callable[[], object]], check: Callable[[], None], baseline: str = "a") -> Point:
+    runs = [Contender(name, run, 1) for name, run in contenders.items()]
+    return Point("op", "data", "float32", (3,), "GB/s", 1e9, runs, baseline, check)
 
-    point = Point("op", "data", "float32", (3,), "GB/s", 1e9, [Contender("a", pytest.fail, 1)], "a", wrong)
-    with pytest.raises(AssertionError, match="it: relative error"):
-        machine().measure(point)
+
+def test_wrong_results_are_not_timed():
+    one = machine()
+
+    def check() -> None:
+        for name, result in (("a", torch.ones(3)), ("b", torch.zeros(3))):
+            with one.trying(name):
+                require_close("it", result, torch.zeros(3), torch.zeros(3))
+
+    rows = one.measure(point({"a": pytest.fail, "b": int}, check))
+    assert [row["implementation"] for row in rows] == ["b"]
+    assert [text.split(": ")[:3] for text in one.failures] == [["a", "AssertionError", "it"]]
+    # The next point has contenders of these names too.
+    assert len(one.measure(point({"a": int, "b": int}, lambda: None))) == 2
+
+
+def test_a_failing_contender_leaves_the_others():
+    one = machine()
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate it.\nMore lines.")
+
+    rows = one.measure(point({"a": fails, "b": int, "c": int}, lambda: None))
+    assert [row["implementation"] for row in rows] == ["b", "c"]
+    assert one.failures == ["a: OutOfMemoryError: CUDA out of memory. Tried to allocate it."]
+    # Neither a baseline nor a contender of ours need be left for the tables.
+    assert list(gpu.table(rows))[2].lstrip().startswith("b ")
+    assert next(gpu.summary(rows)).startswith(("op, data: b ", "op, data: c "))
+    assert next(gpu.summary([row | {"implementation": "eager"} for row in rows])).startswith("op, data: eager ")
+
+
+def test_a_failing_point_leaves_the_others(monkeypatch, tmp_path, capsys):
+    def points(machine):
+        for name in ("first", "second"):
+            with machine.room(name):
+                yield from measure(machine, name)
+
+    def measure(machine, name):
+        if name == "first":
+            raise ValueError("out of order")
+        yield from machine.measure(point({"a": int}, lambda: None))
+
+    monkeypatch.setattr("bench.limits.points", points)
+    assert gpu.main(["--dry-run", "--here", "--parts", "limits", "--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "limits: FAILED: PartFailed: 1 of its points and contenders:\n  first: ValueError: out of order" in printed
+    assert "op (GB/s; ratio to a)" in printed
+    assert len((tmp_path / "gpu-limits.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_lost_device_ends_the_part(monkeypatch):
+    one = machine()
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize() -> None:
+        raise lost
+
+    def measure() -> None:
+        with one.room("a point"), one.trying("a contender"):
+            pass
+
+    monkeypatch.setattr(one, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure()
+    assert len(one.failures) == 2
+
+
+@pytest.mark.parametrize("reason", [None, "nvcc not found"])
+def test_built_without_cuda_is_a_failure(reason, monkeypatch, tmp_path):
+    (tmp_path / "hflfnerv").mkdir()
+    record = json.dumps({"no_cuda": reason})
+    code = f"import pathlib\npathlib.Path('hflfnerv/_build.json').write_text({record!r})\n"
+    (tmp_path / "setup.py").write_text(code)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    if reason is None:
+        gpu.build(argparse.Namespace(dry_run=False))
+    else:
+        with pytest.raises(gpu.PartFailed, match="built, but without its CUDA kernels: nvcc not found"):
+            gpu.build(argparse.Namespace(dry_run=False))
+
+
+@pytest.mark.parametrize("missing", ["setuptools", "pytest", "torch"])
+def test_what_is_missing_is_said(missing, monkeypatch, tmp_path, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    part = {"setuptools": "build", "pytest": "tests", "torch": "limits"}[missing]
+    assert gpu.main(["--here", "--dry-run", "--parts", part, "--results", str(tmp_path)]) == 1
+    names = {"torch": "PyTorch"}
+    assert re.search(f"{part}: FAILED: PartFailed: .*{names.get(missing, missing)}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
