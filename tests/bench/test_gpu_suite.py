@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import check, gpu
+from bench import check, gpu, networks
 from bench.device import Machine, require_close
 from bench.registry import Contender, Point
+from hflfnerv.models.hflf import HFLFNeRV
+from hflfnerv.models.hnerv import HNeRV
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -125,6 +127,18 @@ def test_without_a_gpu(tmp_path):
     assert done.returncode == 1
     assert "PyTorch sees no CUDA device (--dry-run goes through the parts without one)" in done.stderr
     assert "limits: FAILED: exit code 1, see above" in done.stdout
+
+
+@pytest.mark.parametrize("model", [HNeRV, HFLFNeRV])
+def test_decoding_can_be_captured(model, monkeypatch):
+    # What waits for the device cannot go into a CUDA graph.
+    network = networks._with(networks._network(machine(), model, with_encoder=False), "reference")
+    assert network.encoder is None
+    embeddings, index = torch.randn(2, *network.spec.embedding_shape), torch.arange(2)
+    for name in ("cpu", "numpy", "item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a value was read back"))
+    with torch.inference_mode():
+        assert network.decode(embeddings, index).shape == (2, 3, 96, 160)
 
 
 def machine(**options) -> Machine:
