@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -273,6 +274,27 @@ def test_check_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(check.ops, "highpass", lambda x, removed, impl: torch.zeros_like(x))
     with pytest.raises(check.CheckFailed, match="9 wrong results:\n  highpass, 2x3x64x96, float32"):
         list(check.points(machine()))
+
+
+def test_check_in_several_processes():
+    # 9 comparisons of the high-pass filter.
+    one, two = (machine(only="highpass, ", deadline=float("inf")) for _ in range(2))
+    rows, others = ({row["data"]: row["p50"] for row in check.points(m, n)} for m, n in ((one, 1), (two, 2)))
+    assert len(rows) == 9
+    assert rows == others
+    late = machine(only="highpass, 2x3x64x96, float32", deadline=0.0)
+    assert list(check.points(late, 2)) == []
+    assert late.left_out == ["highpass, 2x3x64x96, float32, fft"]
+
+
+def ends(*_arguments) -> None:
+    os._exit(3)
+
+
+def test_a_check_that_ends_early_is_said(monkeypatch):
+    monkeypatch.setattr(check, "_work", ends)
+    with pytest.raises(check.CheckFailed, match="share 1 of 2: the process ended with 3"):
+        list(check.points(machine(), 2))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
