@@ -123,7 +123,9 @@ class Machine:
         if self.dry:
             return torch.compile(function, backend="aot_eager", dynamic=False)
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-            torch._inductor.config.max_autotune_conv_backends = "ATEN"
+            from torch._inductor import config
+
+            config.max_autotune_conv_backends = "ATEN"
         return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
 
     def synchronize(self) -> None:
