@@ -8,11 +8,14 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -119,6 +122,20 @@ def test_parts_in_processes_of_their_own(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.rstrip().splitlines()[-5:]
     assert [text.split(",")[0] for text in last] == ["limits.copy", *["limits.matmul"] * 2, *["highpass"] * 2]
+
+
+def test_ending_the_suite_ends_the_part(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--parts", "check", "--results", str(tmp_path)]
+    suite = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    parts: list[psutil.Process] = []
+    while not parts and suite.poll() is None:
+        time.sleep(0.05)
+        parts = psutil.Process(suite.pid).children()
+    assert parts
+    suite.terminate()
+    assert suite.wait(timeout=60) == 128 + signal.SIGTERM
+    gone, alive = psutil.wait_procs(parts, timeout=60)
+    assert (len(gone), alive) == (1, [])
 
 
 def test_without_a_gpu(tmp_path):
