@@ -1,4 +1,7 @@
-"""Builds the extension module hflfnerv._C with ninja; everything else about the package is in pyproject.toml.
+"""Builds the extension module hflfnerv._C; everything else about the package is in pyproject.toml.
+
+An installation brings pybind11 and ninja. Where a checkout is built without them, PyTorch's copy of pybind11's headers
+does as well, and the commands that ninja would run are run from here, all of them every time.
 
 Environment:
     CXX: the C++ compiler; otherwise the first of c++, g++ and clang++.
@@ -9,6 +12,7 @@ Environment:
         implementations only, and hflfnerv/_build.json keeps the reason.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -117,16 +122,27 @@ def find_nvcc(compiler):
     return None, reason
 
 
+def find_pybind11():
+    """Return the folder of pybind11's headers: the package's, or else those that come with PyTorch."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return pybind11.get_include()
+    torch = importlib.util.find_spec("torch")
+    include = Path(torch.origin).parent / "include" if torch is not None else None
+    if include is None or not (include / "pybind11" / "pybind11.h").is_file():
+        raise BuildError("pybind11 not found (pip install pybind11)")
+    return include
+
+
 def find_ninja():
-    """Return the path of the ninja program."""
+    """Return the path of the ninja program, or None."""
     try:
         import ninja
     except ImportError:
         found = shutil.which("ninja")
     else:
         found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
-    if found is None:
-        raise BuildError("ninja not found (pip install ninja)")
     return found
 
 
@@ -141,7 +157,7 @@ def path(value):
 
 
 class NinjaBuildExt(build_ext):
-    """Compiles the sources with ninja, and records how that went beside the module."""
+    """Compiles the sources and records how that went beside the module."""
 
     def run(self):
         for extension in self.extensions:
@@ -159,16 +175,14 @@ class NinjaBuildExt(build_ext):
             target.with_name("_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def build(self, sources, target):
-        """Write build.ninja, run it, and return what went into the module."""
+        """Compile, link, and return what went into the module."""
         compiler, ninja = find_compiler(), find_ninja()
-        import pybind11
-
         x86 = platform.machine() in ("x86_64", "AMD64")
         simd = [name for name, flags in X86_FLAGS.items() if x86 and takes(compiler, flags.split())]
         nvcc, no_cuda = find_nvcc(compiler)
         openmp = OPENMP if takes(compiler, [*FLAGS, *OPENMP], link=True) else []
         python = sysconfig.get_paths()
-        includes = [ROOT / "csrc", pybind11.get_include(), *{python["include"], python["platinclude"]}]
+        includes = [ROOT / "csrc", find_pybind11(), *{python["include"], python["platinclude"]}]
         cxx = [*compiler, *FLAGS, *openmp, *(f"-I{p}" for p in includes)]
         cxx += [f"-DHFLFNERV_HAVE_{name.upper()}=1" for name in simd]
         cxx += [f'-DHFLFNERV_CUDA_ARCHITECTURES="{",".join(CUDA_ARCHITECTURES)}"'] if nvcc else []
@@ -179,15 +193,23 @@ class NinjaBuildExt(build_ext):
             link = [*nvcc, *(f"-Xcompiler={flag}" for flag in openmp), "-shared", "-Xlinker=--exclude-libs=ALL"]
         folder = Path(self.build_temp, "hflfnerv._C").resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        objects, lines = [], [RULES]
+        objects, lines, compilations = [], [RULES], []
         for source in sources:
             kind = next((key for key in ("cu", *X86_FLAGS) if source.endswith((f".{key}", f"_{key}.cpp"))), None)
             if kind in commands:
-                objects.append(path(folder / source.replace("/", ".")) + ".o")
-                lines.append(f"build {objects[-1]}: compile {path(ROOT / source)}\n  with = {quoted(commands[kind])}")
-        lines.append(f"build {path(target)}: link {' '.join(objects)}\n  with = {quoted(link)}\n")
-        Path(folder, "build.ninja").write_text("\n".join(lines))
-        run([ninja, "-C", str(folder), *([f"-j{self.parallel}"] if self.parallel else [])])
+                objects.append(f"{folder / source.replace('/', '.')}.o")
+                compilations.append([*commands[kind], "-c", str(ROOT / source), "-o", objects[-1]])
+                lines.append(
+                    f"build {path(objects[-1])}: compile {path(ROOT / source)}\n  with = {quoted(commands[kind])}"
+                )
+        lines.append(f"build {path(target)}: link {' '.join(map(path, objects))}\n  with = {quoted(link)}\n")
+        if ninja is None:
+            with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+                list(pool.map(run, compilations))
+            run([*link, *objects, "-o", str(target)])
+        else:
+            Path(folder, "build.ninja").write_text("\n".join(lines))
+            run([ninja, "-C", str(folder), *([f"-j{self.parallel}"] if self.parallel else [])])
         return {"compiler": compiler, "simd": simd, "openmp": bool(openmp), "no_cuda": no_cuda}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
+import os
+import queue
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,28 +29,86 @@ BLOCKS = [(33, 28, 2, 5, 65, 127), (40, 33, 2, 5, 40, 81), (48, 40, 4, 5, 20, 33
 BLOCKS += [(24, 24, 2, 3, 33, 17), (60, 7, 3, 1, 5, 9), (12, 5, 1, 7, 19, 23), (16, 64, 5, 1, 2, 4)]
 
 
+# Neighbouring cases share kernels, and go to one process.
+_RUN = 4
+
+
 class CheckFailed(Exception):
     """Some results were wrong; the message names them."""
 
 
-def points(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Compare every operation, implementation, dtype and layout; raise at the end if one was wrong."""
+def points(machine: Machine, processes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Compare every operation, implementation, dtype and layout; raise at the end if one was wrong.
+
+    Nearly all of the time goes into compiling hundreds of kernels, so on a device several processes share the cases.
+
+    Args:
+        machine: the device.
+        processes: how many; None for one in a dry run, and up to eight otherwise.
+    """
+    count = processes or (1 if machine.dry else min(8, os.cpu_count() or 1))
     failures = []
-    # Float32 products in float32, where an error of a kernel cannot hide in TF32's rounding.
+    for row in _share(machine, 0, 1) if count == 1 else _shares(machine, count):
+        if isinstance(row, str):
+            failures.append(row)
+        else:
+            yield row | machine.environment()
+    if failures:
+        raise CheckFailed(f"{len(failures)} wrong results:\n  " + "\n  ".join(failures))
+
+
+def _share(machine: Machine, index: int, count: int) -> Iterator[dict[str, Any] | str]:
+    """Yield the rows of one of ``count`` shares of the cases, and what is wrong in words."""
+    # Float32 products in float32, where an error of a kernel cannot hide in TF32's rounding; and no search for the
+    # fastest of cuDNN's algorithms, since each is used once.
     torch.backends.cudnn.allow_tf32 = False
-    for name, facts, run in _cases(machine):
-        if not machine.wants(name, seconds=2):
+    torch.backends.cudnn.benchmark = False
+    for number, (name, facts, run) in enumerate(_cases(machine)):
+        if number // _RUN % count != index or not machine.wants(name, seconds=5):
             continue
         try:
             error = run()
         except Exception as failure:  # a failing kernel must not hide what the others do
             traceback.print_exc()
-            failures.append(f"{name}: {type(failure).__name__}: {str(failure)[:200]}")
+            yield f"{name}: {type(failure).__name__}: {str(failure)[:200]}"
             continue
-        row = {**facts, "data": name, "metric": "relative error", "unit": "", "p50": error}
-        yield row | machine.environment()
-    if failures:
-        raise CheckFailed(f"{len(failures)} wrong results:\n  " + "\n  ".join(failures))
+        yield {**facts, "data": name, "metric": "relative error", "unit": "", "p50": error}
+
+
+def _shares(machine: Machine, count: int) -> Iterator[dict[str, Any] | str]:
+    """Yield what the shares yield, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    options = {name: getattr(machine, name) for name in ("dry", "deadline", "only")}
+    workers = [
+        context.Process(target=_work, args=(options, index, count, results), daemon=True) for index in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    left = set(range(count))
+    while left:
+        try:
+            index, result = results.get(timeout=5)
+        except queue.Empty:
+            for index in [index for index in left if not workers[index].is_alive()]:
+                left.remove(index)
+                yield f"share {index} of {count}: the process ended with {workers[index].exitcode}, its rest is unknown"
+            continue
+        if isinstance(result, list):
+            machine.left_out += result
+            left.remove(index)
+        else:
+            yield result
+
+
+def _work(options: dict[str, Any], index: int, count: int, results: Any) -> None:
+    from . import checkout  # noqa: F401  before anything asks for the kernels
+
+    torch.set_num_threads(1)
+    machine = Machine(**options, seconds=0.0)
+    for result in _share(machine, index, count):
+        results.put((index, result))
+    results.put((index, machine.left_out))
 
 
 Run = Callable[[torch.dtype, str], list[torch.Tensor]]  # dtype, implementation -> y and gradients

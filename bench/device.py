@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = ["Machine", "cuda_kernels", "driver_version", "require_close", "withou
 
 Row = dict[str, Any]
 _COMPILING = 30.0  # seconds that a point with torch.compile takes at least
+_WARM_UP = 5  # calls before the clock; a captured training step takes three as they are, and captures in the fourth
 _FLUSH_BYTES = 2**30  # long enough to write that the host is ahead of the device when a contender begins
 
 
@@ -88,6 +90,8 @@ class Machine:
         self.only = only
         self.clip = clip
         self.left_out: list[str] = []
+        self.failures: list[str] = []  # points and contenders that could not be measured, and why
+        self._dropped: set[str] = set()  # contenders of the point under way
         self._compiling = 0
         self.device = torch.device("cpu" if dry else "cuda")
         self.implementation = "reference" if dry else "triton"  # of our operations
@@ -113,17 +117,43 @@ class Machine:
         """Return ``torch.compile(mode="max-autotune")`` of a function.
 
         Without its own CUDA graphs: every contender is captured in one by :meth:`seconds`, which spares this one the
-        copies of its inputs into static buffers.
+        copies of its inputs into static buffers. Before PyTorch 2.13 convolutions are chosen among cuDNN's alone: the
+        Triton templates with 8 warps return wrong results there for kernels larger than 1x1 (pytorch/pytorch#173068).
         """
         if self.dry:
             return torch.compile(function, backend="aot_eager", dynamic=False)
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+            from torch._inductor import config
+
+            config.max_autotune_conv_backends = "ATEN"
         return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
 
     def synchronize(self) -> None:
         if not self.dry:
             torch.cuda.synchronize()
 
-    def _captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
+    @contextlib.contextmanager
+    def trying(self, contender: str) -> Iterator[None]:
+        """Leave a contender out of the point under way where the block fails; the others are measured all the same."""
+        try:
+            yield
+            self.synchronize()
+        except Exception as error:
+            self._dropped.add(contender)
+            self._note(contender, error)
+
+    def _note(self, what: str, error: Exception) -> None:
+        """Note a failure, and let go of what it holds; raise it again where the device is lost with it."""
+        traceback.print_exception(error)
+        first = next(iter(str(error).strip().splitlines()), "")
+        self.failures.append(f"{what}: {type(error).__name__}: {first[:200]}")
+        traceback.clear_frames(error.__traceback__)  # tensors among them
+        try:
+            self.synchronize()
+        except Exception:
+            raise error from None
+
+    def _captured(self, run: Callable[[], Any], pool: Any) -> Callable[[], Any]:
         """Return the replay of a CUDA graph of ``run``, so that launching takes no part in the time."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -132,7 +162,7 @@ class Machine:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             run()
         return graph.replay
 
@@ -143,29 +173,38 @@ class Machine:
     def seconds(
         self, contenders: Sequence[Contender], *, launched: Collection[str] = (), flush: bool = True
     ) -> dict[str, list[float]]:
-        """Time the contenders in turn, round after round.
+        """Time the contenders in turn, round after round; those that fail are left out of the result.
+
+        The graphs share their memory: each replay writes whatever it reads, and what it returns is not looked at.
 
         Args:
             contenders: what to run; each has run before.
             launched: names of those that are launched anew; of the others a CUDA graph is replayed.
             flush: overwrite the L2 cache before each run.
         """
-        times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        times: dict[str, list[float]] = {}
         if self.dry:
             for contender in contenders:
-                for _ in range(3):
-                    started = time.perf_counter()
-                    contender.run()
-                    times[contender.name].append(time.perf_counter() - started)
+                with self.trying(contender.name):
+                    spent = []
+                    for _ in range(3):
+                        started = time.perf_counter()
+                        contender.run()
+                        spent.append(time.perf_counter() - started)
+                    times[contender.name] = spent
             return times
-        runs = [c.run if c.name in launched else self._captured(c.run) for c in contenders]
-        for run in runs:
-            for _ in range(3):
-                run()
+        pool, runs = torch.cuda.graph_pool_handle(), []
+        for contender in contenders:
+            with self.trying(contender.name):
+                run = contender.run if contender.name in launched else self._captured(contender.run, pool)
+                for _ in range(_WARM_UP):
+                    run()
+                runs.append(run)
+                times[contender.name] = []
         self.synchronize()
         deadline = time.perf_counter() + self.seconds_each * len(runs)
         rounds = 0
-        while rounds < 10 or (time.perf_counter() < deadline and rounds < 2000):
+        while runs and (rounds < 10 or (time.perf_counter() < deadline and rounds < 2000)):
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
             for run, (begin, end) in zip(runs, events, strict=True):
                 if flush:
@@ -175,8 +214,8 @@ class Machine:
                 end.record()
             self.synchronize()
             rounds += 1
-            for contender, (begin, end) in zip(contenders, events, strict=True):
-                times[contender.name].append(begin.elapsed_time(end) * 1e-3)
+            for spent, (begin, end) in zip(times.values(), events, strict=True):
+                spent.append(begin.elapsed_time(end) * 1e-3)
         return times
 
     def measure(
@@ -187,7 +226,7 @@ class Machine:
         launched: Collection[str] = (),
         flush: bool = True,
     ) -> list[Row]:
-        """Check a point, time it, and return its rows.
+        """Check a point, time it, and return its rows; contenders that fail, here or in the check, have none.
 
         Args:
             point: the operation and its contenders.
@@ -195,11 +234,13 @@ class Machine:
             launched: see :meth:`seconds`.
             flush: see :meth:`seconds`.
         """
+        self._dropped.clear()
         point.check()
-        times = self.seconds(point.contenders, launched=launched, flush=flush)
+        right = [contender for contender in point.contenders if contender.name not in self._dropped]
+        times = self.seconds(right, launched=launched, flush=flush)
         now = self.environment()
         rows = []
-        for contender in point.contenders:
+        for contender in (contender for contender in right if contender.name in times):
             row = line(point, contender, times[contender.name])
             row["milliseconds"] = round(sorted(times[contender.name])[len(times[contender.name]) // 2] * 1e3, 5)
             if share_of is not None:
@@ -252,10 +293,12 @@ class Machine:
         return 2 * n**3 / times[len(times) // 2] / 1e12
 
     @contextlib.contextmanager
-    def room(self) -> Iterator[None]:
-        """Free what a point used when it is done."""
+    def room(self, name: str) -> Iterator[None]:
+        """Free what the point of this name used when it is done; note where it fails, and go on with the next."""
         try:
             yield
+        except Exception as error:
+            self._note(name, error)
         finally:
             torch.compiler.reset()
             gc.collect()

@@ -49,7 +49,7 @@ def points(machine: Machine) -> Iterator[dict[str, Any]]:
     for model in MODELS:
         data = f"{model} {options['size']}, {name}, {len(source)} frames, {options['epochs']} epochs"
         if machine.wants(data, seconds=200):
-            with machine.room():
+            with machine.room(data):
                 yield _encode(machine, model, source, data, options)
 
 

@@ -2,9 +2,10 @@
 
 For a bare machine with a GPU, PyTorch, Triton, a C++ compiler and nothing to download: the checkout is used as it is,
 without installation (checkout.py), the extension is built in place, and what is missing is said. Each part runs in a
-process of its own and ends within its time (``--minutes``), so that one that fails or hangs leaves the others alone.
-Each writes ``bench/results/gpu-<part>.jsonl`` and prints its table; one line for each point is printed last. The exit
-code is the number of parts that failed.
+process of its own and ends within its time (``--minutes``), so that one that fails or hangs leaves the others alone;
+within it a contender or a point that fails leaves the others alone, and makes the part a failed one at its end. Each
+writes ``bench/results/gpu-<part>.jsonl``, row by row, and prints its table; one line for each point is printed last.
+The exit code is the number of parts that failed.
 
 Every result is compared with its float64 reference before it is timed. Contenders run in turn in one process, each
 replayed from a CUDA graph with cold L2, unless a row says otherwise; times are CUDA events, medians with p20 and p80.
@@ -31,6 +32,10 @@ from .run import RESULTS, ROOT
 Row = dict[str, Any]
 
 
+class PartFailed(Exception):
+    """Something could not be done or measured; the message says what and why."""
+
+
 class Part(NamedTuple):
     """One part: its purpose, and the function that yields its rows, by module and name; or a function of its own."""
 
@@ -40,21 +45,21 @@ class Part(NamedTuple):
 
 def build(arguments: argparse.Namespace) -> None:
     """Build the extension in place."""
-    missing = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RuntimeError(
-            f"the extension cannot be built without {' and '.join(missing)}; the other parts need neither"
-        )
+    if importlib.util.find_spec("setuptools") is None:
+        raise PartFailed("the extension cannot be built without setuptools; other parts run without the extension")
     if arguments.dry_run:
         return
     environment = {**os.environ, "HFLFNERV_REQUIRE_EXT": "1"}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
+    record = json.loads((ROOT / "hflfnerv" / "_build.json").read_text())
+    if record["no_cuda"] is not None:
+        raise PartFailed(f"the extension was built, but without its CUDA kernels: {record['no_cuda']}")
 
 
 def run_tests(arguments: argparse.Namespace) -> None:
     """Run the tests of the operations on the GPU, where pytest is installed."""
     if importlib.util.find_spec("pytest") is None:
-        raise RuntimeError("pytest is not installed; the part check compares every operation without it")
+        raise PartFailed("pytest is not installed; the part check compares every operation without it")
     command = [
         sys.executable,
         "-m",
@@ -68,7 +73,12 @@ def run_tests(arguments: argparse.Namespace) -> None:
         "tests/nn",
     ]
     # What needs no GPU is left to the machines that have none.
-    command += ["-k", "not interpreter and not ahead_of_time", *(["--collect-only"] if arguments.dry_run else [])]
+    command += ["-k", "not interpreter and not ahead_of_time"]
+    if arguments.dry_run:
+        command += ["--collect-only"]
+    elif importlib.util.find_spec("xdist") is not None:
+        # Most of the time goes into compiling kernels, on the processor.
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTEST_PLUGINS": "bench.checkout"}
     if not arguments.dry_run:
@@ -106,26 +116,27 @@ PARTS = {
 GROUPS = {"conv": ["cudnn", "gradients", "block", "block-training"], "models": ["decode", "training"]}
 
 
-def run_part(name: str, arguments: argparse.Namespace) -> list[Row]:
-    """Run one part in this process and return its rows, which are written as they come."""
+def run_part(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Run one part in this process and add its rows to ``rows``; they are written as they come."""
     function = PARTS[name].function
     if not isinstance(function, str):
         function(arguments)
-        return []
+        return
     deadline = time.monotonic() + 60 * arguments.minutes
+    if importlib.util.find_spec("torch") is None:
+        raise PartFailed("PyTorch is not installed")
     import torch
 
     from . import checkout  # noqa: F401  before anything asks for the kernels
     from .device import Machine
 
     if not arguments.dry_run and not torch.cuda.is_available():
-        raise RuntimeError("PyTorch sees no CUDA device (--dry-run goes through the parts without one)")
+        raise PartFailed("PyTorch sees no CUDA device (--dry-run goes through the parts without one)")
     torch.backends.cudnn.benchmark = True
     machine = Machine(
         dry=arguments.dry_run, seconds=arguments.seconds, deadline=deadline, only=arguments.only, clip=arguments.clip
     )
     module, attribute = function.split(":")
-    rows: list[Row] = []
     with results_path(name, arguments).open("w") as file:
         for row in getattr(importlib.import_module(module), attribute)(machine):
             rows.append(row)
@@ -133,7 +144,8 @@ def run_part(name: str, arguments: argparse.Namespace) -> list[Row]:
             file.flush()
     for point in machine.left_out:
         print(f"{name}: no time left for {point}; repeat with --parts {name} --only '{point}'")
-    return rows
+    if machine.failures:
+        raise PartFailed(f"{len(machine.failures)} of its points and contenders:\n  " + "\n  ".join(machine.failures))
 
 
 def results_path(name: str, arguments: argparse.Namespace) -> pathlib.Path:
@@ -165,6 +177,11 @@ def table(rows: list[Row]) -> Iterator[str]:
                 )
 
 
+def best(rows: list[Row]) -> Row | None:
+    """Return the fastest, None of none."""
+    return max(rows, key=lambda row: float(row["p50"]), default=None)
+
+
 def summary(rows: list[Row]) -> Iterator[str]:
     """Yield one line per point: the best of ours, its share of the limit, and its ratio to the best rival."""
     checks = [row for row in rows if row["metric"] == "relative error"]
@@ -175,11 +192,13 @@ def summary(rows: list[Row]) -> Iterator[str]:
             points.setdefault((row["what"], row["data"]), []).append(row)
     for (what, data), contenders in points.items():
         rivals = [row for row in contenders if row["implementation"].startswith(("eager", "torch.compile"))]
-        ours = max((row for row in contenders if row not in rivals), key=lambda row: float(row["p50"]))
-        rivals = rivals or [row for row in contenders if row["implementation"] == row["baseline"]]
-        rival = max(rivals, key=lambda row: float(row["p50"]))
+        # Whoever failed has no row.
+        ours = best([row for row in contenders if row not in rivals]) or best(contenders)
+        assert ours is not None
+        rival = best(rivals or [row for row in contenders if row["implementation"] == row["baseline"]])
         share = next((f", {100 * ours[key]:.0f} % of {key[9:]}" for key in ours if key.startswith("share_of_")), "")
-        ratio = "" if rival is ours else f", {ours['p50'] / max(rival['p50'], 1e-9):.2f} x {rival['implementation']}"
+        alone = rival is None or rival is ours
+        ratio = "" if alone else f", {ours['p50'] / max(rival['p50'], 1e-9):.2f} x {rival['implementation']}"
         yield f"{what}, {data}: {ours['implementation']} {ours['p50']:.1f} {ours['unit']}{share}{ratio}"
 
 
@@ -190,7 +209,8 @@ def run_apart(name: str, arguments: argparse.Namespace) -> str | None:
     command += ["--results", str(arguments.results.resolve())] if arguments.results else []
     command += ["--dry-run"] if arguments.dry_run else []
     command += ["--clip", str(pathlib.Path(arguments.clip).resolve())] if arguments.clip else []
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    # A group and no session of its own: what ends this process's session ends the part as well.
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
     try:
         # A point that has begun may outlast the deadline a little; what hangs is ended here, with what it started.
         code = process.wait(timeout=60 * arguments.minutes + 55)
@@ -248,6 +268,12 @@ def run(arguments: argparse.Namespace) -> int:
         for name, names in GROUPS.items():
             print(f"{name:15s} {' and '.join(names)}")
         return 0
+    if not arguments.here:
+        # What ends this process ends the part that runs.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    elif os.getpgrp() == os.getpid() and len(arguments.chosen) == 1 and not arguments.dry_run:
+        # Whoever started this part may be gone, and nothing is to be left running on the device.
+        signal.alarm(int(60 * arguments.minutes) + 60)
     failed: dict[str, str] = {}
     rows: list[Row] = []
     for name in arguments.chosen:
@@ -255,7 +281,7 @@ def run(arguments: argparse.Namespace) -> int:
         results_path(name, arguments).unlink(missing_ok=True)  # rows of another run are not this one's
         if arguments.here:
             try:
-                rows += run_part(name, arguments)
+                run_part(name, arguments, rows)
             except Exception as error:
                 traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}"

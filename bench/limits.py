@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,15 +14,14 @@ from .registry import Contender, Point
 
 def points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure the limits that the other parts are compared with."""
-    if machine.wants("copy"):
-        yield from _copy(machine)
+    cases: list[tuple[str, Callable[[Machine], Iterator[dict[str, Any]]]]] = [("copy", _copy)]
     if not machine.dry:
-        for megabytes in (8, 16, 24, 32):
-            if machine.wants(f"L2 read, {megabytes} MB"):
-                yield from _l2(machine, megabytes)
-    for dtype in (torch.bfloat16, torch.float16):
-        if machine.wants(f"matmul {dtype}"):
-            yield from _matmul(machine, dtype)
+        cases += [(f"L2 read, {mb} MB", functools.partial(_l2, megabytes=mb)) for mb in (8, 16, 24, 32)]
+    cases += [(f"matmul {t}", functools.partial(_matmul, dtype=t)) for t in (torch.bfloat16, torch.float16)]
+    for name, measure in cases:
+        if machine.wants(name):
+            with machine.room(name):
+                yield from measure(machine)
 
 
 def _copy(machine: Machine) -> Iterator[dict[str, Any]]:
@@ -44,8 +44,7 @@ def _copy(machine: Machine) -> Iterator[dict[str, Any]]:
         baseline="torch copy_",
         check=check,
     )
-    with machine.room():
-        yield from machine.measure(point, flush=False)
+    yield from machine.measure(point, flush=False)
 
 
 def _l2(machine: Machine, megabytes: int) -> Iterator[dict[str, Any]]:
@@ -77,8 +76,7 @@ def _l2(machine: Machine, megabytes: int) -> Iterator[dict[str, Any]]:
         baseline="triton",
         check=check,
     )
-    with machine.room():
-        yield from machine.measure(point, flush=False)
+    yield from machine.measure(point, flush=False)
 
 
 def _matmul(machine: Machine, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -100,5 +98,4 @@ def _matmul(machine: Machine, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         baseline="torch",
         check=check,
     )
-    with machine.room():
-        yield from machine.measure(point, flush=False)
+    yield from machine.measure(point, flush=False)

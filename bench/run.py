@@ -57,8 +57,10 @@ def vector_extensions() -> str | None:
 
 def git(*arguments: str) -> str | None:
     """Return the output of a git command in the checkout, or None where there is no git or no commit."""
+    # A copy of the checkout may belong to someone else, which git must be told to accept.
+    command = ["git", "-c", f"safe.directory={ROOT}", *arguments]
     try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return None
     return result.stdout.strip() if result.returncode == 0 else None
@@ -79,7 +81,8 @@ def environment() -> dict[str, Any]:
         "simd": vector_extensions(),
         "driver": None,  # of a GPU
         "versions": versions,
-        "commit": git("rev-parse", "HEAD"),
+        # Of a copy without the history, whoever made it knows the commit.
+        "commit": git("rev-parse", "HEAD") or os.environ.get("HFLFNERV_COMMIT"),
         "dirty": None if status is None else bool(status),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": round(os.getloadavg()[0], 2),

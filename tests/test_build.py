@@ -156,6 +156,35 @@ def only_host_tools(tmp_path):
     return folder
 
 
+def build_without(checkout, only_host_tools, *modules):
+    """Build as on a machine where these modules are not installed, and ninja is not on the path."""
+    code = (
+        f"import runpy, sys; sys.modules |= dict.fromkeys({modules}); "
+        "sys.argv[:] = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    env = os.environ | {"HFLFNERV_CUDA": "0", "PATH": str(only_host_tools)}
+    return subprocess.run([sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True)
+
+
+def test_without_pybind11_and_ninja(checkout, only_host_tools):
+    for _ in range(2):
+        result = build_without(checkout, only_host_tools, "pybind11", "ninja")
+        assert result.returncode == 0, result.stderr
+        assert record(checkout)["built"], record(checkout)
+    assert not list(checkout.rglob("build.ninja"))
+    answer = python(checkout, "from hflfnerv import _ext; print(_ext.load().answer())")
+    assert answer.stdout == "3\n", answer.stderr
+
+    (checkout / "csrc" / "core" / "some.cpp").write_text("int portable() { return missing; }\n")
+    assert build_without(checkout, only_host_tools, "pybind11", "ninja").returncode == 0
+    assert "missing" in record(checkout)["reason"]
+
+
+def test_without_any_headers_of_pybind11(checkout, only_host_tools):
+    assert build_without(checkout, only_host_tools, "pybind11", "torch").returncode == 0
+    assert record(checkout) == {"built": False, "reason": "pybind11 not found (pip install pybind11)"}
+
+
 @pytest.mark.parametrize(
     ("nvcc", "reason"),
     [(None, "nvcc not found"), ("#!/bin/sh\nexit 1\n", "nvcc cannot compile for 75 with c++")],

@@ -15,7 +15,18 @@ PACKAGE = REPOSITORY / "hflfnerv"
 # A module may import what stands above it here, and its own package; nothing below it, and nothing beside it.
 LAYERS = [
     {"errors", "_version"},
-    {"_impl", "_ext", "_device", "_atomic", "_memory", "_log_step", "config", "reference", "triton_kernels"},
+    {
+        "_impl",
+        "_ext",
+        "_device",
+        "_atomic",
+        "_memory",
+        "_log_step",
+        "_optional",
+        "config",
+        "reference",
+        "triton_kernels",
+    },
     {"ops", "huffman", "data", "metrics", "testing"},
     {"nn"},
     {"models", "fusion"},

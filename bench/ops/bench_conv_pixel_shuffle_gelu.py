@@ -55,7 +55,7 @@ def library_points(machine: Machine) -> Iterator[dict[str, Any]]:
         for stage in STAGES:
             name = f"{stage}, batch {batch}, bfloat16, channels_last"
             if machine.wants(name, seconds=30):
-                with machine.room():
+                with machine.room(name):
                     yield from _measure_library(machine, name, stage, batch)
 
 
@@ -83,8 +83,10 @@ def _measure_library(machine: Machine, name: str, stage: str, batch: int) -> Ite
         def check(of: Any = of, what: str = what) -> None:
             # The library is not on trial; only what it returned is looked at.
             for channels, run in of:
-                results = [t for t in (run() if isinstance(run(), tuple) else [run()]) if t is not None]
-                assert all(t.isfinite().all() for t in results), f"{what}, {channels} channels: not finite"
+                with machine.trying(f"C_in = {channels}"):
+                    made = run()
+                    results = [t for t in (made if isinstance(made, tuple) else [made]) if t is not None]
+                    assert all(t.isfinite().all() for t in results), f"{what}, {channels} channels: not finite"
 
         point = Point(
             what=f"conv2d.{what}",
@@ -109,7 +111,7 @@ def gradient_points(machine: Machine) -> Iterator[dict[str, Any]]:
         for stage in STAGES:
             name = f"{stage}, batch {batch}, bfloat16, channels_last"
             if machine.wants(name, seconds=40):
-                with machine.room(), torch.inference_mode():
+                with machine.room(name), torch.inference_mode():
                     yield from _measure_gradients(machine, name, stage, batch)
 
 
@@ -136,7 +138,8 @@ def _measure_gradients(machine: Machine, name: str, stage: str, batch: int) -> I
                 expected = library(torch.float64)
             same = library()
             for run_name, run in runs.items():
-                require_close(f"{name}, {which}, {run_name}", run(), expected, same)
+                with machine.trying(run_name):
+                    require_close(f"{name}, {which}, {run_name}", run(), expected, same)
 
         work = flops(x, weight)
         point = Point(
@@ -186,7 +189,7 @@ def _blocks(machine: Machine, *, training: bool) -> Iterator[tuple[str, str, int
 def forward_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure the block's forward pass: every tile of the fused kernel, and what it competes with."""
     for name, stage, batch, dtype in _blocks(machine, training=False):
-        with machine.room(), torch.inference_mode():
+        with machine.room(name), torch.inference_mode():
             yield from _measure_forward(machine, name, stage, batch, dtype)
 
 
@@ -217,7 +220,8 @@ def _measure_forward(
             expected = reference.conv_pixel_shuffle_gelu(doubles[0], doubles[1], doubles[2], r, padding=padding)
         same = eager()
         for run_name, run in runs.items():
-            require_close(f"{name}, {run_name}", run(), expected, same)
+            with machine.trying(run_name):
+                require_close(f"{name}, {run_name}", run(), expected, same)
 
     work = flops(x, weight)
     point = Point(
@@ -270,7 +274,7 @@ def _cuda_prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r:
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure the block's forward and backward pass together."""
     for name, stage, batch, dtype in _blocks(machine, training=True):
-        with machine.room():
+        with machine.room(name):
             yield from _measure_training(machine, name, stage, batch, dtype)
 
 
@@ -308,10 +312,11 @@ def _measure_training(
             expected = step(eager, torch.float64)
         same = step(eager)
         for function_name, function in functions.items():
-            for actual, true, rounded, what in zip(
-                step(function), expected, same, ("y", "dx", "dweight", "dbias"), strict=True
-            ):
-                require_close(f"{name}, {function_name}, {what}", actual, true, rounded)
+            with machine.trying(function_name):
+                for actual, true, rounded, what in zip(
+                    step(function), expected, same, ("y", "dx", "dweight", "dbias"), strict=True
+                ):
+                    require_close(f"{name}, {function_name}, {what}", actual, true, rounded)
 
     work = 3 * flops(x, weight)
     point = Point(

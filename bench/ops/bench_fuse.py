@@ -166,7 +166,8 @@ def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
     for name in networks:
         for dtype in ("float32", "bfloat16"):
             for what in UNITS:
-                if not machine.wants(f"{name}, {dtype}, {what}"):
+                label = f"{name}, {dtype}, {what}"
+                if not machine.wants(label):
                     continue
                 options = {"device": machine.device, "networks": networks, "batch": batch}
                 make = functools.partial(make_run, name, what, dtype, **options)
@@ -174,6 +175,6 @@ def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
                 def peak(implementation: str, make: Callable[..., Any] = make) -> int | None:
                     return machine.peak_bytes(functools.partial(make, implementation))
 
-                with machine.room():
+                with machine.room(label):
                     point = _point(name, what, dtype, networks, machine.device, batch, peak, {})
                     yield from machine.measure(point, flush=False)

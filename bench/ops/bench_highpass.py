@@ -14,13 +14,15 @@ from hflfnerv.reference import highpass as reference
 from ..device import Machine, require_close
 from ..registry import Contender, Point
 
+COMPILED = "torch.compile max-autotune"
+
 
 def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure frames of 640x1280, alone and in a batch, and a frame with odd sizes."""
     for batch, height, width in ((32, 640, 1280), (1, 640, 1280), (8, 639, 1277)):
         name = f"batch {batch}, {height}x{width}"
         if machine.wants(name, seconds=40):
-            with machine.room():
+            with machine.room(name):
                 yield from _measure(machine, name, *machine.shape((batch, 3, height, width), (2, 3, 5 + batch % 2, 8)))
 
 
@@ -38,8 +40,9 @@ def _measure(machine: Machine, name: str, *shape: int) -> Iterator[dict[str, Any
 
     def check() -> None:
         expected, same = reference.highpass(x.double(), 0.8), definition()
-        for run in (*runs.values(), compiled):
-            require_close(name, run(), expected, same)
+        for run_name, run in (*runs.items(), (COMPILED, compiled)):
+            with machine.trying(run_name):
+                require_close(name, run(), expected, same)
 
     moved = 2 * x.numel() * x.element_size()
     point = Point(
@@ -52,7 +55,7 @@ def _measure(machine: Machine, name: str, *shape: int) -> Iterator[dict[str, Any
         contenders=[
             *(Contender(impl, run, moved) for impl, run in runs.items()),
             Contender("eager", definition, moved),
-            Contender("torch.compile max-autotune", compiled, moved),
+            Contender(COMPILED, compiled, moved),
         ],
         baseline="eager",
         check=check,

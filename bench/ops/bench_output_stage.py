@@ -28,7 +28,7 @@ def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
             for dtype in (torch.float16, torch.bfloat16):
                 name = f"{network}, batch {batch}, {str(dtype)[6:]}, 640x1280"
                 if machine.wants(name, seconds=40):
-                    with machine.room(), torch.inference_mode(), ops.PackedWeights():
+                    with machine.room(name), torch.inference_mode(), ops.PackedWeights():
                         yield from _measure(machine, name, network, batch, dtype)
 
 
@@ -65,13 +65,15 @@ def _measure(machine: Machine, name: str, network: str, batch: int, dtype: torch
     def check() -> None:
         with without_autotuning():
             expected = definition(torch.float64, False)
-        require_close(name, ours(False), expected, definition(dtype, False).float())
+        with machine.trying(machine.implementation):
+            require_close(name, ours(False), expected, definition(dtype, False).float())
         levels = (expected.clamp(0, 1) * 255).round()
         for run_name, run in runs.items():
-            difference = (run().double() - levels).abs()
-            # A value near a half may fall on either side of it. PyTorch rounds the image to its dtype before.
-            allowed = 1 if run is ours else 8
-            assert float(difference.max()) <= allowed, f"{name}, {run_name}: {difference.max()} levels off"
+            with machine.trying(run_name):
+                difference = (run().double() - levels).abs()
+                # A value near a half may fall on either side of it. PyTorch rounds the image to its dtype before.
+                allowed = 1 if run is ours else 8
+                assert float(difference.max()) <= allowed, f"{name}, {run_name}: {difference.max()} levels off"
 
     moved = sum(x.numel() * x.element_size() for x in features) + batch * height * width * 3
     note = "GB/s of the fused kernel's bytes"

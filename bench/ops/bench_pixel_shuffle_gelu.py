@@ -16,6 +16,7 @@ from ..registry import Contender, Point
 # Output channels, r, height and width of the input: the three large blocks of the 1.5 M network at 640x1280.
 STAGES = {"s5": (28, 2, 320, 640), "s4": (33, 2, 160, 320), "s3": (40, 4, 40, 80)}
 TINY = (3, 2, 4, 5)
+COMPILED = "torch.compile max-autotune"
 
 
 def operands(machine: Machine, stage: str, batch: int, dtype: torch.dtype, layout: torch.memory_format) -> Any:
@@ -42,7 +43,7 @@ def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
                 for layout in layouts:
                     name = f"{stage}, batch {batch}, {str(dtype)[6:]}, {str(layout)[6:]}"
                     if machine.wants(name, seconds=40):
-                        with machine.room():
+                        with machine.room(name):
                             yield from _measure(machine, name, stage, batch, dtype, layout)
 
 
@@ -70,15 +71,17 @@ def _measure(
 
     def check() -> None:
         expected = reference.pixel_shuffle_gelu(x.double(), r, bias.double())
-        for run in (ours, compiled):
-            require_close(name, run(), expected, eager())
+        for run_name, run in ((impl, ours), (COMPILED, compiled)):
+            with machine.trying(run_name):
+                require_close(name, run(), expected, eager())
 
     def check_backward() -> None:
         expected = reference.pixel_shuffle_gelu_backward(dy.double(), x.double(), r, bias.double())
-        for run in (ours_backward, compiled_backward):
-            for actual, true, same in zip(run(), expected, eager_backward(), strict=True):
-                assert true is not None
-                require_close(f"{name}, backward", actual, true, same)
+        for run_name, run in ((impl, ours_backward), (COMPILED, compiled_backward)):
+            with machine.trying(run_name):
+                for actual, true, same in zip(run(), expected, eager_backward(), strict=True):
+                    assert true is not None
+                    require_close(f"{name}, backward", actual, true, same)
 
     size = x.numel() * x.element_size()
     parts = (
@@ -96,9 +99,9 @@ def _measure(
             contenders=[
                 Contender(impl, our_run, moved),
                 Contender("eager", eager_run, moved, "GB/s of the fused kernel's bytes"),
-                Contender("torch.compile max-autotune", compiled_run, moved, "GB/s of the fused kernel's bytes"),
+                Contender(COMPILED, compiled_run, moved, "GB/s of the fused kernel's bytes"),
             ],
-            baseline="torch.compile max-autotune",
+            baseline=COMPILED,
             check=verify,
         )
         yield from machine.measure(point, share_of=("copy", machine.copy_gb_per_second))

@@ -22,7 +22,7 @@ def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
         for both in (True, False):
             name = f"{2 if both else 1} streams, batch {batch}, bfloat16, 640x1280"
             if machine.wants(name, seconds=40):
-                with machine.room():
+                with machine.room(name):
                     yield from _measure(machine, name, both, *machine.shape((batch, 640, 1280), (2, 5, 8)))
 
 
@@ -52,8 +52,9 @@ def _measure(machine: Machine, name: str, both: bool, batch: int, height: int, w
     def check() -> None:
         expected, same = step(eager, torch.float64), step(eager)
         for function_name, function in functions.items():
-            for actual, true, rounded in zip(step(function), expected, same, strict=True):
-                require_close(f"{name}, {function_name}", actual, true, rounded)
+            with machine.trying(function_name):
+                for actual, true, rounded in zip(step(function), expected, same, strict=True):
+                    require_close(f"{name}, {function_name}", actual, true, rounded)
 
     # Forward: images and target once; backward: the same again, and the gradients.
     moved = 3 * sum(t.numel() * t.element_size() for t in images) + 2 * target.numel()

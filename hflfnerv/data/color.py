@@ -9,14 +9,18 @@ published frames were made in this way. ``untagged_matrix`` says otherwise for o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from .._optional import Lazy
 from ..errors import MediaError
+
+if TYPE_CHECKING:
+    import av
+else:
+    av = Lazy("av", "video files")
 
 __all__ = [
     "FULL_RANGE",
@@ -124,7 +128,7 @@ class RGBConverter:
             raise ValueError(f"untagged_matrix must be one of {', '.join(SWS_MATRICES)}, got {untagged_matrix!r}")
         self._label = label
         self._untagged_matrix = untagged_matrix
-        self._reformatter = VideoReformatter()
+        self._reformatter = av.video.reformatter.VideoReformatter()
 
     def describe(self, frame: av.VideoFrame) -> ColorDescription:
         """Return how the frame stores its colours, with the assumptions made where it does not say."""
@@ -203,7 +207,7 @@ class YUVConverter:
     """
 
     def __init__(self, pixel_format: str, matrix: str) -> None:
-        self._reformatter = VideoReformatter()
+        self._reformatter = av.video.reformatter.VideoReformatter()
         self._arguments: dict[str, Any] = {
             "format": pixel_format,
             "src_colorspace": SWS_MATRICES[matrix],

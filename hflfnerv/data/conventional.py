@@ -6,16 +6,20 @@ import os
 import time
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.video.codeccontext import VideoCodecContext
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from .._optional import Lazy
 from ..errors import BackendUnavailable, MediaError
 from .color import FULL_RANGE, LIMITED_RANGE, SWS_ACCURATE, SWS_MATRICES, YUVConverter
+
+if TYPE_CHECKING:
+    import av
+    from av.video.codeccontext import VideoCodecContext
+else:
+    av = Lazy("av", "conventional codecs")
 
 __all__ = ["CONVENTIONAL_CODECS", "ConventionalCodec", "ConventionalResult", "code_conventionally"]
 
@@ -165,13 +169,13 @@ def code_conventionally(
 
 def _create(name: str, mode: Any) -> VideoCodecContext:
     context = av.CodecContext.create(name, mode)
-    assert isinstance(context, VideoCodecContext)
+    assert isinstance(context, av.video.codeccontext.VideoCodecContext)
     return context
 
 
 def _decode(codec: ConventionalCodec, packets: list[av.Packet[Any]], matrix: str) -> NDArray[np.uint8]:
     decoder = _create(next(name for name in codec.decoders if name in av.codecs_available), "r")
-    reformatter = VideoReformatter()
+    reformatter = av.video.reformatter.VideoReformatter()
     images = []
     for packet in (*packets, None):
         for frame in decoder.decode(packet):

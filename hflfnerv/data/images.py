@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .._optional import Lazy
 from ..errors import MediaError
 from .color import drop_alpha
+
+if TYPE_CHECKING:
+    import PIL
+    from PIL import Image, ImageOps
+else:
+    PIL, Image, ImageOps = (Lazy(name, "images") for name in ("PIL", "PIL.Image", "PIL.ImageOps"))
 
 __all__ = ["IMAGE_SUFFIXES", "list_images", "natural_key", "read_image"]
 
@@ -71,7 +78,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
                     raise MediaError(f"{path} has several frames; give it as a video, or split it into images")
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image), image.format, path)
-    except UnidentifiedImageError as error:
+    except PIL.UnidentifiedImageError as error:
         raise MediaError(f"{path} is not an image that can be read") from error
     except MediaError:
         raise

@@ -8,23 +8,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import av
 import numpy as np
-import psutil
 import torch
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._optional import Lazy
 from ..errors import MediaError
 from .color import ColorDescription, RGBConverter
 from .images import IMAGE_SUFFIXES, list_images, read_image
 from .selection import FrameRange, as_frame_slice, format_frames
 from .transforms import centre_crop
 from .transforms import resize as resize_frames
+
+if TYPE_CHECKING:
+    import av
+    import psutil
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+else:
+    av = Lazy("av", "video files")
+    psutil = Lazy("psutil", "frames without a limit on their memory")
 
 __all__ = ["DEFAULT_FPS", "Source", "Video", "VideoInfo", "load_video", "probe_video"]
 
@@ -317,7 +323,10 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         if container.format.name == "tty":
             raise MediaError(f"{path} is not a video: it contains text")
         stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
+        if (
+            not isinstance(stream, av.video.stream.VideoStream)
+            or stream.disposition & av.stream.Disposition.attached_pic
+        ):
             raise MediaError(f"{path} has no video stream")
         stream.thread_type = "AUTO"
         yield container, stream

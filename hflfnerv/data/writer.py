@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -13,20 +14,25 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, ClassVar, TypeAlias
+from typing import IO, TYPE_CHECKING, ClassVar, TypeAlias
 
-import av
 import numpy as np
-from av.container import OutputContainer
-from av.video.codeccontext import VideoCodecContext
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from .._atomic import atomic_path
+from .._optional import Lazy
 from ..errors import BackendUnavailable, MediaError
 from .color import LIMITED_RANGE, YUVConverter
+
+if TYPE_CHECKING:
+    import av
+    from av.container import OutputContainer
+    from av.video.codeccontext import VideoCodecContext
+    from PIL import Image
+else:
+    av = Lazy("av", "video files")
+    Image = Lazy("PIL.Image", "images")
 
 __all__ = ["WRITABLE_SUFFIXES", "VideoWriter", "write_frames"]
 
@@ -37,6 +43,11 @@ _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 WRITABLE_SUFFIXES = (*_CONTAINERS, ".y4m", ".npy")
 _PNG_NAME = re.compile(r"frame_(\d{5,})\.png")
 _PNG_LEVEL = 4
+
+
+def _failures() -> tuple[type[OSError] | type[av.FFmpegError], ...]:
+    """Return what writing may raise: errors of FFmpeg only once something has loaded PyAV."""
+    return (OSError, av.FFmpegError) if "av" in sys.modules else (OSError,)
 
 
 class VideoWriter:
@@ -134,7 +145,7 @@ class VideoWriter:
                 self._count += 1
         except BaseException as error:
             self.discard()
-            if isinstance(error, (OSError, av.FFmpegError)):
+            if isinstance(error, _failures()):
                 raise self._cannot_write(error) from error
             raise
 
@@ -154,7 +165,7 @@ class VideoWriter:
             self._finished = True
         except BaseException as error:
             self.discard()
-            if isinstance(error, (OSError, av.FFmpegError)):
+            if isinstance(error, _failures()):
                 raise self._cannot_write(error) from error
             raise
 
@@ -279,7 +290,7 @@ class _FileSink(_Sink):
 
     def discard(self) -> None:
         # Whatever fails while things are closed, the file is removed; why it is discarded is the caller's to report.
-        with suppress(OSError, av.FFmpegError):
+        with suppress(*_failures()):
             self._stack.__exit__(OSError, OSError(errno.ECANCELED, "discarded"), None)
 
 
@@ -332,7 +343,7 @@ class _H264Sink(_FileSink):
             stream = self._container.add_stream(self._CODEC, rate=f.fps, options={"crf": str(f.crf)})
         except (av.FFmpegError, ValueError) as error:
             raise BackendUnavailable(f"{target} cannot be written: this build of PyAV has no {self._CODEC}") from error
-        assert isinstance(stream, VideoStream)
+        assert isinstance(stream, av.video.stream.VideoStream)
         context: VideoCodecContext = stream.codec_context
         context.width, context.height, context.pix_fmt = f.width, f.height, pixel_format
         context.time_base = 1 / f.fps

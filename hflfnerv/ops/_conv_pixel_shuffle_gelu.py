@@ -115,11 +115,21 @@ def conv2d_gradients(
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dz, x, ordered, None, [1, 1], list(half_padding(weight)), [1, 1], False, [0, 0], 1, [*wanted, False]
     )
-    if wanted[0]:
-        dx = dx.contiguous(memory_format=torch.channels_last)
     if wanted[1]:
         dweight = torch.empty_like(weight).copy_(_shuffle_order(dweight[:n], r))
     return dx, dweight
+
+
+def _format_of_dx(x: torch.Tensor, dgrad: str) -> torch.memory_format:
+    """Return the memory format of the gradient of x: that of x.
+
+    Triton's kernels and the convolutions of a channels-last dz make it channels-last, and so it stays where x is
+    neither that nor contiguous, such as the pixels with gaps between them that the CUDA kernel returns.
+    """
+    if dgrad == "winograd":
+        return memory_format_of(x)
+    contiguous = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if contiguous else torch.channels_last
 
 
 def _backward(
@@ -150,6 +160,8 @@ def _backward(
         from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_wgrad
 
         dweight = conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r)
+    if dx is not None:
+        dx = dx.contiguous(memory_format=_format_of_dx(x, dgrad))
     return _as_results(x, (dx, dweight, dbias))
 
 
@@ -173,8 +185,8 @@ def _backward_fake(
     dgrad: str,
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = memory_format_of(x) if dgrad == "winograd" else torch.channels_last
-    dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
+    format_of_dx = _format_of_dx(x, dgrad)
+    dx = x.new_empty(x.shape).contiguous(memory_format=format_of_dx) if wanted[0] else x.new_empty(0)
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
 

@@ -7,14 +7,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from .._atomic import atomic_path
+from .._optional import Lazy
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import safetensors
+    from safetensors import torch as safetensors_torch
+else:
+    safetensors = Lazy("safetensors", "checkpoints")
+    safetensors_torch = Lazy("safetensors.torch", "checkpoints")
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -43,7 +49,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     metadata = {_KEY: json.dumps({"version": _VERSION, **checkpoint.state})}
-    data = safetensors.torch.save(tensors, metadata)
+    data = safetensors_torch.save(tensors, metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import Tensor
 
+from .._optional import Lazy
 from ..data import centre_crop
 from ..errors import MediaError
 from ..models import EncoderInput
 from ..ops import highpass
+
+if TYPE_CHECKING:
+    import psutil
+else:
+    psutil = Lazy("psutil", "clips with high-pass frames")
 
 __all__ = ["Clip", "prepare_clip"]
 

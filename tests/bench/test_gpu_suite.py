@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from bench import check, gpu
+from bench import check, gpu, networks
 from bench.device import Machine, require_close
 from bench.registry import Contender, Point
+from hflfnerv.models.hflf import HFLFNeRV
+from hflfnerv.models.hnerv import HNeRV
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -115,6 +124,20 @@ def test_parts_in_processes_of_their_own(tmp_path):
     assert [text.split(",")[0] for text in last] == ["limits.copy", *["limits.matmul"] * 2, *["highpass"] * 2]
 
 
+def test_ending_the_suite_ends_the_part(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--parts", "check", "--results", str(tmp_path)]
+    suite = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    parts: list[psutil.Process] = []
+    while not parts and suite.poll() is None:
+        time.sleep(0.05)
+        parts = psutil.Process(suite.pid).children()
+    assert parts
+    suite.terminate()
+    assert suite.wait(timeout=60) == 128 + signal.SIGTERM
+    gone, alive = psutil.wait_procs(parts, timeout=60)
+    assert (len(gone), alive) == (1, [])
+
+
 def test_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is here")
@@ -124,17 +147,115 @@ def test_without_a_gpu(tmp_path):
     assert "limits: FAILED: exit code 1, see above" in done.stdout
 
 
+@pytest.mark.parametrize("model", [HNeRV, HFLFNeRV])
+def test_decoding_can_be_captured(model, monkeypatch):
+    # What waits for the device cannot go into a CUDA graph.
+    network = networks._with(networks._network(machine(), model, with_encoder=False), "reference")
+    assert network.encoder is None
+    embeddings, index = torch.randn(2, *network.spec.embedding_shape), torch.arange(2)
+    for name in ("cpu", "numpy", "item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a value was read back"))
+    with torch.inference_mode():
+        assert network.decode(embeddings, index).shape == (2, 3, 96, 160)
+
+
 def machine(**options) -> Machine:
     return Machine(**{"dry": True, "seconds": 0.0, "deadline": float("inf"), **options})
 
 
-def test_wrong_results_are_not_timed():
-    def wrong() -> None:
-        require_close("it", torch.ones(3), torch.zeros(3), torch.zeros(3))
+def point(contenders: dict[str, Callable[[], object]], check: Callable[[], None], baseline: str = "a") -> Point:
+    runs = [Contender(name, run, 1) for name, run in contenders.items()]
+    return Point("op", "data", "float32", (3,), "GB/s", 1e9, runs, baseline, check)
 
-    point = Point("op", "data", "float32", (3,), "GB/s", 1e9, [Contender("a", pytest.fail, 1)], "a", wrong)
-    with pytest.raises(AssertionError, match="it: relative error"):
-        machine().measure(point)
+
+def test_wrong_results_are_not_timed():
+    one = machine()
+
+    def check() -> None:
+        for name, result in (("a", torch.ones(3)), ("b", torch.zeros(3))):
+            with one.trying(name):
+                require_close("it", result, torch.zeros(3), torch.zeros(3))
+
+    rows = one.measure(point({"a": pytest.fail, "b": int}, check))
+    assert [row["implementation"] for row in rows] == ["b"]
+    assert [text.split(": ")[:3] for text in one.failures] == [["a", "AssertionError", "it"]]
+    # The next point has contenders of these names too.
+    assert len(one.measure(point({"a": int, "b": int}, lambda: None))) == 2
+
+
+def test_a_failing_contender_leaves_the_others():
+    one = machine()
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate it.\nMore lines.")
+
+    rows = one.measure(point({"a": fails, "b": int, "c": int}, lambda: None))
+    assert [row["implementation"] for row in rows] == ["b", "c"]
+    assert one.failures == ["a: OutOfMemoryError: CUDA out of memory. Tried to allocate it."]
+    # Neither a baseline nor a contender of ours need be left for the tables.
+    assert list(gpu.table(rows))[2].lstrip().startswith("b ")
+    assert next(gpu.summary(rows)).startswith(("op, data: b ", "op, data: c "))
+    assert next(gpu.summary([row | {"implementation": "eager"} for row in rows])).startswith("op, data: eager ")
+
+
+def test_a_failing_point_leaves_the_others(monkeypatch, tmp_path, capsys):
+    def points(machine):
+        for name in ("first", "second"):
+            with machine.room(name):
+                yield from measure(machine, name)
+
+    def measure(machine, name):
+        if name == "first":
+            raise ValueError("out of order")
+        yield from machine.measure(point({"a": int}, lambda: None))
+
+    monkeypatch.setattr("bench.limits.points", points)
+    assert gpu.main(["--dry-run", "--here", "--parts", "limits", "--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "limits: FAILED: PartFailed: 1 of its points and contenders:\n  first: ValueError: out of order" in printed
+    assert "op (GB/s; ratio to a)" in printed
+    assert len((tmp_path / "gpu-limits.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_lost_device_ends_the_part(monkeypatch):
+    one = machine()
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize() -> None:
+        raise lost
+
+    def measure() -> None:
+        with one.room("a point"), one.trying("a contender"):
+            pass
+
+    monkeypatch.setattr(one, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure()
+    assert len(one.failures) == 2
+
+
+@pytest.mark.parametrize("reason", [None, "nvcc not found"])
+def test_built_without_cuda_is_a_failure(reason, monkeypatch, tmp_path):
+    (tmp_path / "hflfnerv").mkdir()
+    record = json.dumps({"no_cuda": reason})
+    code = f"import pathlib\npathlib.Path('hflfnerv/_build.json').write_text({record!r})\n"
+    (tmp_path / "setup.py").write_text(code)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    if reason is None:
+        gpu.build(argparse.Namespace(dry_run=False))
+    else:
+        with pytest.raises(gpu.PartFailed, match="built, but without its CUDA kernels: nvcc not found"):
+            gpu.build(argparse.Namespace(dry_run=False))
+
+
+@pytest.mark.parametrize("missing", ["setuptools", "pytest", "torch"])
+def test_what_is_missing_is_said(missing, monkeypatch, tmp_path, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    part = {"setuptools": "build", "pytest": "tests", "torch": "limits"}[missing]
+    assert gpu.main(["--here", "--dry-run", "--parts", part, "--results", str(tmp_path)]) == 1
+    names = {"torch": "PyTorch"}
+    assert re.search(f"{part}: FAILED: PartFailed: .*{names.get(missing, missing)}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +291,27 @@ def test_check_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(check.ops, "highpass", lambda x, removed, impl: torch.zeros_like(x))
     with pytest.raises(check.CheckFailed, match="9 wrong results:\n  highpass, 2x3x64x96, float32"):
         list(check.points(machine()))
+
+
+def test_check_in_several_processes():
+    # 9 comparisons of the high-pass filter.
+    one, two = (machine(only="highpass, ", deadline=float("inf")) for _ in range(2))
+    rows, others = ({row["data"]: row["p50"] for row in check.points(m, n)} for m, n in ((one, 1), (two, 2)))
+    assert len(rows) == 9
+    assert rows == others
+    late = machine(only="highpass, 2x3x64x96, float32", deadline=0.0)
+    assert list(check.points(late, 2)) == []
+    assert late.left_out == ["highpass, 2x3x64x96, float32, fft"]
+
+
+def ends(*_arguments) -> None:
+    os._exit(3)
+
+
+def test_a_check_that_ends_early_is_said(monkeypatch):
+    monkeypatch.setattr(check, "_work", ends)
+    with pytest.raises(check.CheckFailed, match="share 1 of 2: the process ended with 3"):
+        list(check.points(machine(), 2))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -16,3 +16,13 @@ def test_rows_of_other_processors_stay(tmp_path):
         {"device": "B", "p50": 3},
         {"device": "A", "p50": 4},
     ]
+
+
+def test_commit_of_a_copy_without_history(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("HFLFNERV_COMMIT", raising=False)
+    assert run.environment()["commit"] is None
+    monkeypatch.setenv("HFLFNERV_COMMIT", "abc")
+    assert run.environment()["commit"] == "abc"
+    assert run.environment()["dirty"] is None

@@ -45,6 +45,22 @@ def test_opcheck_backward(wanted):
     torch.library.opcheck(BACKWARD_OP, (dy, x, weight, z, 2, "none", list(wanted), *LIBRARY))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "with gaps"])
+def test_gradient_of_x_has_its_layout(layout):
+    x, weight, _ = operands()
+    batch, channels, height, width = x.shape
+    if layout == "contiguous":
+        x = x.contiguous()
+    elif layout == "with gaps":  # as the CUDA kernel leaves the pixels of the block before this one
+        x = torch.zeros(batch, height, width, channels + 3)[..., :channels].permute(0, 3, 1, 2).copy_(x)
+    z, dy = make_tensor(2, 8, 3, 4, layout="channels_last"), make_tensor(2, 2, 6, 8, seed=1)
+    arguments = (dy, x, weight, z, 2, "none", [True, True, True], *LIBRARY)
+    dx = BACKWARD_OP(*arguments)[0]
+    expected = x if layout == "contiguous" else x.contiguous(memory_format=torch.channels_last)
+    assert dx.stride() == expected.stride()
+    torch.library.opcheck(BACKWARD_OP, arguments)
+
+
 @pytest.mark.parametrize("r", [1, 2, 3])
 def test_gradcheck(r):
     # The formula that every kernel shares: the order of channels, PyTorch's two convolutions, the bias.
