@@ -33,7 +33,7 @@ def orthogonalise(x: Tensor) -> Tensor:
     x = x.mT if tall else x
     x = x / x.norm().clamp(min=1e-20)
     rows, columns = x.shape
-    wide = _SMALL <= rows and 2 * rows <= columns and x.dtype in (torch.float32, torch.float64)
+    wide = rows >= _SMALL and 2 * rows <= columns and x.dtype in (torch.float32, torch.float64)
     x = _by_gram(x) if wide else _by_steps(x)
     return x.mT if tall else x
 
