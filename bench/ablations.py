@@ -30,7 +30,8 @@ from hflfnerv.data import load_video
 from hflfnerv.metrics import psnr
 from hflfnerv.models import MODELS, VideoNetwork, build_model
 from hflfnerv.models.convnext import ConvNeXtBlock
-from hflfnerv.models.streams import DecoderStream, EmbeddingStem
+from hflfnerv.models.spec import StreamSpec
+from hflfnerv.models.streams import DecoderStream, EmbeddingStem, GridStem
 from hflfnerv.nn import UpsampleBlock
 from hflfnerv.train import Clip, TrainConfig, Trainer, prepare_clip
 
@@ -92,6 +93,19 @@ def time_modulation(model: VideoNetwork) -> None:
             return F.gelu(_shuffled(block, x) * (1 + scale) + shift)
 
         block.forward = forward
+
+
+def position_maps(model: VideoNetwork) -> None:
+    """Learned feature maps along time, mixed into the first block's output before the activation: what stays in place.
+
+    Their parameters come on top of the size.
+    """
+    stream = embedded_stream(model)
+    block, index = stream.blocks[0], _Index(model)
+    rows, columns = (side * block.upscale_factor for side in stream.spec.grid)
+    stream.maps = GridStem(StreamSpec((rows, columns), (8,), (), (), knots=4), model.spec.frames)
+    stream.mix = nn.Conv2d(8, stream.spec.widths[1], 1, bias=False)
+    block.forward = lambda x: F.gelu(_shuffled(block, x) + stream.mix(stream.maps(index.current)))
 
 
 def residual(model: VideoNetwork) -> None:
@@ -158,6 +172,20 @@ def link_of_the_paper(model: VideoNetwork) -> None:
     model.images = lambda stems: (model.lfd.finish(stems[1]), model.hfd.finish(stems[0]))
 
 
+class _Index:
+    """The frames at hand."""
+
+    def __init__(self, model: VideoNetwork) -> None:
+        self.current = torch.zeros(1, dtype=torch.int64)
+        stems = model.stems
+
+        def watched(embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
+            self.current = index
+            return stems(embeddings, index)
+
+        model.stems = watched
+
+
 class _TimeFeatures:
     """Sixteen sines and cosines of the time of the frames at hand."""
 
@@ -165,15 +193,12 @@ class _TimeFeatures:
         frames = model.spec.frames
         time_of = (torch.arange(frames, dtype=torch.float64) + 1) / frames
         angle = time_of[:, None] * (math.pi * 1.6 ** torch.arange(_TIME_FEATURES // 2, dtype=torch.float64))
-        self.table = torch.cat([angle.sin(), angle.cos()], 1).float()
-        self.current = self.table[:1]
-        stems = model.stems
+        self._table = torch.cat([angle.sin(), angle.cos()], 1).float()
+        self._index = _Index(model)
 
-        def watched(embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
-            self.current = self.table[index]
-            return stems(embeddings, index)
-
-        model.stems = watched
+    @property
+    def current(self) -> Tensor:
+        return self._table[self._index.current]
 
 
 def _shuffled(block: Any, x: Tensor) -> Tensor:
@@ -190,18 +215,32 @@ class Variant:
         what: what is changed, for the table.
         patches: changes of the network.
         changes: other settings than the preset's, by the names of :class:`TrainingDefaults`.
+        plan: what the network's ``plan`` is told besides.
     """
 
     network: str
     what: str
     patches: tuple[Patch, ...] = ()
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    plan: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def settings(self) -> TrainingDefaults:
         """The settings of its training."""
         model, preset = self.network.split("/")
         return PRESETS[preset][model]._replace(**self.changes)
+
+    def model(self, frames: int) -> VideoNetwork:
+        """Build the network."""
+        name, preset = self.network.split("/")
+        model = build_model(MODELS[name].plan(SIZE, frames, *CROP, preset=preset, **self.plan))
+        for patch in self.patches:
+            patch(model)
+        return model
+
+
+def _one_embedding(what: str, patches: tuple[Patch, ...] = (), **fields: Any) -> Variant:
+    return Variant("hflf/best", what, patches, plan={"detail": 0}, **fields)
 
 
 _MUON = {"optimizer": "muon", "lr": 0.02}
@@ -214,16 +253,24 @@ VARIANTS: dict[str, Variant] = {
     "muon-frame": Variant(
         "hflf/paper", "the same, encoder sees the frame", changes={**_MUON, "encoder_input": "frame"}
     ),
-    "best": Variant("hflf/best", "dual stream, **`best`**: the same, one LFD on learned maps, one tanh"),
-    "best-highpass": Variant(
-        "hflf/best", "`best`, encoder sees the high-pass frame", changes={"encoder_input": "highpass"}
+    "best": _one_embedding("dual stream: the same, encoder sees the frame, one LFD on learned maps, one tanh (A)"),
+    "best-highpass": _one_embedding("A, encoder sees the high-pass frame", changes={"encoder_input": "highpass"}),
+    "best-link": _one_embedding("A, two tanh as in the paper", (link_of_the_paper,)),
+    "best-sine": _one_embedding("A, sine in the HFD", (sine,)),
+    "best-modulation": _one_embedding("A, time-conditioned scale and shift in the HFD", (time_modulation,)),
+    "best-lr-0.01": _one_embedding("A, learning rate 0.01", changes={"lr": 0.01}),
+    "best-lr-0.04": _one_embedding("A, learning rate 0.04", changes={"lr": 0.04}),
+    "best-adam": _one_embedding("A with Adam at 2e-3", changes={"optimizer": "adam", "lr": 2e-3}),
+    "best-position": _one_embedding("A, four learned maps of 8 channels along time in the HFD", (position_maps,)),
+    "detail": Variant("hflf/best", "dual stream, **`best`**: A and a finer embedding of 2 channels"),
+    "detail-1": Variant("hflf/best", "`best`, finer embedding of 1 channel", plan={"detail": 1}),
+    "detail-4": Variant("hflf/best", "`best`, finer embedding of 4 channels", plan={"detail": 4}),
+    "detail-highpass": Variant(
+        "hflf/best", "`best`, both encoders see the high-pass frame", changes={"encoder_input": "highpass"}
     ),
-    "best-link": Variant("hflf/best", "`best`, two tanh as in the paper", (link_of_the_paper,)),
-    "best-sine": Variant("hflf/best", "`best`, sine in the HFD", (sine,)),
-    "best-modulation": Variant("hflf/best", "`best`, time-conditioned scale and shift in the HFD", (time_modulation,)),
-    "best-lr-0.01": Variant("hflf/best", "`best`, learning rate 0.01", changes={"lr": 0.01}),
-    "best-lr-0.04": Variant("hflf/best", "`best`, learning rate 0.04", changes={"lr": 0.04}),
-    "best-adam": Variant("hflf/best", "`best` with Adam at 2e-3", changes={"optimizer": "adam", "lr": 2e-3}),
+    "detail-modulation": Variant(
+        "hflf/best", "`best`, time-conditioned scale and shift in the HFD", (time_modulation,)
+    ),
     "hnerv-paper": Variant("hnerv/paper", "HNeRV, as published"),
     "hnerv-tuned": Variant("hnerv/paper", "HNeRV, learning rate 2e-3, batch 1", changes={"lr": 2e-3, "batch_size": 1}),
     "hnerv-start": Variant("hnerv/paper", "HNeRV, variance-preserving start", (variance_preserving,)),
@@ -240,12 +287,9 @@ def run(name: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: int
     """Train one variant on one clip and return its row."""
     variant = VARIANTS[name]
     settings = variant.settings
-    network, preset = variant.network.split("/")
     torch.manual_seed(seed)
     video = load_video(data / "davis480p" / clip_name, frames=FRAMES, resize=RESIZE)
-    model = build_model(MODELS[network].plan(SIZE, len(video), *CROP, preset=preset))
-    for patch in variant.patches:
-        patch(model)
+    model = variant.model(len(video))
     clip = prepare_clip(video.frames, settings.encoder_input, crop=CROP, removed=0.8)
     model.ablation_clip = clip  # for variants that look at neighbours
     config = TrainConfig(epochs, settings.lr, settings.batch_size, seed, optimizer=settings.optimizer)

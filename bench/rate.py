@@ -87,11 +87,13 @@ class Variant:
         what: for the table.
         changes: of :class:`EncodeConfig`; without ``quantization_share`` all variants share one training.
         patches: changes of the training.
+        plan: what the network's ``plan`` is told besides.
     """
 
     what: str
     changes: dict[str, Any]
     patches: tuple[Patch, ...] = ()
+    plan: dict[str, Any] = dataclasses.field(default_factory=lambda: {"detail": 0})
 
 
 def _after(what: str, **changes: Any) -> Variant:
@@ -117,6 +119,10 @@ VARIANTS: dict[str, Variant] = {
         for bits in (5, 4)
     },
     AFTER: Variant("**`best`**: steps by curvature, w = 0.5, trained with them for 30 % of the epochs", _BEST),
+    "detail": Variant("`best`, finer embedding", _BEST, plan={}),
+    "detail-bits-8": Variant(
+        "`best`, finer embedding, 8 bits", {"quantization_share": 0.0, "rate_weight": 0.0}, plan={}
+    ),
     **{
         f"qat-{weight:g}": Variant(f"`best`, w = {weight:g}", {**_BEST, "rate_weight": weight})
         for weight in (0.25, 1.0, 1.5)
@@ -137,7 +143,7 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
     config = EncodeConfig(
         size=size, epochs=epochs, seed=seed, frames=FRAMES, resize=RESIZE, crop=CROP, **variant.changes
     ).resolved()
-    trainer, video, seconds = _trained(config, variant.patches, clip, data)
+    trainer, video, seconds = _trained(config, variant, clip, data)
     levels = trainer.levels
     quantization = quantization_config(config)
     if levels is None and quantization is not None:
@@ -166,17 +172,18 @@ _SETTINGS = ("optimizer", "lr", "batch_size", "quantization_share", "rate_weight
 _last: dict[tuple[Any, ...], tuple[Trainer, Video, float]] = {}
 
 
-def _trained(
-    config: EncodeConfig, patches: tuple[Patch, ...], clip: str, data: pathlib.Path
-) -> tuple[Trainer, Video, float]:
+def _trained(config: EncodeConfig, variant: Variant, clip: str, data: pathlib.Path) -> tuple[Trainer, Video, float]:
     quantization: QuantizationConfig | None = quantization_config(config) if config.quantization_share else None
-    key = (clip, data, config.size, config.epochs, config.seed, quantization, patches)
+    plan = tuple(variant.plan.items())
+    key = (clip, data, config.size, config.epochs, config.seed, quantization, variant.patches, plan)
     if key not in _last:
         _last.clear()
         video = load_video(data / "davis480p" / clip, frames=FRAMES, resize=RESIZE)
         prepared = prepare_clip(video.frames, config.encoder_input, crop=CROP, removed=config.highpass_removed)
         torch.manual_seed(config.seed)
-        model = build_model(MODELS[config.model].plan(config.parameters, len(video), *CROP, preset=config.preset))
+        network = MODELS[config.model]
+        spec = network.plan(config.parameters, len(video), *CROP, preset=config.preset, **variant.plan)
+        model = build_model(spec)
         settings = TrainConfig(
             config.epochs,
             config.lr,
@@ -186,7 +193,7 @@ def _trained(
             quantization=quantization,
         )
         trainer = Trainer(model, prepared, settings, device=torch.device("cpu"))
-        for patch in patches:
+        for patch in variant.patches:
             patch(trainer)
         started = time.perf_counter()
         trainer.run()

@@ -40,6 +40,9 @@ class VideoNetwork(nn.Module, ABC):
         super().__init__()
         if spec.model != self.name:
             raise ValueError(f"spec.model must be {self.name!r}, got {spec.model!r}")
+        for name, stream in spec.streams.items():
+            if stream.detail is not None and name != "hfd":
+                raise ValueError(f"spec.streams.{name} must have no detail, which is for the stream hfd alone")
         self.spec = spec
         self.encoder: nn.Module | None = None
 

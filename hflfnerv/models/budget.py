@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .layout import Layout
-from .spec import ModelSpec, StreamSpec
+from .spec import DetailSpec, ModelSpec, StreamSpec
 
 __all__ = [
+    "detail_stream",
     "embedding_count",
     "grid_stream",
     "hfd_stream",
@@ -73,6 +74,15 @@ def hfd_stream(budget: float, layout: Layout, embedding_channels: int) -> Stream
     return StreamSpec(layout.grid, block_widths(first, 1.2, len(kernels), _LOWEST_WIDTH), layout.strides, kernels)
 
 
+def detail_stream(budget: float, layout: Layout, embedding_channels: int, channels: int) -> StreamSpec | None:
+    """HNeRV's decoder where an embedding of ``channels`` channels joins after the first block. None as there."""
+    stream = hfd_stream(budget, layout, embedding_channels)
+    if stream is None:
+        return None
+    fine, detail = layout.after_first(), DetailSpec(channels, stream.widths[0], layout.strides[0])
+    return StreamSpec(fine.grid, stream.widths[1:], fine.strides, stream.kernels[1:], detail=detail)
+
+
 def lfd_stream(budget: float, layout: Layout, time_features: int) -> StreamSpec | None:
     """The paper's LFD1 and LFD2: kernels 3, 5, 5, 5, widths divided by 1.2. None below one channel."""
     kernels = block_kernels(3, 5, len(layout.strides))
@@ -110,6 +120,10 @@ def parameter_count(spec: ModelSpec) -> int:
         first, cells = stream.widths[0], stream.layout.cells
         if stream.knots:
             count += stream.knots * first * cells
+        elif stream.detail is not None:
+            detail, upsampled = stream.detail, first * stream.detail.stride**2
+            count += detail.width * (spec.embedding_channels + 1) + upsampled * (detail.width + 1)
+            count += first * detail.channels
         elif spec.embedding_channels and name not in features:
             count += first * (spec.embedding_channels + 1)
         else:

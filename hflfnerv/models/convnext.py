@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..ops import depthwise_conv2d
 
-__all__ = ["ConvNeXtEncoder"]
+__all__ = ["ConvNeXtEncoder", "DetailEncoder"]
 
 _NORM_EPSILON = 1e-6
 _LAYER_SCALE = 1e-6
+_DETAIL_WIDTH = 32
 
 
 class ChannelNorm(nn.Module):
@@ -97,3 +98,27 @@ class ConvNeXtEncoder(nn.Module):
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
         return x
+
+
+class DetailEncoder(nn.Module):
+    """Two encoders: one for an embedding as in HNeRV, one for a finer embedding of few channels.
+
+    Args:
+        strides: downscale factor of each stage of the first encoder. The second begins with the second of them, and its
+            embedding is finer by the first.
+        embedding_channels: of the coarse embedding.
+        detail_channels: of the fine one.
+
+    Shape:
+        ``[B, 3, H, W]``, to ``[B, embedding_channels + detail_channels * strides[0]**2, h, w]``: the fine embedding
+        follows the coarse one, as PixelShuffle takes it.
+    """
+
+    def __init__(self, strides: Sequence[int], *, embedding_channels: int, detail_channels: int) -> None:
+        super().__init__()
+        self.coarse = ConvNeXtEncoder(strides, embedding_channels=embedding_channels)
+        self.fine = ConvNeXtEncoder(strides[1:], _DETAIL_WIDTH, detail_channels)
+        self._stride = strides[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.coarse(x), F.pixel_unshuffle(self.fine(x), self._stride)], 1)

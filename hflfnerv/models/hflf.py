@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from .base import VideoNetwork
-from .budget import embedding_count, grid_stream, hfd_stream, lfd_stream, plan_or_explain
-from .convnext import ConvNeXtEncoder
+from .budget import detail_stream, embedding_count, grid_stream, hfd_stream, lfd_stream, plan_or_explain
+from .convnext import ConvNeXtEncoder, DetailEncoder
 from .layout import choose_layout
 from .spec import ModelSpec, StreamSpec, TimeSpec
-from .streams import DecoderStream, EmbeddingStem, GridStem, TimeStem
+from .streams import DecoderStream, DetailStem, EmbeddingStem, GridStem, TimeStem
 from .time_encoding import TimeEncoding
 
 __all__ = ["HFLFNeRV"]
@@ -24,6 +26,9 @@ _SHARES = (20, 1, 5)
 # Of "best": HFD and LFD, and the frames from one knot of the LFD to the next.
 _BEST_SHARES = (19, 1)
 _FRAMES_PER_KNOT = 4
+# The finer embedding has this many channels, or as many as this part of all parameters pays for.
+_DETAIL_CHANNELS = 4
+_DETAIL_SHARE = 0.1
 
 
 class HFLFNeRV(VideoNetwork):
@@ -33,9 +38,11 @@ class HFLFNeRV(VideoNetwork):
     additive link of the paper, with ``e_t`` the ConvNeXt embedding of the high-pass frame and ``p_t`` the time encoding
     of Eq. (1).
 
-    ``preset="best"``: ``frame = (tanh(HFD(e_t) + LFD(g_t)) + 1) / 2``, with ``g_t`` interpolated between feature maps
-    that are learned, one for four frames. That costs a twentieth of the parameters, where the paper's LFD1 and LFD2
-    cost nearly a quarter, most of it in the linear layers on the time.
+    ``preset="best"``: ``frame = (tanh(HFD(e_t, d_t) + LFD(g_t)) + 1) / 2``, with ``g_t`` interpolated between feature
+    maps that are learned, one for four frames. That costs a twentieth of the parameters, where the paper's LFD1 and
+    LFD2 cost nearly a quarter, most of it in the linear layers on the time. ``d_t`` is a second embedding, of few
+    channels and by an encoder of its own, on the finer grid that the HFD has after its first block: it tells where in
+    the frame something is, which the cells of ``e_t``, 2 x 4 of them, hardly do. Both are of the whole frame.
 
     Args:
         spec: the architecture, from :meth:`plan` or from a file's header.
@@ -57,9 +64,17 @@ class HFLFNeRV(VideoNetwork):
         if not spec.embedding_channels or "hfd" not in spec.streams:
             raise ValueError("spec must hold the stream hfd and embedding channels")
         hfd = spec.streams["hfd"]
-        if with_encoder:
-            self.encoder = ConvNeXtEncoder(hfd.strides, embedding_channels=spec.embedding_channels)
-        self.hfd = DecoderStream(hfd, EmbeddingStem(hfd, spec.embedding_channels))
+        channels, detail = spec.embedding_channels, hfd.detail
+        if detail is None:
+            if with_encoder:
+                self.encoder = ConvNeXtEncoder(hfd.strides, embedding_channels=channels)
+            self.hfd = DecoderStream(hfd, EmbeddingStem(hfd, channels))
+        else:
+            if with_encoder:
+                self.encoder = DetailEncoder(
+                    (detail.stride, *hfd.strides), embedding_channels=channels, detail_channels=detail.channels
+                )
+            self.hfd = DecoderStream(hfd, DetailStem(hfd, channels))
         others = set(spec.streams) - {"hfd"}
         if others == {"lfd"} and spec.streams["lfd"].knots:
             lfd = spec.streams["lfd"]
@@ -75,17 +90,38 @@ class HFLFNeRV(VideoNetwork):
         self.time = TimeEncoding(spec.time, spec.frames, cached=with_encoder)
 
     @classmethod
-    def plan(cls, size: int, frames: int, height: int, width: int, *, preset: str = "paper") -> ModelSpec:
+    def plan(
+        cls, size: int, frames: int, height: int, width: int, *, preset: str = "paper", detail: int | None = None
+    ) -> ModelSpec:
+        """Return the architecture that spends ``size`` parameters; see :meth:`VideoNetwork.plan`.
+
+        Args:
+            size: parameters of the coded video: all frames' embeddings and the decoders.
+            frames: number of frames T.
+            height: frame height in pixels.
+            width: frame width in pixels.
+            preset: ``"paper"`` or ``"best"``.
+            detail: most channels of the finer embedding of ``"best"``, which has fewer where the size does not pay for
+                them; None for at most 4, of at most a tenth of the parameters.
+
+        Raises:
+            ValueError: ``size`` does not pay for the embeddings and the smallest decoders; names the least size.
+        """
         hfd_layout = choose_layout(height, width, stages=5, target_cells=2 * 4)
         lfd_layout = choose_layout(height, width, stages=4, target_cells=5 * 10)
+        fine_layout = hfd_layout.after_first()
         best = preset == "best"
 
-        def streams_for(budget: int) -> dict[str, StreamSpec | None]:
+        def streams_for(budget: int, channels: int) -> dict[str, StreamSpec | None]:
             if best:
                 hfd_share, lfd_share = (budget * share / sum(_BEST_SHARES) for share in _BEST_SHARES)
                 knots = max(2, math.ceil(frames / _FRAMES_PER_KNOT))
-                lfd = grid_stream(lfd_share, lfd_layout, knots)
-                return {"hfd": hfd_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS), "lfd": lfd}
+                hfd = (
+                    detail_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS, channels)
+                    if channels
+                    else hfd_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS)
+                )
+                return {"hfd": hfd, "lfd": grid_stream(lfd_share, lfd_layout, knots)}
             hfd_share, lfd1_share, lfd2_share = (budget * share / sum(_SHARES) for share in _SHARES)
             return {
                 "hfd": hfd_stream(hfd_share, hfd_layout, _EMBEDDING_CHANNELS),
@@ -93,8 +129,9 @@ class HFLFNeRV(VideoNetwork):
                 "lfd2": lfd_stream(lfd2_share, lfd_layout, 2 * (_TIME.levels - _TIME_SPLIT)),
             }
 
-        def spec_for(size: int) -> ModelSpec | None:
-            streams = streams_for(size - embedding_count(frames, _EMBEDDING_CHANNELS, hfd_layout))
+        def spec_for(size: int, channels: int = 0) -> ModelSpec | None:
+            embeddings = embedding_count(frames, _EMBEDDING_CHANNELS, hfd_layout)
+            streams = streams_for(size - embeddings - embedding_count(frames, channels, fine_layout), channels)
             found = {name: stream for name, stream in streams.items() if stream is not None}
             if len(found) < len(streams):
                 return None
@@ -109,7 +146,19 @@ class HFLFNeRV(VideoNetwork):
                 time_split=0 if best else _TIME_SPLIT,
             )
 
+        if best and len(hfd_layout.strides) > 1:
+            if detail is None:
+                affordable = int(_DETAIL_SHARE * size / max(embedding_count(frames, 1, fine_layout), 1))
+                detail = min(affordable, _DETAIL_CHANNELS)
+            for channels in range(detail, 0, -1):
+                spec_of = functools.partial(spec_for, channels=channels)
+                with contextlib.suppress(ValueError):  # a network with fewer may be small enough
+                    return plan_or_explain(cls.name, size, frames, height, width, spec_of, exact=True)
         return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=best)
+
+    def hidden_weights(self) -> list[Tensor]:
+        stem = self.hfd.stem
+        return [*super().hidden_weights(), *([stem.upsample.weight] if isinstance(stem, DetailStem) else [])]
 
     def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
         if embeddings is None:

@@ -49,6 +49,11 @@ class Layout:
         """Height and width of the image the stream makes, at least the frame's."""
         return self.grid[0] * self.scale, self.grid[1] * self.scale
 
+    def after_first(self) -> Layout:
+        """Return the layout of what follows the first block."""
+        first, *others = self.strides
+        return Layout((self.grid[0] * first, self.grid[1] * first), tuple(others))
+
 
 def _stride_sequences(stages: int) -> Iterator[tuple[int, ...]]:
     """Yield the non-increasing stride sequences of at most ``stages`` blocks."""

@@ -9,15 +9,31 @@ from typing import Any
 
 from .layout import Layout
 
-__all__ = ["ModelSpec", "StreamSpec", "TimeSpec"]
+__all__ = ["DetailSpec", "ModelSpec", "StreamSpec", "TimeSpec"]
 
 # What a hostile header may ask for at most.
 _MAX_SIDE = 16384
 _MAX_FRAMES = 2**24
 _MAX_CHANNELS = 4096
+_MAX_DETAIL = 64
 _MAX_STAGES = 8
 _MAX_PIXELS = 2**28
 _MAX_PARAMETERS = 2**28
+
+
+@dataclass(frozen=True)
+class DetailSpec:
+    """A stem that upsamples once, where a second and finer embedding of the frame joins.
+
+    Attributes:
+        channels: channels of the finer embedding, which has the stream's grid.
+        width: channels of the stem before it upsamples, on the grid of the other embedding.
+        stride: upscale factor from that grid to the stream's, which it divides.
+    """
+
+    channels: int
+    width: int
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class StreamSpec:
         strides: upscale factor of each block.
         kernels: kernel size of each block's convolution, odd.
         knots: learned feature maps along time, between which a frame's is interpolated, instead of a stem; 0 for none.
+        detail: how a finer embedding joins in the stem; None for one embedding, which has the stream's grid.
     """
 
     grid: tuple[int, int]
@@ -37,6 +54,7 @@ class StreamSpec:
     strides: tuple[int, ...]
     kernels: tuple[int, ...]
     knots: int = 0
+    detail: DetailSpec | None = None
 
     @property
     def layout(self) -> Layout:
@@ -61,7 +79,8 @@ class ModelSpec:
         frames: number of frames T.
         height: frame height in pixels.
         width: frame width in pixels.
-        embedding_channels: channels of a frame's embedding; 0 for a network driven by time alone.
+        embedding_channels: channels of a frame's embedding, the coarser one if there are two; 0 for a network driven by
+            time alone.
         streams: the decoder streams by name.
         time: the time encoding, None for a network that does not see the time.
         time_split: levels of the encoding that feed the first of two low-frequency streams.
@@ -78,18 +97,25 @@ class ModelSpec:
 
     @property
     def embedding_shape(self) -> tuple[int, int, int] | None:
-        """Shape ``[C, h, w]`` of one frame's embedding, or None."""
+        """Shape ``[C, h, w]`` of one frame's embedding, or None.
+
+        A finer embedding is part of it: behind the channels of the coarser one, as PixelShuffle takes it.
+        """
         if not self.embedding_channels:
             return None
-        grid = next(iter(self.streams.values())).grid
-        return self.embedding_channels, *grid
+        stream = next(iter(self.streams.values()))
+        if stream.detail is None:
+            return self.embedding_channels, *stream.grid
+        s = stream.detail.stride
+        return self.embedding_channels + stream.detail.channels * s * s, stream.grid[0] // s, stream.grid[1] // s
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as JSON-ready dictionaries, lists, numbers and strings; ``knots`` only if there are any."""
+        """Return the spec as JSON-ready dictionaries, lists, numbers and strings; optional fields only if needed."""
         fields = asdict(self)
         for stream in fields["streams"].values():
-            if not stream["knots"]:
-                del stream["knots"]
+            for name in ("knots", "detail"):
+                if not stream[name]:
+                    del stream[name]
         return fields
 
     @classmethod
@@ -173,4 +199,21 @@ def _stream_from_dict(name: str, data: Any) -> StreamSpec:
     knots = _int(data, "knots", 2, _MAX_FRAMES) if "knots" in data else 0
     if knots * widths[0] * math.prod(grid) > _MAX_PARAMETERS:
         raise ValueError(f"streams.{name}.knots must hold at most {_MAX_PARAMETERS} values, got {knots}")
-    return StreamSpec((grid[0], grid[1]), widths, strides, kernels, knots)
+    return StreamSpec(
+        (grid[0], grid[1]), widths, strides, kernels, knots, _detail_from_dict(name, data, grid, widths[0])
+    )
+
+
+def _detail_from_dict(
+    name: str, stream: Mapping[str, Any], grid: tuple[int, ...], width_after: int
+) -> DetailSpec | None:
+    if "detail" not in stream:
+        return None
+    data = _get(stream, "detail", dict)
+    stride = _int(data, "stride", 1, 16)
+    if any(side % stride for side in grid):
+        raise ValueError(f"streams.{name}.detail.stride must divide the grid {grid}, got {stride}")
+    width = _int(data, "width", 1, _MAX_CHANNELS)
+    if width * width_after * stride**2 > _MAX_PARAMETERS:
+        raise ValueError(f"streams.{name}.detail.width must give at most {_MAX_PARAMETERS} weights, got {width}")
+    return DetailSpec(_int(data, "channels", 1, _MAX_DETAIL), width, stride)

@@ -10,7 +10,7 @@ from ..nn import UpsampleBlock
 from ..ops import conv2d
 from .spec import StreamSpec
 
-__all__ = ["DecoderStream", "EmbeddingStem", "GridStem", "TimeStem", "use_implementation"]
+__all__ = ["DecoderStream", "DetailStem", "EmbeddingStem", "GridStem", "TimeStem", "use_implementation"]
 
 
 class EmbeddingStem(nn.Conv2d):
@@ -21,6 +21,33 @@ class EmbeddingStem(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(super().forward(x))
+
+
+class DetailStem(nn.Module):
+    """``GELU(PixelShuffle(conv1x1(GELU(conv1x1(e)))) + conv1x1(d))`` of a coarse embedding e and a fine one d.
+
+    That is an embedding stem and an upsampling block, to which d adds in front of the activation. Both embeddings come
+    as one tensor ``[B, channels + detail * stride**2, h, w]``: behind e is what PixelShuffle makes d of.
+
+    Args:
+        spec: of the stream, with ``detail``.
+        channels: of the coarse embedding.
+    """
+
+    def __init__(self, spec: StreamSpec, channels: int) -> None:
+        super().__init__()
+        detail = spec.detail
+        if detail is None:
+            raise ValueError("spec must hold detail")
+        self.coarse = nn.Conv2d(channels, detail.width, 1)
+        self.upsample = nn.Conv2d(detail.width, spec.widths[0] * detail.stride**2, 1)
+        self.fine = nn.Conv2d(detail.channels, spec.widths[0], 1, bias=False)
+        self._stride = detail.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse, fine = x.tensor_split([self.coarse.in_channels], 1)
+        upsampled = F.pixel_shuffle(self.upsample(F.gelu(self.coarse(coarse))), self._stride)
+        return F.gelu(upsampled + self.fine(F.pixel_shuffle(fine, self._stride)))
 
 
 class TimeStem(nn.Linear):

@@ -12,7 +12,7 @@ import torch
 from hflfnerv import Decoder, EncodeConfig, encode
 from hflfnerv.codec import Bitstream, evaluate, load_model, write_bitstream
 from hflfnerv.errors import BackendUnavailable, BitstreamError, CheckpointError, InvalidBitstream
-from hflfnerv.models import MODELS
+from hflfnerv.models import MODELS, hflf
 
 CONFIG = EncodeConfig(size="60k", epochs=2)
 
@@ -312,3 +312,14 @@ def test_a_crop_that_does_not_fit_is_said_to_be_that():
 def test_config_must_be_one():
     with pytest.raises(TypeError, match="config must be an EncodeConfig, got dict"):
         encode(np.zeros((2, 40, 60, 3), np.uint8), {"size": "60k"})
+
+
+def test_a_file_with_one_embedding_is_the_dual_stream_s_too(moving_frames, monkeypatch):
+    """As ``best`` wrote them before it had a finer embedding."""
+    monkeypatch.setattr(hflf, "_DETAIL_CHANNELS", 0)
+    result = encode(moving_frames, CONFIG)
+    monkeypatch.undo()
+    stream = Bitstream.open(result.bitstream)
+    assert b"detail" not in stream.header.to_json()
+    assert stream.embedding_shape[0] == 16
+    assert Decoder(result.bitstream)[:].shape == moving_frames.shape

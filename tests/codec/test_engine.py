@@ -82,9 +82,11 @@ def test_frames_are_those_of_float32(case):
 
 
 @needs_amx
-def test_two_streams_in_one_tanh():
-    model = network(*BEST, preset="best")
+@pytest.mark.parametrize("detail", [None, 0])
+def test_two_streams_in_one_tanh(detail):
+    model = network(*BEST, preset="best", detail=detail)
     assert set(model.spec.streams) == {"hfd", "lfd"}
+    assert (model.spec.streams["hfd"].detail is None) == (detail == 0)
     assert_as_exact_as_bfloat16(model, embeddings_of(model), [0, 3, 5])
 
 
@@ -95,9 +97,17 @@ def with_reference_blocks(model):
     return model
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, ("hflf", 400_000, 240, 400)], ids=str)
-def test_fused_frames_are_those_of_float64(case):
-    model = network(*case)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        *((case, {}) for case in (*NETWORKS, ("hflf", 400_000, 240, 400))),
+        (BEST, {"preset": "best"}),
+        (BEST, {"preset": "best", "detail": 0}),
+    ],
+    ids=str,
+)
+def test_fused_frames_are_those_of_float64(case, options):
+    model = network(*case, **options)
     embeddings, exact = embeddings_of(model), with_reference_blocks(model)
     engine = FusedEngine(model, embeddings, CPU, "fp32")
     floats = list(engine.float_frames([0, 3, 5]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,10 +13,13 @@ from hflfnerv.models import MODELS, HFLFNeRV, HNeRV, ModelSpec, TimeEncoding, Ti
 
 SIZES = [(96, 160), (17, 31), (45, 80)]
 # Every structure there is; the presets of the other networks differ in widths alone.
-NETWORKS = [*MODELS, "hflf/best"]
+ONE_EMBEDDING = "hflf/best, one embedding"
+NETWORKS = [*MODELS, "hflf/best", ONE_EMBEDDING]
 
 
 def plan(network, size, frames, height, width):
+    if network == ONE_EMBEDDING:
+        return HFLFNeRV.plan(size, frames, height, width, preset="best", detail=0)
     model, _, preset = network.partition("/")
     return MODELS[model].plan(size, frames, height, width, preset=preset or "paper")
 
@@ -70,6 +74,41 @@ def test_link_of_best_is_one_sum():
     low = net.lfd.finish(torch.stack(at))[..., :48, :64]
     expected = (torch.tanh(net.hfd(embedding)[..., :48, :64] + low) + 1) / 2
     torch.testing.assert_close(net.decode(embedding, index), expected)
+
+
+def test_a_finer_embedding_joins_before_the_second_activation():
+    net = make("hflf/best", 48, 64)
+    detail, stem = net.spec.streams["hfd"].detail, net.hfd.stem
+    rows, columns = net.spec.embedding_shape[1:]
+    coarse = torch.randn(2, net.spec.embedding_channels, rows, columns)
+    fine = torch.randn(2, detail.channels, *net.spec.streams["hfd"].grid)
+    packed = torch.cat([coarse, torch.nn.functional.pixel_unshuffle(fine, detail.stride)], 1)
+    assert packed.shape[1:] == net.spec.embedding_shape
+    up = torch.nn.functional.pixel_shuffle(stem.upsample(torch.nn.functional.gelu(stem.coarse(coarse))), detail.stride)
+    expected = torch.nn.functional.gelu(up + stem.fine(fine))
+    torch.testing.assert_close(net.hfd.begin(packed), expected)
+    assert any(weight is stem.upsample.weight for weight in net.hidden_weights())
+
+
+def test_both_encoders_make_one_embedding():
+    net = make("hflf/best", 48, 64)
+    x = torch.rand(1, 3, 48, 64)
+    detail, encoder = net.spec.streams["hfd"].detail, net.encoder
+    coarse, fine = net.embed(x).split([16, detail.channels * detail.stride**2], 1)
+    torch.testing.assert_close(coarse, encoder.coarse(x))
+    fine = torch.nn.functional.pixel_shuffle(fine, detail.stride)
+    assert fine.shape[2:] == net.spec.streams["hfd"].grid
+    torch.testing.assert_close(fine, encoder.fine(x))
+
+
+def test_other_streams_take_no_finer_embedding():
+    spec = plan("hflf/best", 60_000, 5, 48, 64)
+    detail = spec.streams["hfd"].detail
+    for model, name in (("hnerv", "decoder"), ("hflf", "lfd"), ("nerv", "decoder")):
+        other = spec if model == "hflf" else plan(model, 60_000, 5, 48, 64)
+        streams = {**other.streams, name: dataclasses.replace(other.streams[name], detail=detail)}
+        with pytest.raises(ValueError, match="detail"):
+            build_model(dataclasses.replace(other, streams=streams))
 
 
 def test_one_frame_has_a_time():
@@ -179,12 +218,23 @@ def test_spec_rejects(change, message):
         ModelSpec.from_dict(data)
 
 
+def everything_at_its_largest(data):
+    hfd = data["streams"]["hfd"]
+    hfd["widths"] = [4096] + [1] * len(hfd["strides"])
+    hfd["grid"], hfd["detail"] = [16, 16], {"channels": 64, "width": 4096, "stride": 16}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (replaced(["streams", "lfd", "knots"], 1), "knots must be in"),
         (replaced(["streams", "lfd", "knots"], 2**24), "knots must hold at most"),
         (replaced(["streams", "lfd", "knots"], "2"), "knots must be a int"),
+        (replaced(["streams", "hfd", "detail"], 2), "detail must be a dict"),
+        (replaced(["streams", "hfd", "detail", "channels"], 0), "channels must be in"),
+        (replaced(["streams", "hfd", "detail", "width"], None), "width must be a int"),
+        (replaced(["streams", "hfd", "detail", "stride"], 7), "stride must divide the grid"),
+        (everything_at_its_largest, "detail.width must give at most"),
     ],
 )
 def test_spec_of_best_rejects(change, message):
