@@ -229,6 +229,7 @@ def quality_table(results: Results) -> Iterator[str]:
     )
     yield ""
     yield from markdown((*head, "bits per pixel", "parameters", "training, s"), ours)
+    yield from processors(results)
     if any(row["lpips_unscaled"] is None for row in results.table):
         yield "No LPIPS: its package or weights were not on that machine. The column fills itself where they are."
         yield ""
@@ -334,6 +335,21 @@ def speed_table(results: Results) -> Iterator[str]:
     yield f"**Road to {target:.2f} dB**, where {name_of(PROPOSED)} ends: mean PSNR of the training epochs, in dB."
     yield ""
     yield from markdown(("network", "at the end", "epoch that reaches it", "seconds of training a clip"), lines)
+    yield from processors(results)
+
+
+def processors(results: Results) -> Iterator[str]:
+    """Say which seconds are of which processor, where there are several."""
+    networks: dict[str, list[str]] = {}
+    for network in results.networks:
+        for rows in results.by_clip(network).values():
+            for row in rows:
+                if network not in networks.setdefault(row["device"], []):
+                    networks[row["device"]].append(network)
+    if len(networks) > 1:
+        of = (f"{device}: {', '.join(map(name_of, names))}" for device, names in networks.items())
+        yield f"The seconds are of several processors and do not compare from one to the other. {'; '.join(of)}."
+        yield ""
 
 
 def mean_curve(clips: dict[str, list[Row]]) -> list[float]:

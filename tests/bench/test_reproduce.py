@@ -209,6 +209,16 @@ def test_tables(folder) -> None:
     }
 
 
+def test_seconds_of_several_processors_are_told_apart(folder) -> None:
+    profile = reproduce.load_profile("tiny", folder / "profiles")
+    rows = rows_of(folder)
+    assert "several processors" not in report.block(report.Results(profile, rows))
+    moved = [{**row, "device": "another"} if row["implementation"] == "nerv/paper" else row for row in rows]
+    text = report.block(report.Results(profile, moved))
+    assert text.count("several processors") == 2
+    assert f"another: {report.name_of('nerv/paper')}." in text
+
+
 def test_rows_of_another_selection_are_left_out(folder, tmp_path) -> None:
     write_profile(tmp_path, text=PROFILE.replace('"0:4"', '"0:3"'))
     profile = reproduce.load_profile("tiny", tmp_path)
