@@ -14,6 +14,7 @@ from hflfnerv.config import parse_size
 from hflfnerv.data import CONVENTIONAL_CODECS, load_video
 
 from .reproduce import (
+    BEFORE,
     SELECTION,
     SETTINGS,
     Profile,
@@ -86,7 +87,7 @@ class Results:
             config = row["config"]
             if config["seed"] == first_seed:
                 settings = cells.setdefault(row["implementation"], {})
-                settings.setdefault(tuple(config.get(name) for name in SETTINGS), {})[row["clip"]] = row["psnr_db"]
+                settings.setdefault(settings_of(config), {})[row["clip"]] = row["psnr_db"]
         cells = {network: settings for network, settings in cells.items() if len(settings) > 1}
         every = [clips.keys() for settings in cells.values() for clips in settings.values()]
         common = set.intersection(*map(set, every)) if every else set()
@@ -146,6 +147,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
     for row in rows:
         yield f"| {' | '.join(row)} |"
     yield ""
+
+
+def settings_of(config: Row) -> tuple[Any, ...]:
+    """Return the values of ``SETTINGS``."""
+    return tuple(config.get(name, BEFORE.get(name)) for name in SETTINGS)
 
 
 def name_of(network: str) -> str:
@@ -293,14 +299,15 @@ def grid_table(results: Results) -> Iterator[str]:
     grid = results.grid()
     if not grid:
         return
-    preset = {(row["implementation"], *(row["config"].get(name) for name in SETTINGS)) for row in results.table}
+    preset = {(row["implementation"], *settings_of(row["config"])) for row in results.table}
     best = {
         network: max(settings, key=lambda setting: statistics.mean(settings[setting].values()))
         for network, settings in grid.items()
     }
     lines = []
-    # Settings that no row has are of a later date than all of them.
-    known = [i for i in range(len(SETTINGS)) if any(setting[i] is not None for of in grid.values() for setting in of)]
+    # A setting that no row makes use of may be of a later date than all of them.
+    used = [setting for of in grid.values() for setting in of]
+    known = [i for i, name in enumerate(SETTINGS) if any(setting[i] != BEFORE.get(name) for setting in used)]
     for network, settings in grid.items():
         for setting, clips in settings.items():
             marks = ["of the preset"] if (network, *setting) in preset else []

@@ -66,7 +66,7 @@ WORK = ROOT / "build" / "reproduce"
 #: What an encode's result does not depend on.
 _INCIDENTAL = ("device", "workdir", "tensorboard", "checkpoint_seconds")
 #: What encodes were like before there were these settings; rows from then do not have them.
-_BEFORE = {"quantization_share": 0.0, "rate_weight": 0.0}
+BEFORE = {"quantization_share": 0.0, "rate_weight": 0.0}
 #: Which frames of a clip.
 SELECTION = ("frames", "resize", "crop")
 #: What a preset fixes, and a block of a profile may try other values of.
@@ -88,7 +88,7 @@ class Encode:
         settings = {
             name: value
             for name, value in vars(self.config.resolved()).items()
-            if name not in _INCIDENTAL and not (name in _BEFORE and value == _BEFORE[name])
+            if name not in _INCIDENTAL and not (name in BEFORE and value == BEFORE[name])
         }
         return json.loads(json.dumps({"what": "encode", "clip": self.clip, "config": settings}))
 

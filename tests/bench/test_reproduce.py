@@ -209,6 +209,16 @@ def test_tables(folder) -> None:
     }
 
 
+def test_rows_from_before_a_setting_stand_beside_later_ones(folder) -> None:
+    profile = reproduce.load_profile("tiny", folder / "profiles")
+    rows = rows_of(folder)
+    [row, *_] = [row for row in rows if row.get("implementation") == "hflf/paper" and row["config"]["lr"] == 1e-3]
+    later = {**row, "config": {**row["config"], "quantization_share": 0.3}}
+    grid = report.Results(profile, [*rows, later]).grid()["hflf/paper"]
+    shares = {setting[reproduce.SETTINGS.index("quantization_share")] for setting in grid}
+    assert shares == {0.0, 0.3}
+
+
 def test_seconds_of_several_processors_are_told_apart(folder) -> None:
     profile = reproduce.load_profile("tiny", folder / "profiles")
     rows = rows_of(folder)
