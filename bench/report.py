@@ -347,12 +347,9 @@ def speed_table(results: Results) -> Iterator[str]:
 
 def processors(results: Results) -> Iterator[str]:
     """Say which seconds are of which processor, where there are several."""
-    networks: dict[str, list[str]] = {}
-    for network in results.networks:
-        for rows in results.by_clip(network).values():
-            for row in rows:
-                if network not in networks.setdefault(row["device"], []):
-                    networks[row["device"]].append(network)
+    networks: dict[str, dict[str, None]] = {}
+    for row in results.table:
+        networks.setdefault(row["device"], {})[row["implementation"]] = None
     if len(networks) > 1:
         of = (f"{device}: {', '.join(map(name_of, names))}" for device, names in networks.items())
         yield f"The seconds are of several processors and do not compare from one to the other. {'; '.join(of)}."

@@ -53,15 +53,19 @@ def _by_gram(x: Tensor) -> Tensor:
     half precision.
     """
     gram = x @ x.mT
-    product: Tensor | None = None
-    for step in range(_STEPS):
-        factor = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
-        factor.diagonal().add_(_A)
-        product = factor if product is None else factor @ product
-        if step + 1 < _STEPS:
-            gram = factor @ gram @ factor
-    assert product is not None
+    product = factor = _factor(gram)
+    for _ in range(_STEPS - 1):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
     return product @ x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """Return ``a + b G + c G^2``, by which a step multiplies."""
+    factor = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
+    factor.diagonal().add_(_A)
+    return factor
 
 
 class Muon(torch.optim.Optimizer):
