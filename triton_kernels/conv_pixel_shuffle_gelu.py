@@ -17,15 +17,13 @@ One image of x and of y has at most 2³¹ - 1 elements and the batch as many pix
 inside a tile fit int32 and those of the tile are int64. Products are summed in float32, as is all other arithmetic.
 """
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ._activations import gelu, gelu_derivative
 from ._float32 import precision_of
+from ._tiles import Tile, column_blocks, halves, limits_of, padded_columns
 
 _GROUP = 8  # channels of x are padded to a multiple of this: 16 bytes in half precision
 _DEPTH = 64  # rows of the packed weight are a multiple of this, and so of every BLOCK_K
@@ -45,13 +43,6 @@ def pad_channels_kernel(
     c = offset - pixel * CP
     values = tl.load(x_ptr + pixel * PIXEL + c, mask=(offset < elements) & (c < C), other=0.0)
     tl.store(y_ptr + offset, values, mask=offset < elements)
-
-
-@triton.jit
-def _halves(tile):
-    rows: tl.constexpr = tile.shape[0]
-    columns: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -138,14 +129,14 @@ def conv_pixel_shuffle_gelu_fwd_kernel(
         _columns(accumulator, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, GELU, KEEP_Z)
     elif BLOCK_M <= 128:
         n = n_start + tl.arange(0, BLOCK_N // 2)
-        left, right = _halves(accumulator)
+        left, right = halves(accumulator)
         _columns(left, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, GELU, KEEP_Z)
         _columns(right, n + BLOCK_N // 2, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, GELU, KEEP_Z)
     else:
         n = n_start + tl.arange(0, BLOCK_N // 4)
-        left, right = _halves(accumulator)
-        first, second = _halves(left)
-        third, fourth = _halves(right)
+        left, right = halves(accumulator)
+        first, second = halves(left)
+        third, fourth = halves(right)
         _columns(first, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, GELU, KEEP_Z)
         _columns(second, n + BLOCK_N // 4, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, GELU, KEEP_Z)
         _columns(third, n + BLOCK_N // 2, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask_m, W, N, R, GELU, KEEP_Z)
@@ -274,59 +265,6 @@ def conv_pixel_shuffle_gelu_wgrad_kernel(
         tl.store(partial_rows + n2[None, :], accumulator2, mask=(k < K)[:, None])
 
 
-class Tile(NamedTuple):
-    """One configuration of a product: pixels and (tap, channel) of a block; the columns follow from the problem."""
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-class Limits(NamedTuple):
-    """What decides about a configuration: the device's."""
-
-    capability: tuple[int, int]
-    shared_bytes: int  # that one program may use
-    multiprocessors: int
-
-
-HOPPER = Limits((9, 0), 232448, 132)
-
-
-@functools.cache
-def device_limits(index):
-    """Return the :class:`Limits` of a CUDA device."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Limits(
-        torch.cuda.get_device_capability(index), properties["max_shared_mem"], properties["multiprocessor_count"]
-    )
-
-
-def _limits(x):
-    # Without a device (the interpreter, compilation ahead of time) those of a Hopper GPU.
-    return device_limits(x.device.index) if x.is_cuda else HOPPER
-
-
-def column_blocks(n):
-    """Return (BLOCK_N, BLOCK_N2) for n output channels.
-
-    A program computes BLOCK_N columns, and BLOCK_N2 more in an accumulator of their own: 132 columns are 128 + 16
-    instead of 256, and 33 are 32 + 16 instead of 64. The packed weight is laid out by these, so they depend on nothing
-    but n.
-    """
-    if n > 128 and not (n < 256 and 0 < n % 128 <= 64):
-        return 128, 0
-    whole = max(triton.next_power_of_2(n), 16)
-    half = whole // 2
-    rest = max(triton.next_power_of_2(n - half), 16)
-    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
-
-
-def _padded_columns(n):
-    return triton.cdiv(n, sum(column_blocks(n))) * sum(column_blocks(n))
-
-
 def shared_bytes(tile, n, element_bytes):
     """Return the shared memory of the forward pipeline, from which Triton reuses what the epilogue needs."""
     return tile.num_stages * tile.block_k * (tile.block_m + sum(column_blocks(n))) * element_bytes
@@ -413,7 +351,7 @@ def pack_weight(weight, r):
     n, channels, rows, columns = weight.shape
     padded = triton.cdiv(channels, _GROUP) * _GROUP
     depth = triton.cdiv(rows * columns * padded, _DEPTH) * _DEPTH
-    packed = torch.zeros((depth, _padded_columns(n)), dtype=weight.dtype, device=weight.device)
+    packed = torch.zeros((depth, padded_columns(n)), dtype=weight.dtype, device=weight.device)
     source = weight.reshape(n // (r * r), r, r, channels, rows, columns).permute(4, 5, 3, 1, 2, 0)
     target = packed[: rows * columns * padded].view(rows, columns, padded, -1)
     target[:, :, :channels, :n] = source.reshape(rows, columns, channels, n)
@@ -425,7 +363,7 @@ def _convolve(x, packed, bias, y, z, kernel_size, r, form, tile, precision):
     batch, _, height, width = x.shape
     n = y.shape[1] * r * r
     precision = precision or precision_of(x.dtype)
-    tile = tile or tiles(batch * height * width, n, x.dtype, _limits(x), precision=precision)[0]
+    tile = tile or tiles(batch * height * width, n, x.dtype, limits_of(x), precision=precision)[0]
     block_n, block_n2 = column_blocks(n)
     grid = (triton.cdiv(batch * height * width, tile.block_m) * (packed.shape[1] // (block_n + block_n2)),)
     with torch.cuda.device_of(x):
@@ -571,15 +509,15 @@ def conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r, *, tile=None, precision=None
     precision = precision or precision_of(x.dtype)
     padded_channels = triton.cdiv(channels, _GROUP) * _GROUP
     depth, pixels = rows * columns * padded_channels, batch * height * width
-    limits = _limits(x)
+    limits = limits_of(x)
     tile = tile or wgrad_tiles(depth, n, x.dtype, limits, precision=precision)[0]
     block_n, block_n2 = column_blocks(n)
-    blocks = triton.cdiv(depth, tile.block_k) * (_padded_columns(n) // (block_n + block_n2))
+    blocks = triton.cdiv(depth, tile.block_k) * (padded_columns(n) // (block_n + block_n2))
     # As many programs as run at once: a large block has a multiprocessor for itself.
     at_once = limits.multiprocessors * (1 if tile.block_k * (block_n + block_n2) > 128 * 128 else 2)
     share = triton.cdiv(triton.cdiv(pixels, max(at_once // blocks, 1)), tile.block_m) * tile.block_m
     parts = triton.cdiv(pixels, share)
-    partial = torch.empty((parts, depth, _padded_columns(n)), dtype=torch.float32, device=x.device)
+    partial = torch.empty((parts, depth, padded_columns(n)), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         padded = _pad_channels(x)
         conv_pixel_shuffle_gelu_wgrad_kernel[(blocks * parts,)](

@@ -161,8 +161,9 @@ def _every_gradient_tile(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Return a run for each tile that fits the device, the preferred one first."""
     from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+    from hflfnerv.triton_kernels._tiles import device_limits
 
-    limits = kernels.device_limits(x.device.index)
+    limits = device_limits(x.device.index)
     n, channels, rows, columns = weight.shape
     if which == "dgrad":
         found = kernels.tiles(x.shape[0] * x.shape[2] * x.shape[3], channels, x.dtype, limits)
@@ -241,9 +242,10 @@ def _measure_forward(
 def _every_tile(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r: int) -> dict[str, Callable[[], Any]]:
     """Return a run for each tile that fits the device, with a weight that was packed before, as for inference."""
     from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+    from hflfnerv.triton_kernels._tiles import column_blocks, device_limits
 
     packed = kernels.pack_weight(weight, r)
-    limits = kernels.device_limits(x.device.index)
+    limits = device_limits(x.device.index)
     found = kernels.tiles(x.shape[0] * x.shape[2] * x.shape[3], weight.shape[0], x.dtype, limits)
 
     def run(tile: Any) -> Callable[[], torch.Tensor]:
@@ -252,7 +254,7 @@ def _every_tile(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r: in
             x, packed, bias, weight.shape[0], kernel_size, r, "none", tile=tile
         )[0]
 
-    columns = "+".join(str(c) for c in kernels.column_blocks(weight.shape[0]) if c)
+    columns = "+".join(str(c) for c in column_blocks(weight.shape[0]) if c)
     return {
         f"triton {t.block_m}x{columns}x{t.block_k}, {t.num_warps} warps, {t.num_stages} stages, packed": run(t)
         for t in found

@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-o", "--output", type=Path, required=True, metavar="OUT", help=".mp4, .mkv, .y4m, .npy, or a folder for PNG"
     )
     add_frames(parser)
-    add_device(parser, ("auto", "fp32", "bf16", "fp16"), "auto")
+    add_device(parser, ("auto", "fp32", "bf16", "fp16", "int8"), "auto")
     parser.set_defaults(run=run)
 
 

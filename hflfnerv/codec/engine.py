@@ -11,17 +11,16 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._device import autocast_dtype
 from .._impl import Implementation, ImplementationTable
 from ..models import ModelSpec, VideoNetwork
-from ..models.streams import DecoderStream
 from ..ops import output_stage
 
 __all__ = ["DECODE", "OUTPUT_GROUPS", "Embeddings", "Engine", "ModuleEngine", "draw", "make_engine", "to_uint8"]
@@ -43,7 +42,7 @@ class Engine(ABC):
         model: the network in float32; an engine may move it to its device.
         embeddings: where the embeddings come from.
         device: the device to compute on.
-        precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        precision: ``"auto"``, ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
 
     Attributes:
         copy_seconds: how long it waited so far for copies from the device after the frames were made.
@@ -70,7 +69,18 @@ class Engine(ABC):
             row[...] = frame
 
 
-def draw(streams: Sequence[DecoderStream], stems: Sequence[Tensor], spec: ModelSpec, *, as_bytes: bool) -> Tensor:
+class DrawnStream(Protocol):
+    """What :func:`draw` asks of a stream."""
+
+    @property
+    def head(self) -> nn.Conv2d:
+        """The convolution to three channels."""
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """Return what the head takes."""
+
+
+def draw(streams: Sequence[DrawnStream], stems: Sequence[Tensor], spec: ModelSpec, *, as_bytes: bool) -> Tensor:
     """Make frames ``[B, H, W, 3]``, uint8 or float32, by the fused operations.
 
     Args:
@@ -157,7 +167,7 @@ def _cuda_unavailable() -> str | None:
 def _cuda_rejects(model: VideoNetwork, embeddings: Embeddings, device: torch.device, precision: str) -> str | None:
     from .engine_cuda import rejects
 
-    return rejects(model.spec)
+    return rejects(model.spec, precision)
 
 
 def _make_amx_engine(*args: Any) -> Engine:
@@ -192,9 +202,11 @@ def _fused_rejects(model: VideoNetwork, embeddings: Embeddings, device: torch.de
 
 _ENGINES = (
     EngineEntry("cuda", _make_cuda_engine, _cuda_unavailable, _cuda_rejects, device="cuda"),
+    # The same on a CPU, for its frames: no kernel there is faster in int8 than in float32.
+    EngineEntry("int8", _make_cuda_engine, rejects=_cuda_rejects, device="cpu", precisions=("int8",)),
     EngineEntry("amx", _make_amx_engine, _amx_unavailable, _amx_rejects, device="cpu", precisions=("auto", "bf16")),
     EngineEntry("fused", _make_fused_engine, rejects=_fused_rejects, device="cpu", precisions=("auto", "fp32")),
-    EngineEntry("module", ModuleEngine),
+    EngineEntry("module", ModuleEngine, precisions=("auto", "fp32", "bf16", "fp16")),
 )
 #: The engines, fastest first for each type of device.
 DECODE = ImplementationTable("decode", _ENGINES)
@@ -213,7 +225,7 @@ def make_engine(model: VideoNetwork, embeddings: Embeddings, device: torch.devic
     Raises:
         ValueError: the precision is none.
     """
-    if precision != "auto":
+    if precision not in ("auto", "int8"):
         autocast_dtype(precision)
     entry = DECODE.select("auto", model, embeddings, device, precision)
     for faster in _ENGINES[: DECODE.names.index(entry.name)]:

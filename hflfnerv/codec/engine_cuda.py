@@ -21,20 +21,24 @@ from ..models import ModelSpec, VideoNetwork
 from ..models.streams import DecoderStream
 from ..ops import PackedWeights
 from .engine import OUTPUT_GROUPS, Embeddings, Engine, draw, to_uint8
+from .int8_stream import Int8Stream, first_int8_block
 
 __all__ = ["CudaEngine", "rejects"]
 
 _SLOTS = 3
 _MAX_STEM_BYTES = 2**30
+_CALIBRATION_FRAMES = 16  # spread over the video, from which int8 takes the ranges of activations
 
 
-def rejects(spec: ModelSpec) -> str | None:
+def rejects(spec: ModelSpec, precision: str = "auto") -> str | None:
     """Return why this engine is not for a network, or None."""
     if len(spec.streams) not in OUTPUT_GROUPS:
         return f"the network has {len(spec.streams)} streams"
     needed = 4 * spec.frames * sum(stream.widths[0] * stream.layout.cells for stream in spec.streams.values())
     if needed > _MAX_STEM_BYTES:
         return f"the stems of all {spec.frames} frames take {needed} bytes, more than {_MAX_STEM_BYTES}"
+    if precision == "int8" and all(first_int8_block(spec, name) is None for name in spec.streams):
+        return "the network has no upsampling block to run in int8"
     return None
 
 
@@ -102,7 +106,9 @@ class CudaEngine(Engine):
     on a stream of their own, and at most three batches are in flight.
 
     ``precision="auto"`` computes in float16, whose frames are within a level of float32's, unless that does not hold
-    for the first frame of this video; then in float32.
+    for the first frame of this video; then in float32. ``precision="int8"`` runs the blocks that make up most of the
+    work on 8-bit integers, the rest in float16 (on a CPU float32): activations are quantised by channel, over the range
+    they have in up to 16 frames of the video, and weights by output channel. It is never chosen by itself.
 
     The device may also be a CPU, without graphs and streams; that is how this module is tested where there is no GPU.
 
@@ -124,8 +130,11 @@ class CudaEngine(Engine):
         self.batch_size = 1
         model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         exact = self._make_stems(model)
-        self._dtype = torch.float16 if precision == "auto" else autocast_dtype(precision) or torch.float32
+        half = torch.float16 if self._on_cuda or precision == "auto" else torch.float32
+        self._dtype = half if precision in ("auto", "int8") else autocast_dtype(precision) or torch.float32
         self._use(model, exact)
+        if precision == "int8":
+            self._quantize(model, exact)
         if precision == "auto" and not self._first_frame_is_right(model, exact):
             warnings.warn(
                 "decoding in float32: the frames of this network in float16 are too far from it",
@@ -140,8 +149,26 @@ class CudaEngine(Engine):
 
     def _use(self, model: VideoNetwork, stems: list[Tensor]) -> None:
         model = model if self._dtype == torch.float32 else copy.deepcopy(model).to(self._dtype)
-        self._streams = [cast(DecoderStream, model.get_submodule(name)) for name in self.spec.streams]
+        self._streams: list[DecoderStream | Int8Stream] = [
+            cast(DecoderStream, model.get_submodule(name)) for name in self.spec.streams
+        ]
         self._stems = [stem.to(self._dtype) for stem in stems]
+
+    @torch.inference_mode()
+    def _quantize(self, exact: VideoNetwork, stems: list[Tensor]) -> None:
+        """Replace the streams that are worth it by such in int8."""
+        frames = self.spec.frames
+        count = min(frames, _CALIBRATION_FRAMES)
+        chosen = [round(i * (frames - 1) / max(count - 1, 1)) for i in range(count)]
+        with self._current_device(), self._packed, exact_convolutions():
+            for index, name in enumerate(self.spec.streams):
+                first = first_int8_block(self.spec, name)
+                if first is None:
+                    continue
+                stream, typical = self._streams[index], (stems[index][t : t + 1] for t in chosen)
+                assert isinstance(stream, DecoderStream)
+                in_float = cast(DecoderStream, exact.get_submodule(name))
+                self._streams[index] = Int8Stream(stream, in_float, first, typical)
 
     @torch.inference_mode()
     def _make_stems(self, model: VideoNetwork) -> list[Tensor]:
@@ -232,6 +259,9 @@ class CudaEngine(Engine):
     def _shrink(self, size: int) -> None:
         self.batch_size = size // 2
         self._programs.pop(size, None)
+        for stream in self._streams:
+            if isinstance(stream, Int8Stream):
+                stream.forget(size)
         self._free.clear()
         torch.cuda.empty_cache()
         warnings.warn(

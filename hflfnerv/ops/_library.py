@@ -21,8 +21,8 @@ def register(
     *,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None,
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> None:
     """Define ``hflfnerv::<schema>``.
 
@@ -31,10 +31,11 @@ def register(
         run: the implementation, below autograd, for every device.
         fake: the same for tensors without data: shapes, dtypes and strides of the results.
         setup_context: ``(ctx, inputs, output)``, keeps what ``backward`` needs.
-        backward: ``(ctx, *grads)``, one gradient per argument.
+        backward: ``(ctx, *grads)``, one gradient per argument; None where no argument can want one.
     """
     name = schema.split("(", maxsplit=1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hflfnerv::{name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"hflfnerv::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"hflfnerv::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

@@ -194,6 +194,7 @@ def test_conv_shuffle(shape, approximate, layout, with_bias, dtype, gradients):
 @pytest.mark.parametrize("keep_z", [False, True])
 def test_conv_shuffle_every_tile(keep_z):
     from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+    from hflfnerv.triton_kernels._tiles import HOPPER
 
     # More pixels than the largest tile holds, in rows that it does not divide, and one group of channels.
     for n, dtype in ((12, torch.float16), (132, torch.float16), (260, torch.float16), (132, torch.float32)):
@@ -204,7 +205,7 @@ def test_conv_shuffle_every_tile(keep_z):
             run_conv_reference((x, weight, bias), dy, shape, "none", d) for d in (torch.float64, dtype)
         )
         packed = kernels.pack_weight(weight, 2)
-        for tile in kernels.tiles(10**6, n, dtype, kernels.HOPPER):
+        for tile in kernels.tiles(10**6, n, dtype, HOPPER):
             with poisoned_empty():
                 y, z = kernels.conv_pixel_shuffle_gelu_fwd(
                     x, packed, bias, n, (1, 1), 2, "none", keep_z=keep_z, tile=tile
@@ -257,6 +258,7 @@ def test_conv_shuffle_keeps_the_packed_weight(monkeypatch):
 @pytest.mark.parametrize(("n", "dtype"), [(28, torch.float16), (132, torch.float16), (132, torch.float32)])
 def test_conv_shuffle_every_tile_of_the_gradients(n, dtype):
     from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu as kernels
+    from hflfnerv.triton_kernels._tiles import HOPPER
 
     # Pixels of several steps in several shares, in rows that a step does not divide; rows of the result of two blocks.
     shape = (2, 33, n // 4, 2, (3, 3), 5, 37)
@@ -280,11 +282,11 @@ def test_conv_shuffle_every_tile_of_the_gradients(n, dtype):
     found = {
         0: [
             kernels.conv_pixel_shuffle_gelu_dgrad(padded, weight, 2, tile=tile)
-            for tile in kernels.tiles(10**6, 33, dtype, kernels.HOPPER)
+            for tile in kernels.tiles(10**6, 33, dtype, HOPPER)
         ],
         1: [
             kernels.conv_pixel_shuffle_gelu_wgrad(x, padded, weight, 2, tile=tile)
-            for tile in kernels.wgrad_tiles(9 * 40, n, dtype, kernels.HOPPER)
+            for tile in kernels.wgrad_tiles(9 * 40, n, dtype, HOPPER)
         ],
     }
     for which, results in found.items():
@@ -434,3 +436,70 @@ def test_output_stage_reads_nothing_outside_its_window():
     bad = frames.isnan().all(dim=3)
     assert bad[0, 2:5, 3:6].all()
     assert bad.sum() == frames.isnan().sum() / 3 == 9
+
+
+def int8_operands(shape, approximate, *, quantized, halo=1):
+    """A block, an image to read, its values, and what the block may write into."""
+    batch, channels, out_channels, r, kernel, height, width = shape
+    of = ops.Int8Range.of(torch.linspace(-0.2, 0, channels), torch.linspace(1, 5, channels))
+    to = ops.Int8Range.of(torch.full((out_channels,), -0.2), torch.linspace(1, 9, out_channels)) if quantized else None
+    weight = make_tensor(out_channels * r * r, channels, *kernel, scale=(channels * kernel[0] * kernel[1]) ** -0.5)
+    bias = make_tensor(len(weight), seed=1)
+    block = ops.Int8Block.of(weight, bias, r, of, to, approximate=approximate)
+    # A border of its own on each axis, where kernels are not square.
+    rows, columns = height + kernel[0] - 1, width + kernel[1] - 1
+    x = ops.int8_image(batch, rows, columns, of, halo=0)
+    values = torch.randint(-128, 128, (batch, channels, height, width), dtype=torch.int8)
+    top, left = kernel[0] // 2, kernel[1] // 2
+    x[:, :, top : top + height, left : left + width] = values
+    if to is not None:
+        return block, x, ops.int8_image(batch, height * r, width * r, to, halo=halo)
+    out = torch.full((batch, out_channels, height * r, width * r), float("nan"), dtype=torch.float16)
+    return block, x, out.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "approximate"),
+    [
+        *((shape, "none") for shape in CONV_SHAPES),
+        (CONV_SHAPES[0], "tanh"),
+        ((1, 9, 33, 2, (3, 3), 3, 61), "none"),
+        ((2, 16, 40, 4, (3, 3), 5, 29), "none"),
+    ],
+)
+def test_int8_block(shape, approximate, quantized):
+    from hflfnerv.triton_kernels import conv_pixel_shuffle_gelu_int8 as kernels
+    from hflfnerv.triton_kernels._tiles import HOPPER
+
+    block, x, expected = int8_operands(shape, approximate, quantized=quantized)
+    ops.conv_pixel_shuffle_gelu_int8(x, block, expected, impl="reference")
+    r, kernel = shape[3], shape[4]
+    tiles = kernels.tiles(10**6, kernels.run_of(shape[2]) * r * r, HOPPER)
+    # Stages and warps make no difference here; one shape goes through all else.
+    for tile in {tile[:2]: tile for tile in tiles}.values() if shape[2] == 33 else tiles[:1]:
+        out = int8_operands(shape, approximate, quantized=quantized)[2]
+        kernels.conv_pixel_shuffle_gelu_int8_fwd(x, *block.packed(), out, kernel, r, approximate, tile=tile)
+        if quantized:
+            # Sums are exact; GELU's rounding moves what lies near the middle between two steps.
+            difference = (out.int() - expected.int()).abs()
+            assert difference.max() <= 1
+            assert (difference == 0).double().mean() > 0.999
+        else:
+            # A step of float16, where the rounding of GELU decides about one.
+            torch.testing.assert_close(out, expected, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 33, 5, 7), (1, 8, 1, 3), (3, 3, 19, 31)])
+def test_int8_quantize(shape, dtype):
+    batch, channels, height, width = shape
+    of = ops.Int8Range.of(torch.linspace(-1, 0, channels), torch.linspace(1, 2, channels))
+    x = make_tensor(*shape, dtype=dtype, layout="channels_last")
+    actual, expected = (ops.int8_image(batch, height, width, of, halo=2) for _ in range(2))
+    torch.ops.hflfnerv.quantize_int8(x, of.inverse_scale, of.zero_point, actual, "triton")
+    ops.quantize_int8(x, of, expected, impl="reference")
+    # A product and a sum, which may be rounded once or twice.
+    difference = (actual.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference == 0).double().mean() > 0.999

@@ -206,7 +206,9 @@ MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 def limits(capability):
     """The device's capability, shared memory of one program and multiprocessors."""
     shared, multiprocessors = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148)}[capability]
-    return kernels_module().Limits(divmod(capability, 10), shared, multiprocessors)
+    from hflfnerv.triton_kernels._tiles import Limits
+
+    return Limits(divmod(capability, 10), shared, multiprocessors)
 
 
 def kernels_module():
@@ -339,8 +341,10 @@ def test_ahead_of_time(compile_launch, capability, block, dtype, approximate, pr
 
 
 def test_tiles_fit_every_device():
+    from hflfnerv.triton_kernels._tiles import Limits
+
     kernels = kernels_module()
-    consumer = kernels.Limits((8, 6), 101376, 28)  # the shared memory of compute capability 8.6, 8.9 and 12.0
+    consumer = Limits((8, 6), 101376, 28)  # the shared memory of compute capability 8.6, 8.9 and 12.0
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for precision in ("ieee", "tf32"):
             for n in (4, 12, 33, 48, 80, 112, 132, 200, 256, 640):
