@@ -194,6 +194,33 @@ def _stage(features: list[torch.Tensor], weights: list[torch.Tensor], bias: torc
     return run
 
 
+def _int8(block: tuple[int, ...], generator: torch.Generator, impl: str) -> float:
+    """Compare a block in int8 with its definition; return the share of the values that are a step off."""
+    channels, out_channels, r, kernel, height, width = block
+    device = generator.device
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    of, to = (
+        ops.Int8Range.of(torch.full((c,), -0.2, device=device), random(c).abs() + 1) for c in (channels, out_channels)
+    )
+    weight = random(out_channels * r * r, channels, kernel, kernel) * (channels * kernel**2) ** -0.5
+    packed = ops.Int8Block.of(weight, random(len(weight)), r, of, to)
+    results = []
+    x = random(2, channels, height, width)
+    for name in (impl, "reference"):
+        image = ops.quantize_int8(x, of, ops.int8_image(2, height, width, of, halo=kernel // 2), impl=name)
+        out = ops.int8_image(2, height * r, width * r, to, halo=1)
+        results.append(ops.conv_pixel_shuffle_gelu_int8(image, packed, out, impl=name).int())
+    difference = (results[0] - results[1]).abs()
+    wrong = float((difference > 0).double().mean())
+    # A value of x that is rounded to the other side moves all that it reaches, most of it by less than a step.
+    if difference.max() > 1 or wrong > 0.01:
+        raise AssertionError(f"{int(difference.max())} steps off, {wrong:.1e} of the values differ")
+    return wrong
+
+
 def _filter(x: torch.Tensor) -> Run:
     def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
         if impl == "reference":
@@ -237,6 +264,11 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
                 continue
             size = f"{channels} to {out_channels} channels, kernel {kernel}"
             yield case("conv_pixel_shuffle_gelu", f"{size}, {what}", run, dtype, impl)
+    for block, impl in itertools.product(blocks, kernels):
+        channels, out_channels, r, kernel, height, width = block
+        name = f"conv_pixel_shuffle_gelu_int8, {channels} to {out_channels} channels, kernel {kernel}, r {r}, {impl}"
+        facts = {"what": "check.conv_pixel_shuffle_gelu_int8", "implementation": impl, "dtype": "int8"}
+        yield name, facts, functools.partial(_int8, block, generator, impl)
     for dtype, shape, impl in itertools.product(DTYPES, ((2, 3, 64, 96), (3, 63, 95), (1, 640, 1280)), filters):
         yield case("highpass", "x".join(map(str, shape)), _filter(random(*shape).to(dtype)), dtype, impl)
     for dtype, (height, width), both, impl in itertools.product(DTYPES, ((64, 96), (63, 95)), (True, False), kernels):

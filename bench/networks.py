@@ -28,6 +28,7 @@ BATCHES = (8, 1, 32)
 LAUNCHED = "eager fp32, launched"
 COMPILED = "torch.compile max-autotune bf16"
 ENGINE, ENGINE_TO_HOST = "Decoder's engine fp16", "Decoder's engine fp16, to the host"
+ENGINE_INT8 = "Decoder's engine int8"
 TRAINER = "Trainer bf16"
 
 
@@ -101,8 +102,12 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
     runs[COMPILED] = bf16, compiled(bf16)
 
     # To uint8, as a decoder is used; the others stop at floats.
-    engine = CudaEngine(copy.deepcopy(network), lambda wanted: torch.randn(len(wanted), *shape), machine.device, "fp16")
-    engine.batch_size = batch
+    values = torch.randn(network.spec.frames, *shape)
+    engine, in_int8 = (
+        CudaEngine(copy.deepcopy(network), lambda wanted: values[list(wanted)], machine.device, precision)
+        for precision in ("fp16", "int8")
+    )
+    engine.batch_size = in_int8.batch_size = batch
     wanted = [frame % network.spec.frames for frame in range(batch)]
     on_host = np.empty((batch, network.spec.height, network.spec.width, 3), np.uint8)
 
@@ -111,6 +116,10 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
             images = torch.stack(list(engine.float_frames(wanted[:2]))).clamp(0, 1) * 255
             frames = engine.device_frames(wanted)[:2].cpu().permute(0, 3, 1, 2)
             assert float((images - frames).abs().max()) < 2, f"{name}: the engine's frames are not its images"
+        with machine.trying(ENGINE_INT8), captured_or_failed():
+            frames, rounded = (of.device_frames(wanted)[:2].float() for of in (engine, in_int8))
+            distance = float((frames - rounded).square().mean().sqrt())
+            assert distance <= 4, f"{name}: frames in int8 are {distance:.1f} levels away from those in float16"
         with machine.trying(ENGINE_TO_HOST), captured_or_failed():
             engine.fill(wanted, on_host)
             copied = torch.equal(engine.device_frames(wanted).cpu(), torch.from_numpy(on_host))
@@ -135,6 +144,7 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
         contenders=[
             *(Contender(run_name, of, batch) for run_name, (_, of) in runs.items()),
             Contender(ENGINE, lambda: engine.device_frames(wanted), batch, "uint8 frames, which stay on the device"),
+            Contender(ENGINE_INT8, lambda: in_int8.device_frames(wanted), batch, "uint8 frames, on the device; INT8"),
             Contender(ENGINE_TO_HOST, lambda: engine.fill(wanted, on_host), batch, "uint8 frames in host memory"),
             Contender("eager fp32", eager, batch, "TF32 convolutions as PyTorch's default"),
             Contender(LAUNCHED, eager, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
@@ -142,7 +152,7 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
         baseline=COMPILED,
         check=check,
     )
-    yield from machine.measure(point, launched=(LAUNCHED, ENGINE, ENGINE_TO_HOST), flush=False)
+    yield from machine.measure(point, launched=(LAUNCHED, ENGINE, ENGINE_INT8, ENGINE_TO_HOST), flush=False)
 
 
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:

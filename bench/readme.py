@@ -163,6 +163,21 @@ def train_table(rows: list[Row]) -> str:
     return speed_table("train_cpu", rows, "training, steps per second", "Whole steps, optimiser included")
 
 
+def precision_table(rows: list[Row]) -> str:
+    """What each precision costs in PSNR, and how far its frames are from float32's."""
+    lines = [
+        "| decoding | PSNR | below float32 | samples within a level | furthest |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['data']}: {row['implementation']} | {row['psnr_db']:.3f} dB | {row['cost_db']:.3f} dB | "
+        f"{100 * row['within_one_level']:.2f} % | {row['largest_difference']} |"
+        for row in rows
+    ]
+    source = source_of("precision", rows).replace("bench.run precision", "bench.precision")
+    return "\n".join([*lines, "", "8-bit frames against the original, and against float32's. " + source])
+
+
 def fuse_table(rows: list[Row]) -> str:
     """Published networks before and after ``hflfnerv.fuse``."""
     found = {(row["what"], row["data"], row["implementation"]): row for row in rows}
@@ -250,6 +265,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "decode": (decode_table, ("decode_cpu",)),
     "train": (train_table, ("train_cpu",)),
     "cpu": (cpu_table, ("pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu_cpu")),
+    "precision": (precision_table, ("precision",)),
     "fuse": (fuse_table, ("fuse",)),
     "huffman": (huffman_table, ("huffman",)),
     "open": (open_table, ("open",)),
