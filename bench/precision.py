@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from hflfnerv.codec import Decoder, convert_checkpoint
-from hflfnerv.codec.evaluation import compare, load_reference
+from hflfnerv.codec.evaluation import load_reference
+from hflfnerv.metrics import psnr
 
 from .run import RESULTS, environment, write
 
@@ -44,13 +45,13 @@ def measure(
     crop = exact.shape[1:3] if exact.header.source is None else None
     original = load_reference(exact, reference, crop=crop)[chosen]
     of_float32 = exact.frames(chosen)
-    expected = compare(of_float32, original)["psnr_db"]
+    expected = float(psnr(torch.from_numpy(of_float32), original, reduction="mean"))
     parameters = exact.model.parameter_counts()["total"]
     for precision in precisions:
         decoder = Decoder(data, device, precision)
         frames = decoder.frames(chosen)
         levels = np.abs(frames.astype(np.int16) - of_float32)
-        psnr = compare(frames, original)["psnr_db"]
+        reached = float(psnr(torch.from_numpy(frames), original, reduction="mean"))
         on_gpu = decoder.device.type == "cuda"
         yield environment() | {
             **({"device": torch.cuda.get_device_name(decoder.device), "simd": None} if on_gpu else {}),
@@ -58,8 +59,8 @@ def measure(
             "data": f"{path.stem}, {exact.header.model['model']} {parameters / 1e6:.2g} M, {len(chosen)} frames",
             "implementation": f"{precision} ({type(decoder.engine).__name__})",
             "shape": list(frames.shape),
-            "psnr_db": psnr,
-            "cost_db": expected - psnr,
+            "psnr_db": reached,
+            "cost_db": expected - reached,
             "within_one_level": float((levels <= 1).mean()),
             "largest_difference": int(levels.max()),
             "threads": torch.get_num_threads(),
