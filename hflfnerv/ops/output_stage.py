@@ -111,17 +111,17 @@ def _forward(*arguments: Any) -> torch.Tensor:
 
 def _forward_cpp(call: Call) -> torch.Tensor:
     features, weights, biases, groups, scales, offset, crop, as_bytes = call
-    out = _empty_result(call)
+    out, dtype = _empty_result(call), features[0].dtype
     weights = [weight.float().contiguous() for weight in weights]
     _cpp.load().output_stage_fwd(
         [len(out), *crop],
         (scales, biases.flatten().tolist(), offset),
         [
-            (_cpp.address(x), *x.shape[1:], _cpp.address(weight), group)
+            (_cpp.address(x, dtype, torch.channels_last), *x.shape[1:], _cpp.address(weight, torch.float32), group)
             for x, weight, group in zip(features, weights, groups, strict=True)
         ],
-        str(features[0].dtype).removeprefix("torch."),
-        _cpp.address(out),
+        str(dtype).removeprefix("torch."),
+        _cpp.address(out, out.dtype),
         as_bytes,
         torch.get_num_threads(),
     )
