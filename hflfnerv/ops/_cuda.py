@@ -32,7 +32,8 @@ def _capability(index: int) -> str | None:
     module = _ext.load()
     if "90a" not in module.cuda_architectures.split(","):
         return f"the extension was built for {module.cuda_architectures} (HFLFNERV_CUDA_ARCHITECTURES), not for 90a"
-    reason: str | None = module.cuda_device_unavailable(index)
+    with torch.cuda.device(index):  # the caller's is the current one again afterwards
+        reason: str | None = module.cuda_device_unavailable(index)
     return reason
 
 

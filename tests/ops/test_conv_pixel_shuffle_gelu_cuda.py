@@ -139,10 +139,20 @@ def test_compute_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(cuda_architectures="80,100"))
     assert "built for 80,100 (HFLFNERV_CUDA_ARCHITECTURES), not for 90a" in _cuda._capability(4)
+    guarded = []
+
+    @contextlib.contextmanager
+    def guard(index):
+        guarded.append(index)
+        yield
+        guarded.append("restored")
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
     for index, reason in ((5, None), (6, "the driver is too old")):
         module = SimpleNamespace(cuda_architectures="80,90a", cuda_device_unavailable={index: reason}.__getitem__)
         monkeypatch.setattr(_ext, "load", lambda module=module: module)
         assert _cuda._capability(index) == reason
+        assert guarded[-2:] == [index, "restored"]
     _cuda._capability.cache_clear()
 
 
