@@ -118,8 +118,9 @@ def _pack_triton(weight: torch.Tensor, r: int) -> torch.Tensor:
 def _run_triton(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    layout = ("triton", call.r, x.dtype)
-    packed = None if keep_z else kept_weight(call.weight, layout, lambda: _pack_triton(weight, call.r))
+    packed = None
+    if not keep_z:
+        packed = kept_weight(call.weight, lambda: ("triton", call.r, x.dtype), lambda: _pack_triton(weight, call.r))
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "triton", *_gradients_by_shape(x, weight)
     )[0]
@@ -152,8 +153,13 @@ def _cuda_rejects(call: Call) -> str | None:
 def _run_cuda(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    layout = ("cuda", call.r, x.dtype, x.shape)
-    packed = None if keep_z else kept_weight(call.weight, layout, lambda: _cuda.pack_weight(x, weight, call.r))
+    packed = None
+    if not keep_z:
+        packed = kept_weight(
+            call.weight,
+            lambda: ("cuda", call.r, x.dtype, _cuda.columns(x, weight, call.r)),
+            lambda: _cuda.pack_weight(x, weight, call.r),
+        )
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "cuda", *_gradients_by_shape(x, weight)
     )[0]
@@ -193,7 +199,9 @@ def _run_winograd(call: Call) -> torch.Tensor:
     keep_z = _wants_gradient(x, weight, bias)
     packed = None
     if not keep_z:
-        packed = kept_weight(call.weight, ("winograd", call.r), lambda: _winograd.pack_weight(x, weight, call.r))
+        packed = kept_weight(
+            call.weight, lambda: ("winograd", call.r), lambda: _winograd.pack_weight(x, weight, call.r)
+        )
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "winograd", "winograd", "winograd"
     )[0]

@@ -65,8 +65,21 @@ def _triton_rejects(call: Call) -> str | None:
     return reason
 
 
+def _pack_triton(weight: torch.Tensor) -> torch.Tensor:
+    from ..triton_kernels.output_stage import pack_head
+
+    packed: torch.Tensor = pack_head(weight)
+    return packed
+
+
 def _run_triton(call: Call) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, "triton")
+    # Here and not in the operation, which compiled code runs as well.
+    kept = [
+        kept_weight(weight, lambda: ("output_stage", "triton"), functools.partial(_pack_triton, weight))
+        for weight in call.weights
+    ]
+    packed = [weight for weight in kept if weight is not None]
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, packed, "triton")
     return out
 
 
@@ -79,7 +92,7 @@ def _cpp_rejects(call: Call) -> str | None:
 
 
 def _run_cpp(call: Call) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, "cpp")
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, [], "cpp")
     return out
 
 
@@ -100,13 +113,14 @@ def _empty_result(call: Call) -> torch.Tensor:
 
 
 def _fake(*arguments: Any) -> torch.Tensor:
-    return _empty_result(Call(*arguments[:-1]))
+    return _empty_result(Call(*arguments[:-2]))
 
 
 def _forward(*arguments: Any) -> torch.Tensor:
-    call, impl = Call(*arguments[:-1]), arguments[-1]
+    *of_call, packed, impl = arguments
+    call = Call(*of_call)
     call = call._replace(features=[x.contiguous(memory_format=torch.channels_last) for x in call.features])
-    return _forward_triton(call) if impl == "triton" else _forward_cpp(call)
+    return _forward_triton(call, packed) if impl == "triton" else _forward_cpp(call)
 
 
 def _forward_cpp(call: Call) -> torch.Tensor:
@@ -128,16 +142,10 @@ def _forward_cpp(call: Call) -> torch.Tensor:
     return out
 
 
-def _forward_triton(call: Call) -> torch.Tensor:
-    from ..triton_kernels.output_stage import output_stage_fwd, pack_head
+def _forward_triton(call: Call, packed: list[torch.Tensor]) -> torch.Tensor:
+    from ..triton_kernels.output_stage import output_stage_fwd
 
-    def pack(weight: torch.Tensor) -> torch.Tensor:
-        packed: torch.Tensor = pack_head(weight)
-        return packed
-
-    layout = ("output_stage", "triton")
-    kept = [kept_weight(weight, layout, functools.partial(pack, weight)) for weight in call.weights]
-    packed = [pack(weight) if k is None else k for k, weight in zip(kept, call.weights, strict=True)]
+    packed = packed or [_pack_triton(weight) for weight in call.weights]
     frame: torch.Tensor = output_stage_fwd(*call._replace(weights=packed))
     return frame
 
@@ -146,10 +154,11 @@ def _no_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, .
     raise RuntimeError("output_stage has no gradient in its kernels; use impl='reference'")
 
 
-# ``biases`` is float32 [G, 3], without gradient.
+# ``biases`` is float32 [G, 3], without gradient; ``packed`` what ``pack_head`` returns of each weight, for a caller who
+# keeps it, or empty.
 register(
     "output_stage(Tensor[] features, Tensor[] weights, Tensor biases, int[] groups, float[] scales, float offset, "
-    "int[] crop, bool as_bytes, str impl) -> Tensor",
+    "int[] crop, bool as_bytes, Tensor[] packed, str impl) -> Tensor",
     run=_forward,
     fake=_fake,
     setup_context=None,

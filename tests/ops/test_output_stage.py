@@ -198,7 +198,7 @@ def test_compile(impl, device):
 def test_opcheck(as_bytes):
     features, weights, biases, _ = operands(CASES[7])
     sums = torch.stack(biases)
-    arguments = (features, weights, sums, [0, 1], [-0.75, 0.25], 0.5, [6, 9], as_bytes, "cpp")
+    arguments = (features, weights, sums, [0, 1], [-0.75, 0.25], 0.5, [6, 9], as_bytes, [], "cpp")
     torch.library.opcheck(OP.default, arguments)
 
 
