@@ -64,6 +64,20 @@ def test_forward_and_backward(impl, shape, with_bias):
         assert_gradient_close_to_reference(actual, wanted, other, magnitude=terms)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bounds_see_one_per_cent(shape):
+    tensors = operands(shape)
+    batch, _, n, height, width, _ = shape
+    dy = make_tensor(batch, n, height, width, seed=3)
+    results = [run(tensors, dy, "reference", dtype) for dtype in (torch.float64, torch.float32)]
+    expected, same = ([y, *gradients] for y, gradients in results)
+    for true, rounded, size in zip(expected, same, magnitudes(*tensors[:2], dy), strict=True):
+        noise = make_tensor(*true.shape, seed=4) * true.square().mean().sqrt().float()
+        for wrong in (1.01 * rounded, rounded + 0.01 * noise):
+            with pytest.raises(AssertionError, match="error"):
+                assert_gradient_close_to_reference(wrong, true, rounded, magnitude=size)
+
+
 @BY_IMPL
 def test_only_the_gradients_that_are_wanted(impl):
     tensors = operands(SHAPES[0])

@@ -58,12 +58,20 @@ def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"
 def magnitudes(x, weight, bias, dy, r):
     """Return the sizes of what y, dx, dweight and dbias are sums of, in float64: see ``assert_close_to_reference``.
 
-    The error of z, a part of its own size, changes GELU's derivative, whose slope is at most 0.8.
+    dz is dy times GELU's derivative, which is at most 1.13 and whose slope is at most 0.8: the error of z, a part of its
+    own size, makes one of dz. It goes through the convolutions once, as any value does; what their own rounding makes
+    of dz is another matter, and that alone grows with the sizes of the evaluated polynomials.
     """
     size, terms, slopes = (t.detach().double().abs() for t in (x, weight, F.pixel_unshuffle(dy, r)))
     z = sums(size, terms, weight.shape[2]) + (0 if bias is None else bias.detach().double().abs()[:, None, None])
-    slopes = slopes * (1.13 + 0.8 * z)
-    return F.pixel_shuffle(z, r), *gradient_sums(size, terms, slopes), slopes.sum(dim=(0, 2, 3))
+    slopes, errors = 1.13 * slopes, 0.8 * z * slopes
+    padding = [weight.shape[2] // 2] * 2
+    passed_on = torch.ops.aten.convolution_backward(
+        errors, size, terms, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    rounded = gradient_sums(size, terms, slopes)
+    gradients = (a + b for a, b in zip(rounded, passed_on, strict=False))
+    return F.pixel_shuffle(z, r), *gradients, (slopes + errors).sum(dim=(0, 2, 3))
 
 
 @pytest.mark.parametrize("taps", [3, 5])
@@ -103,6 +111,22 @@ def test_errors_are_a_few_times_those_of_the_definition():
     expected, ours, plain = ([y, *gradients] for y, gradients in results)
     for e, a, b in zip(expected, ours, plain, strict=True):
         assert (a - e).norm() <= 16 * (b - e).norm()
+
+
+@needs_vectors
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bounds_see_one_per_cent(shape):
+    tensors = operands(shape)
+    batch, _, channels, r, height, width, _ = shape
+    dy = make_tensor(batch, channels, height * r, width * r, seed=3)
+    results = [run(tensors, shape, dy, dtype, impl="reference") for dtype in (torch.float64, torch.float32)]
+    expected, same = ([y, *gradients] for y, gradients in results)
+    for true, rounded, size in zip(expected, same, magnitudes(*tensors, dy, r), strict=True):
+        assert_gradient_close_to_reference(rounded, true, rounded, magnitude=size)
+        noise = make_tensor(*true.shape, seed=4) * true.square().mean().sqrt().float()
+        for wrong in (1.01 * rounded, rounded + 0.01 * noise):
+            with pytest.raises(AssertionError, match="error"):
+                assert_gradient_close_to_reference(wrong, true, rounded, magnitude=size)
 
 
 @needs_vectors
