@@ -346,8 +346,10 @@ def conv_pixel_shuffle_gelu(
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
-        about four times those of float32 sums by definition, far below those of TF32, and a NaN or an infinity spreads
-        to its tile of 4 x 4 or 6 x 6 pixels; ``"conv2d+cpp"`` avoids both.
+        up to five times those of float32 sums by definition with kernels 5x5 and up to nine times with 3x3, in the root
+        mean square and more where few channels are summed; far below those of TF32. A NaN or an infinity spreads to
+        the results of every tile whose 8 x 8 pixels of x it is among, up to four: to 8 x 8 pixels with kernels 5x5 and
+        7 x 7 with 3x3, where the convolution alone reaches 5 x 5 or 3 x 3. ``"conv2d+cpp"`` avoids both.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)
