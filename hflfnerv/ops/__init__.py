@@ -2,7 +2,6 @@
 
 from .conv2d import CONV2D, conv2d
 from .conv_pixel_shuffle_gelu import CONV_PIXEL_SHUFFLE_GELU, conv_pixel_shuffle_gelu
-from .depthwise_conv2d import depthwise_conv2d
 from .highpass import HIGHPASS, highpass
 from .output_stage import OUTPUT_STAGE, output_stage
 from .packed_weights import PackedWeights
@@ -19,7 +18,6 @@ __all__ = [
     "PackedWeights",
     "conv2d",
     "conv_pixel_shuffle_gelu",
-    "depthwise_conv2d",
     "highpass",
     "output_stage",
     "pixel_shuffle_gelu",
