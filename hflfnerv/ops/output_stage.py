@@ -167,6 +167,8 @@ register(
 
 
 def _check_groups(count: int, groups: Sequence[int] | None, scales: Sequence[float]) -> list[int]:
+    if not scales:
+        raise ValueError(f"scales must have at least one number, got {scales!r}")
     chosen = [0] * count if groups is None else list(groups)
     if len(chosen) != count:
         raise ValueError(f"groups must have one number for each of the {count} features, got {groups!r}")
@@ -241,18 +243,18 @@ def output_stage(
     first = features[0]
     for i, (x, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
         check_tensor(f"features[{i}]", x)
-        check_like(f"features[{i}]", x, first)
+        check_like(f"features[{i}]", x, first, "features[0]")
         if x.dim() != 4 or x.shape[0] != first.shape[0]:
             raise ValueError(
                 f"features[{i}] must be [B, C, H, W] with the batch of the first, got shape {tuple(x.shape)}"
             )
         check_tensor(f"weights[{i}]", weight)
-        check_like(f"weights[{i}]", weight, x)
+        check_like(f"weights[{i}]", weight, x, f"features[{i}]")
         if weight.shape != (3, x.shape[1], 3, 3):
             raise ValueError(f"weights[{i}] must have shape (3, {x.shape[1]}, 3, 3), got {tuple(weight.shape)}")
         if bias is not None:
             check_tensor(f"biases[{i}]", bias)
-            check_like(f"biases[{i}]", bias, x)
+            check_like(f"biases[{i}]", bias, x, f"features[{i}]")
             if bias.shape != (3,):
                 raise ValueError(f"biases[{i}] must have shape (3,), got {tuple(bias.shape)}")
     rows, columns = (int(size) for size in (first.shape[2:] if crop is None else crop))

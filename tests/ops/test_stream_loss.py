@@ -163,7 +163,7 @@ LOW, TARGET = torch.zeros(2, 3, 4, 6), torch.zeros(2, 4, 6, 3, dtype=torch.uint8
         ((LOW[:1], TARGET), {}, ValueError, "low must be [2, 3, H', W'] with H' at least the target's 4"),
         ((LOW[:, :, :3], TARGET), {}, ValueError, "low must be [2, 3, H', W']"),
         ((LOW, TARGET, LOW[..., :5]), {}, ValueError, "high must be [2, 3, H', W']"),
-        ((LOW, TARGET, LOW.half()), {}, TypeError, "high must have x's dtype torch.float32, got torch.float16"),
+        ((LOW, TARGET, LOW.half()), {}, TypeError, "high must have low's dtype torch.float32, got torch.float16"),
         ((LOW.to("meta"), TARGET), {}, ValueError, "target must be on the device of low, meta, got cpu"),
         ((LOW, TARGET), {"impl": "cpp"}, ValueError, "impl must be one of ('auto', 'triton', 'reference'), got 'cpp'"),
     ],
