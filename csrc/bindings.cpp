@@ -498,6 +498,10 @@ PYBIND11_MODULE(_C, module) {
       "conv_pixel_shuffle_gelu_cuda_packed_elements",
       [](const Shape14& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).packed_elements(); },
       py::arg("sizes"), py::arg("device"));
+  module.def(
+      "conv_pixel_shuffle_gelu_cuda_columns",
+      [](const Shape14& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).columns; },
+      py::arg("sizes"), py::arg("device"));
   module.def("conv_pixel_shuffle_gelu_cuda_pack", &conv_pixel_shuffle_gelu_cuda_pack, py::arg("sizes"),
              py::arg("device"), py::arg("weight"), py::arg("packed"), py::arg("stream"));
   module.def("conv_pixel_shuffle_gelu_cuda_fwd", &conv_pixel_shuffle_gelu_cuda_fwd, py::arg("sizes"), py::arg("device"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,16 +97,36 @@ def _cpu_has_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+class _ExactConvolutions:
+    """Who is in :func:`exact_convolutions`: PyTorch has one setting for all threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.entered = 0
+        self.before = ""
+
+
+_EXACT = _ExactConvolutions()
+
+
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Let cuDNN convolve float32 in float32 meanwhile; PyTorch's default is TF32, of 10 bits."""
+    """Let cuDNN convolve float32 in float32 meanwhile, in all threads; PyTorch's default is TF32, of 10 bits.
+
+    The first to enter changes the setting, and the last to leave restores it.
+    """
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = conv.fp32_precision
-    conv.fp32_precision = "ieee"
+    with _EXACT.lock:
+        if _EXACT.entered == 0:
+            _EXACT.before, conv.fp32_precision = conv.fp32_precision, "ieee"
+        _EXACT.entered += 1
     try:
         yield
     finally:
-        conv.fp32_precision = before
+        with _EXACT.lock:
+            _EXACT.entered -= 1
+            if _EXACT.entered == 0:
+                conv.fp32_precision = _EXACT.before
 
 
 def first_line(error: BaseException) -> str:

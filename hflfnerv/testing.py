@@ -68,7 +68,8 @@ def make_tensor(
         seed: of its own generator.
         requires_grad: whether it is a leaf that gradients go to.
     """
-    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") * scale
     x = values.to(dtype).to(device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -111,5 +113,22 @@ def test_exact_convolutions(before):
         with exact_convolutions():
             assert conv.fp32_precision == "ieee"
         assert conv.fp32_precision == before
+    finally:
+        conv.fp32_precision = default
+
+
+def test_exact_convolutions_that_overlap():
+    conv = torch.backends.cudnn.conv
+    default = conv.fp32_precision
+    try:
+        conv.fp32_precision = "tf32"
+        # Not one in the other: as two threads may be.
+        first, second = contextlib.ExitStack(), contextlib.ExitStack()
+        first.enter_context(exact_convolutions())
+        second.enter_context(exact_convolutions())
+        first.close()
+        assert conv.fp32_precision == "ieee"
+        second.close()
+        assert conv.fp32_precision == "tf32"
     finally:
         conv.fp32_precision = default

@@ -87,13 +87,15 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
   const std::int64_t bands = (shape.height + kBand - 1) / kBand, items = shape.batch * bands;
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
   const Aligned<char> memory = new_zeros<char>((thread_bytes + scratch_bytes) * threads);
+  std::vector<OutputStream> streams(static_cast<std::size_t>(count) * static_cast<std::size_t>(threads));
   advise_large_pages(out, static_cast<std::size_t>(shape.batch * shape.height * shape.width * kColours * (bytes ? 1 : 4)));
   parallel_items(items, threads, [&](int thread, std::int64_t item) {
     char* const own = memory.get() + thread * (thread_bytes + scratch_bytes);
     const std::int64_t image = item / bands, first = item % bands * kBand;
     const std::int64_t rows = std::min(kBand, shape.height - first);
-    std::vector<OutputStream> streams;
-    for (const Prepared& p : prepared) {
+    OutputStream* const own_streams = streams.data() + thread * count;
+    for (int i = 0; i < count; ++i) {
+      const Prepared& p = prepared[static_cast<std::size_t>(i)];
       const OutputFeature& f = p.feature;
       char* const at = own + p.offset_bytes;
       const std::int64_t size = f.channels * f.width, row_bytes = p.row * element;
@@ -122,12 +124,12 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
       // Row 0 is the first of the band here; the memory has the one above it, too.
       const void* const zeros = at + (kBand + kTaps - 1) * row_bytes;
       const void* const weights = amx ? static_cast<const void*>(p.tiles.get()) : p.bands.get();
-      streams.push_back({at + row_bytes, p.row, p.pixel, -1, rows + 1, INT64_MAX, zeros, weights, p.steps, f.group});
+      own_streams[i] = {at + row_bytes, p.row, p.pixel, -1, rows + 1, INT64_MAX, zeros, weights, p.steps, f.group};
     }
     const std::int64_t pixel = (image * shape.height + first) * shape.width * kColours;
     void* const to = bytes ? static_cast<void*>(static_cast<std::uint8_t*>(out) + pixel)
                            : static_cast<void*>(static_cast<float*>(out) + pixel);
-    const OutputRows task{streams.data(), count, shape.groups, shape.scales, biases.get(), shape.offset,
+    const OutputRows task{own_streams, count, shape.groups, shape.scales, biases.get(), shape.offset,
                           &tanh_table(),  0,     rows,         shape.width,  to,           bytes};
 #if defined(HFLFNERV_HAVE_AMX)
     if (amx) return output_rows_amx(task, reinterpret_cast<float*>(own + thread_bytes));

@@ -26,7 +26,7 @@ struct OutputStream {
   int group;
 };
 
-// Rows [begin, end) of the frame, `row_elements` from row to row of `out`, whose row 0 is the frame's.
+// Rows [begin, end) of the frame; `out` is all of it, from row 0, without gaps.
 struct OutputRows {
   const OutputStream* streams;
   int count, groups;

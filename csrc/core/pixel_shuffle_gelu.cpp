@@ -22,7 +22,7 @@ constexpr std::int64_t kElementsPerThread = 1 << 16;
 #if defined(HFLFNERV_HAVE_AVX2)
 Items kernel_of(const PixelShuffleShape& shape, SimdLevel level, bool forward) {
 #if defined(HFLFNERV_HAVE_AVX512)
-  // Few channels fill the shorter vectors only, and results are the same.
+  // Few channels fill the shorter vectors only. Their GELU is another one, as exact.
   if (shape.channels_last && shape.channels >= 8 && shape.channels < 16) level = SimdLevel::avx2;
   if (level == SimdLevel::avx512) return forward ? pixel_shuffle_gelu_fwd_avx512 : pixel_shuffle_gelu_bwd_avx512;
 #endif
@@ -44,7 +44,7 @@ void run(const PixelShuffleTask& task, Items kernel, int threads) {
   });
 }
 
-// The biases, and zeros behind them as far as the kernels read.
+// The biases of all channels: zeros where there are none.
 std::vector<float> biases_of(const PixelShuffleShape& shape, const float* bias) {
   std::vector<float> all(static_cast<std::size_t>(shape.in_channels()), 0.0f);
   if (bias != nullptr) std::copy(bias, bias + shape.in_channels(), all.begin());

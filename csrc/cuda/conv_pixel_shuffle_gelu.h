@@ -20,14 +20,16 @@ struct ConvPixelShuffleGeluCuda {
 
 // These return null, or what went wrong in words.
 
-// Whether the CUDA runtime in this build can use a device, which takes a driver as new as the runtime.
+// Whether the CUDA runtime in this build can use a device, which takes a driver as new as the runtime. The device is the
+// current one afterwards.
 const char* cuda_device_unavailable(int device);
 
 // Makes a plan for a device, and the device the current one, on which the others work.
 const char* conv_pixel_shuffle_gelu_cuda_plan(const conv_layout::Problem& problem, int device, conv_layout::Plan& plan);
 
 // weight: [out_channels r r, channels, kernel_h, kernel_w], contiguous, two bytes an element; packed:
-// plan.packed_elements() of them. What is packed for one plan is of no use to another.
+// plan.packed_elements() of them. What is packed for one plan serves those with the same columns whose problems differ in
+// the image alone.
 const char* conv_pixel_shuffle_gelu_cuda_pack(const conv_layout::Plan& plan, const void* weight, void* packed,
                                               void* stream);
 

@@ -153,6 +153,12 @@ void test_plans() {
   CHECK(plan_of(8, 48, 40, 80, 40, 4, 5).column_tiles * plan_of(8, 48, 40, 80, 40, 4, 5).columns == 640);
   plan_of(1, 57, 10, 20, 48, 4, 3);
   plan_of(32, 512, 64, 64, 128, 2, 5);
+  // Of the image nothing but the width of the tiles makes a difference to the packed weight.
+  const Plan small = plan_of(1, 33, 9, 70, 28, 2, 5);
+  CHECK(small.columns != s5.columns && small.packed_elements() != s5.packed_elements());
+  const Plan other = plan_of(7, 33, 320, 600, 28, 2, 5);
+  CHECK(other.columns == s5.columns && other.packed_elements() == s5.packed_elements());
+  for (std::int64_t i = 0; i < s5.packed_elements(); ++i) CHECK(packed_source(s5, i) == packed_source(other, i));
   // The largest that hflfnerv/ops lets through, and one that is too large.
   for (const int out_channels : {2048, 128, 16384}) {
     const int r = out_channels == 128 ? 4 : 1;

@@ -167,7 +167,7 @@ def _decoder_of(
 
 def _random_frames(network: VideoNetwork, count: int) -> Tensor:
     spec = network.spec
-    return torch.randint(0, 256, (count, spec.height, spec.width, 3), dtype=torch.uint8)
+    return torch.randint(0, 256, (count, spec.height, spec.width, 3), dtype=torch.uint8, device="cpu")
 
 
 def _training_step_seconds(

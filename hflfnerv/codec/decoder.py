@@ -140,7 +140,7 @@ class Decoder:
             TypeError: an index is not an integer.
         """
         images = list(self.engine.float_frames(self._positions(indices)))
-        return torch.stack(images) if images else torch.empty(0, 3, *self.shape[1:3])
+        return torch.stack(images) if images else torch.empty(0, 3, *self.shape[1:3], dtype=torch.float32, device="cpu")
 
     def iter_frames(self, start: int | None = None, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
         """Yield the frames of ``start:stop`` as uint8 ``[H, W, 3]``, one at a time."""

@@ -134,7 +134,9 @@ def encode(
     with stages("train"):
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
-            model = build_model(spec)
+            # The caller's default device and dtype are no part of the configuration.
+            with torch.device("cpu"):
+                model = build_model(spec).float()
         trainer = _train(model, clip, config, device, stages.observer)
 
     with stages("code"):

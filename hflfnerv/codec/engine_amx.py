@@ -14,6 +14,7 @@ from .. import _ext
 from ..models import VideoNetwork
 from ..models.streams import DecoderStream
 from ..nn import UpsampleBlock
+from ..ops import _cpp
 from .engine import OUTPUT_GROUPS, Embeddings, Engine
 
 __all__ = ["AmxEngine", "rejects", "unavailable"]
@@ -54,7 +55,7 @@ class AmxEngine(Engine):
         groups, scales = OUTPUT_GROUPS[len(streams)]
         kept: list[Tensor] = []  # until the decoder has packed them
         described = [self._describe(stream, group, kept) for stream, group in zip(streams, groups, strict=True)]
-        biases = torch.zeros(len(scales), 3)
+        biases = torch.zeros(len(scales), 3, dtype=torch.float32, device="cpu")
         for stream, group in zip(streams, groups, strict=True):
             assert stream.head.bias is not None
             biases[group] += stream.head.bias
@@ -67,15 +68,14 @@ class AmxEngine(Engine):
 
     @staticmethod
     def _describe(stream: DecoderStream, group: int, kept: list[Tensor]) -> tuple[object, ...]:
-        def address(t: Tensor) -> int:
-            kept.append(t)
-            return t.data_ptr()
+        def address(t: Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> int:
+            kept.append(t.to(dtype).contiguous(memory_format=layout))
+            return _cpp.address(kept[-1], dtype, layout)
 
         blocks = []
         for block in stream.blocks:
             assert isinstance(block, UpsampleBlock)
             conv = block.conv
-            weight = conv.weight.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
             assert conv.bias is not None
             blocks.append(
                 (
@@ -84,11 +84,11 @@ class AmxEngine(Engine):
                     block.upscale_factor,
                     conv.kernel_size[0],
                     block.approximate == "tanh",
-                    address(weight),
-                    address(conv.bias.float().contiguous()),
+                    address(conv.weight, torch.bfloat16, torch.channels_last),
+                    address(conv.bias, torch.float32),
                 )
             )
-        return (*stream.spec.grid, blocks, address(stream.head.weight.float().contiguous()), group)
+        return (*stream.spec.grid, blocks, address(stream.head.weight, torch.float32), group)
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         for index in indices:
@@ -98,8 +98,8 @@ class AmxEngine(Engine):
 
     def float_frames(self, indices: Sequence[int]) -> Iterator[Tensor]:
         for index in indices:
-            frame = torch.empty(self.spec.height, self.spec.width, 3)
-            self._decode(index, frame.data_ptr(), as_bytes=False)
+            frame = torch.empty(self.spec.height, self.spec.width, 3, dtype=torch.float32, device="cpu")
+            self._decode(index, _cpp.address(frame, torch.float32), as_bytes=False)
             yield frame.permute(2, 0, 1)
 
     def fill(self, indices: Sequence[int], out: NDArray[np.uint8]) -> None:
@@ -109,6 +109,7 @@ class AmxEngine(Engine):
     @torch.inference_mode()
     def _decode(self, index: int, address: int, *, as_bytes: bool) -> None:
         # One frame at a time: the stems' products may be summed in another order in a batch.
-        stems = self._model.stems(self.embeddings([index]), torch.tensor([index]))
+        stems = self._model.stems(self.embeddings([index]), torch.tensor([index], device="cpu"))
         stems = [stem.float().contiguous() for stem in stems]
-        self._decoder.decode([stem.data_ptr() for stem in stems], address, as_bytes, torch.get_num_threads())
+        addresses = [_cpp.address(stem, torch.float32) for stem in stems]
+        self._decoder.decode(addresses, address, as_bytes, torch.get_num_threads())

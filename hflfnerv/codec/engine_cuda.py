@@ -49,7 +49,7 @@ class _Program:
         self.index = torch.zeros(batch, dtype=torch.int64, device=device)
         self._render = render
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._out = torch.empty(0)
+        self._out = torch.empty(0, device=device)
         if device.type == "cuda":
             self._capture(device, pool)
 
@@ -90,8 +90,8 @@ class _Slot:
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self.device = torch.empty(shape, dtype=torch.uint8, device=device)
-        self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_cuda)
-        self.index = torch.empty(shape[0], dtype=torch.int64, pin_memory=on_cuda)
+        self.host = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=on_cuda)
+        self.index = torch.empty(shape[0], dtype=torch.int64, device="cpu", pin_memory=on_cuda)
         self.made = torch.cuda.Event() if on_cuda else None
         self.copied = torch.cuda.Event() if on_cuda else None
         self.count = 0
@@ -208,7 +208,7 @@ class CudaEngine(Engine):
         """
         with self._lock, self._current_device():
             program = self._program(len(indices))
-            program.index.copy_(torch.tensor(indices))
+            program.index.copy_(torch.tensor(indices, device="cpu"))
             return program.run()
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
@@ -277,7 +277,7 @@ class CudaEngine(Engine):
             program = self._program(size)
             slot = self._take_slot(size)
             slot.count = len(indices)
-            slot.index.copy_(torch.tensor([*indices, *[indices[-1]] * (size - len(indices))]))
+            slot.index.copy_(torch.tensor([*indices, *[indices[-1]] * (size - len(indices))], device="cpu"))
             program.index.copy_(slot.index, non_blocking=True)
             # The graph's own memory is for the next batch; the slot's is this batch's until the host has it.
             slot.device.copy_(program.run())

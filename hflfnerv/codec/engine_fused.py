@@ -53,6 +53,6 @@ class FusedEngine(Engine):
     @torch.inference_mode()
     def _frame(self, index: int, *, as_bytes: bool) -> Tensor:
         """Make a frame ``[H, W, 3]``, uint8 or float32."""
-        stems = self._model.stems(self.embeddings([index]), torch.tensor([index]))
+        stems = self._model.stems(self.embeddings([index]), torch.tensor([index], device="cpu"))
         with self._packed:
             return draw(self._streams, stems, self.spec, as_bytes=as_bytes)[0]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d
+from ..ops._depthwise_conv2d import depthwise_conv2d
 
 __all__ = ["ConvNeXtEncoder", "DetailEncoder"]
 

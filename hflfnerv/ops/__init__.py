@@ -11,7 +11,6 @@ from .conv_pixel_shuffle_gelu_int8 import (
     int8_image,
     quantize_int8,
 )
-from .depthwise_conv2d import depthwise_conv2d
 from .highpass import HIGHPASS, highpass
 from .output_stage import OUTPUT_STAGE, output_stage
 from .packed_weights import PackedWeights
@@ -33,7 +32,6 @@ __all__ = [
     "conv2d",
     "conv_pixel_shuffle_gelu",
     "conv_pixel_shuffle_gelu_int8",
-    "depthwise_conv2d",
     "highpass",
     "int8_image",
     "output_stage",

@@ -23,13 +23,17 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with {name}.float()")
 
 
-def check_like(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise unless ``value`` is on x's device and has x's dtype; autocast mixes dtypes, so there they may differ."""
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}; move it with .to(x.device)")
-    if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+def check_like(name: str, value: torch.Tensor, other: torch.Tensor, other_name: str = "x") -> None:
+    """Raise unless ``value`` is on the other's device, and in its dtype unless autocast is on, which mixes dtypes."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other_name}'s device {other.device}, got {value.device}; "
+            f"move it with .to({other_name}.device)"
+        )
+    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
         raise TypeError(
-            f"{name} must have x's dtype {x.dtype}, got {value.dtype}; cast one of them, or use torch.autocast"
+            f"{name} must have {other_name}'s dtype {other.dtype}, got {value.dtype}; "
+            "cast one of them, or use torch.autocast"
         )
 
 

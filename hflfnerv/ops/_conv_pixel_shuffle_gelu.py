@@ -253,7 +253,10 @@ def _inference(
     _cpp.load().conv_pixel_shuffle_gelu_fwd(
         [*x.shape, y.shape[1], r, *weight.shape[2:], *padding],
         approximate == "tanh",
-        *(_cpp.address(t) for t in (x, weight, biases, y)),
+        _cpp.address(x, torch.bfloat16, torch.channels_last),
+        _cpp.address(weight, torch.bfloat16, torch.channels_last),
+        _cpp.address(biases, torch.float32),
+        _cpp.address(y, torch.bfloat16, torch.channels_last),
         threads=torch.get_num_threads(),
     )
     return y

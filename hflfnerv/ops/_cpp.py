@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 
@@ -58,6 +57,17 @@ def float_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().float().contiguous()
 
 
-def address(t: torch.Tensor | None) -> Any:
-    """Return where a tensor's data is, 0 for None. The caller keeps the tensor."""
-    return 0 if t is None else t.data_ptr()
+def address(t: torch.Tensor | None, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> int:
+    """Return where a tensor's data is, 0 for None, for a kernel that is told no more. The caller keeps the tensor.
+
+    Raises:
+        ValueError: the tensor is not what the kernel takes that for; it would read or write memory of others.
+    """
+    if t is None:
+        return 0
+    if t.device.type != "cpu" or t.dtype != dtype or not t.is_contiguous(memory_format=layout):
+        raise ValueError(
+            f"a tensor of the C++ kernels must be on the CPU, of {dtype} and {layout}, got {t.device}, {t.dtype}, "
+            f"shape {tuple(t.shape)} with strides {t.stride()}"
+        )
+    return t.data_ptr()

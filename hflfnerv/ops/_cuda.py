@@ -10,7 +10,7 @@ import torch
 from .. import _ext
 from ._device_checks import device_checks
 
-__all__ = ["conv_pixel_shuffle_gelu_fwd", "empty_result", "pack_weight", "rejects_tensor", "unavailable"]
+__all__ = ["columns", "conv_pixel_shuffle_gelu_fwd", "empty_result", "pack_weight", "rejects_tensor", "unavailable"]
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _GROUP = 8  # elements of 16 bytes, as which the kernel reads channels
@@ -32,7 +32,8 @@ def _capability(index: int) -> str | None:
     module = _ext.load()
     if "90a" not in module.cuda_architectures.split(","):
         return f"the extension was built for {module.cuda_architectures} (HFLFNERV_CUDA_ARCHITECTURES), not for 90a"
-    reason: str | None = module.cuda_device_unavailable(index)
+    with torch.cuda.device(index):  # the caller's is the current one again afterwards
+        reason: str | None = module.cuda_device_unavailable(index)
     return reason
 
 
@@ -95,10 +96,18 @@ def _sizes(x: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int) ->
     return [*x.shape, n // (r * r), r, rows, columns, rows // 2, columns // 2, *strides, _result_pixel(n, r)]
 
 
+def columns(x: torch.Tensor, weight: torch.Tensor, r: int) -> int:
+    """Return the width of the kernel's tiles where its input has the shape of ``x``, one of a few."""
+    sizes = _sizes(x, _default_strides(x), weight, r)
+    with torch.cuda.device_of(weight):
+        width: int = _ext.load().conv_pixel_shuffle_gelu_cuda_columns(sizes, weight.device.index)
+    return width
+
+
 def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int) -> torch.Tensor:
     """Return the weight as the kernel reads it where its input has the shape of ``x``.
 
-    Depends on the weight and on that shape alone, so a caller whose weights stay as they are can keep it.
+    Depends on the weight and on :func:`columns` alone, so a caller whose weights stay as they are can keep it.
     """
     module, device = _ext.load(), weight.device.index
     sizes = _sizes(x, _default_strides(x), weight, r)

@@ -62,10 +62,8 @@ def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int, *, data_gradient:
     """
     module, sizes = _cpp.load(), _sizes(x, weight, r)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient))
-    module.winograd_weight(
-        sizes, data_gradient, _cpp.address(weight), _cpp.address(packed), threads=torch.get_num_threads()
-    )
+    packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient), dtype=torch.float32, device="cpu")
+    module.winograd_weight(sizes, data_gradient, *_addresses(weight, packed), threads=torch.get_num_threads())
     return packed
 
 
@@ -94,7 +92,7 @@ def forward(
     _cpp.load().winograd_fwd(
         _sizes(x, weight, r),
         activation,
-        *(_cpp.address(t) for t in (x, packed, biases, y, z)),
+        *_addresses(x, packed, biases, y, z),
         threads=torch.get_num_threads(),
     )
     return y, z
@@ -106,11 +104,11 @@ def undo(
     """Return the gradients of z and of the bias."""
     dy = dy.contiguous(memory_format=torch.channels_last)
     dz = _empty(*z.shape)
-    dbias = torch.empty(weight.shape[0]) if with_bias else None
+    dbias = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu") if with_bias else None
     _cpp.load().winograd_undo(
         _sizes(x, weight, r),
         approximate == "tanh",
-        *(_cpp.address(t) for t in (dy, z, dz, dbias)),
+        *_addresses(dy, z, dz, dbias),
         threads=torch.get_num_threads(),
     )
     return dz, dbias
@@ -128,15 +126,23 @@ def gradients(
     dx = dweight = None
     if wanted[0]:
         packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(*x.shape)
-        module.winograd_dgrad(sizes, *(_cpp.address(t) for t in (dz, packed, dx)), threads=threads)
+        module.winograd_dgrad(sizes, *_addresses(dz, packed, dx), threads=threads)
         dx = dx.contiguous(memory_format=x_format)
     if wanted[1]:
         dweight = _empty(*weight.shape)
-        module.winograd_wgrad(sizes, *(_cpp.address(t) for t in (x, dz, dweight)), threads=threads)
+        module.winograd_wgrad(sizes, *_addresses(x, dz, dweight), threads=threads)
         if not weight.is_contiguous(memory_format=torch.channels_last):
             dweight = torch.empty_like(weight).copy_(dweight)
     return dx, dweight
 
 
 def _empty(*size: int) -> Any:
-    return torch.empty(size, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def _addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """Return where tensors are: images and weights channels-last, what has one axis in its order."""
+    channels_last, contiguous = torch.channels_last, torch.contiguous_format
+    return [
+        _cpp.address(t, torch.float32, channels_last if t is not None and t.dim() == 4 else contiguous) for t in tensors
+    ]

@@ -118,8 +118,9 @@ def _pack_triton(weight: torch.Tensor, r: int) -> torch.Tensor:
 def _run_triton(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    layout = ("triton", call.r, x.dtype)
-    packed = None if keep_z else kept_weight(call.weight, layout, lambda: _pack_triton(weight, call.r))
+    packed = None
+    if not keep_z:
+        packed = kept_weight(call.weight, lambda: ("triton", call.r, x.dtype), lambda: _pack_triton(weight, call.r))
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "triton", *_gradients_by_shape(x, weight)
     )[0]
@@ -152,8 +153,13 @@ def _cuda_rejects(call: Call) -> str | None:
 def _run_cuda(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    layout = ("cuda", call.r, x.dtype, x.shape)
-    packed = None if keep_z else kept_weight(call.weight, layout, lambda: _cuda.pack_weight(x, weight, call.r))
+    packed = None
+    if not keep_z:
+        packed = kept_weight(
+            call.weight,
+            lambda: ("cuda", call.r, x.dtype, _cuda.columns(x, weight, call.r)),
+            lambda: _cuda.pack_weight(x, weight, call.r),
+        )
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "cuda", *_gradients_by_shape(x, weight)
     )[0]
@@ -193,7 +199,9 @@ def _run_winograd(call: Call) -> torch.Tensor:
     keep_z = _wants_gradient(x, weight, bias)
     packed = None
     if not keep_z:
-        packed = kept_weight(call.weight, ("winograd", call.r), lambda: _winograd.pack_weight(x, weight, call.r))
+        packed = kept_weight(
+            call.weight, lambda: ("winograd", call.r), lambda: _winograd.pack_weight(x, weight, call.r)
+        )
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, "winograd", "winograd", "winograd"
     )[0]
@@ -338,8 +346,10 @@ def conv_pixel_shuffle_gelu(
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
-        about four times those of float32 sums by definition, far below those of TF32, and a NaN or an infinity spreads
-        to its tile of 4 x 4 or 6 x 6 pixels; ``"conv2d+cpp"`` avoids both.
+        up to five times those of float32 sums by definition with kernels 5x5 and up to nine times with 3x3, in the root
+        mean square and more where few channels are summed; far below those of TF32. A NaN or an infinity spreads to
+        the results of every tile whose 8 x 8 pixels of x it is among, up to four: to 8 x 8 pixels with kernels 5x5 and
+        7 x 7 with 3x3, where the convolution alone reaches 5 x 5 or 3 x 3. ``"conv2d+cpp"`` avoids both.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)

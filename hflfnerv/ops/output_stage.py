@@ -65,8 +65,21 @@ def _triton_rejects(call: Call) -> str | None:
     return reason
 
 
+def _pack_triton(weight: torch.Tensor) -> torch.Tensor:
+    from ..triton_kernels.output_stage import pack_head
+
+    packed: torch.Tensor = pack_head(weight)
+    return packed
+
+
 def _run_triton(call: Call) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, "triton")
+    # Here and not in the operation, which compiled code runs as well.
+    kept = [
+        kept_weight(weight, lambda: ("output_stage", "triton"), functools.partial(_pack_triton, weight))
+        for weight in call.weights
+    ]
+    packed = [weight for weight in kept if weight is not None]
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, packed, "triton")
     return out
 
 
@@ -79,7 +92,7 @@ def _cpp_rejects(call: Call) -> str | None:
 
 
 def _run_cpp(call: Call) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, "cpp")
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, [], "cpp")
     return out
 
 
@@ -100,44 +113,39 @@ def _empty_result(call: Call) -> torch.Tensor:
 
 
 def _fake(*arguments: Any) -> torch.Tensor:
-    return _empty_result(Call(*arguments[:-1]))
+    return _empty_result(Call(*arguments[:-2]))
 
 
 def _forward(*arguments: Any) -> torch.Tensor:
-    call, impl = Call(*arguments[:-1]), arguments[-1]
+    *of_call, packed, impl = arguments
+    call = Call(*of_call)
     call = call._replace(features=[x.contiguous(memory_format=torch.channels_last) for x in call.features])
-    return _forward_triton(call) if impl == "triton" else _forward_cpp(call)
+    return _forward_triton(call, packed) if impl == "triton" else _forward_cpp(call)
 
 
 def _forward_cpp(call: Call) -> torch.Tensor:
     features, weights, biases, groups, scales, offset, crop, as_bytes = call
-    out = _empty_result(call)
+    out, dtype = _empty_result(call), features[0].dtype
     weights = [weight.float().contiguous() for weight in weights]
     _cpp.load().output_stage_fwd(
         [len(out), *crop],
         (scales, biases.flatten().tolist(), offset),
         [
-            (_cpp.address(x), *x.shape[1:], _cpp.address(weight), group)
+            (_cpp.address(x, dtype, torch.channels_last), *x.shape[1:], _cpp.address(weight, torch.float32), group)
             for x, weight, group in zip(features, weights, groups, strict=True)
         ],
-        str(features[0].dtype).removeprefix("torch."),
-        _cpp.address(out),
+        str(dtype).removeprefix("torch."),
+        _cpp.address(out, out.dtype),
         as_bytes,
         torch.get_num_threads(),
     )
     return out
 
 
-def _forward_triton(call: Call) -> torch.Tensor:
-    from ..triton_kernels.output_stage import output_stage_fwd, pack_head
+def _forward_triton(call: Call, packed: list[torch.Tensor]) -> torch.Tensor:
+    from ..triton_kernels.output_stage import output_stage_fwd
 
-    def pack(weight: torch.Tensor) -> torch.Tensor:
-        packed: torch.Tensor = pack_head(weight)
-        return packed
-
-    layout = ("output_stage", "triton")
-    kept = [kept_weight(weight, layout, functools.partial(pack, weight)) for weight in call.weights]
-    packed = [pack(weight) if k is None else k for k, weight in zip(kept, call.weights, strict=True)]
+    packed = packed or [_pack_triton(weight) for weight in call.weights]
     frame: torch.Tensor = output_stage_fwd(*call._replace(weights=packed))
     return frame
 
@@ -146,10 +154,11 @@ def _no_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, .
     raise RuntimeError("output_stage has no gradient in its kernels; use impl='reference'")
 
 
-# ``biases`` is float32 [G, 3], without gradient.
+# ``biases`` is float32 [G, 3], without gradient; ``packed`` what ``pack_head`` returns of each weight, for a caller who
+# keeps it, or empty.
 register(
     "output_stage(Tensor[] features, Tensor[] weights, Tensor biases, int[] groups, float[] scales, float offset, "
-    "int[] crop, bool as_bytes, str impl) -> Tensor",
+    "int[] crop, bool as_bytes, Tensor[] packed, str impl) -> Tensor",
     run=_forward,
     fake=_fake,
     setup_context=None,
@@ -158,6 +167,8 @@ register(
 
 
 def _check_groups(count: int, groups: Sequence[int] | None, scales: Sequence[float]) -> list[int]:
+    if not scales:
+        raise ValueError(f"scales must have at least one number, got {scales!r}")
     chosen = [0] * count if groups is None else list(groups)
     if len(chosen) != count:
         raise ValueError(f"groups must have one number for each of the {count} features, got {groups!r}")
@@ -232,18 +243,18 @@ def output_stage(
     first = features[0]
     for i, (x, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
         check_tensor(f"features[{i}]", x)
-        check_like(f"features[{i}]", x, first)
+        check_like(f"features[{i}]", x, first, "features[0]")
         if x.dim() != 4 or x.shape[0] != first.shape[0]:
             raise ValueError(
                 f"features[{i}] must be [B, C, H, W] with the batch of the first, got shape {tuple(x.shape)}"
             )
         check_tensor(f"weights[{i}]", weight)
-        check_like(f"weights[{i}]", weight, x)
+        check_like(f"weights[{i}]", weight, x, f"features[{i}]")
         if weight.shape != (3, x.shape[1], 3, 3):
             raise ValueError(f"weights[{i}] must have shape (3, {x.shape[1]}, 3, 3), got {tuple(weight.shape)}")
         if bias is not None:
             check_tensor(f"biases[{i}]", bias)
-            check_like(f"biases[{i}]", bias, x)
+            check_like(f"biases[{i}]", bias, x, f"features[{i}]")
             if bias.shape != (3,):
                 raise ValueError(f"biases[{i}] must have shape (3,), got {tuple(bias.shape)}")
     rows, columns = (int(size) for size in (first.shape[2:] if crop is None else crop))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
-from contextvars import ContextVar, Token
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 
 __all__ = ["PackedWeights", "kept_weight"]
 
-_ACTIVE: ContextVar[PackedWeights | None] = ContextVar("packed_weights", default=None)
+# The objects whose ``with`` the caller is in, innermost last. A context has its own: threads share an object, and what
+# is in use is no part of the object.
+_ENTERED: ContextVar[tuple[PackedWeights, ...]] = ContextVar("packed_weights", default=())
 
 
 def _state(weight: torch.Tensor) -> tuple[Any, ...]:
@@ -19,17 +23,26 @@ def _state(weight: torch.Tensor) -> tuple[Any, ...]:
     return version, weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride()
 
 
+class _Kept(NamedTuple):
+    """What is kept of one parameter."""
+
+    weight: weakref.ref[torch.Tensor]
+    state: tuple[Any, ...]
+    packed: dict[tuple[Any, ...], torch.Tensor]  # by layout
+
+
 class PackedWeights:
     """Keeps the weights of inference in the order in which the kernels read them, for the calls in its ``with``.
 
     Without it, every call of :func:`conv_pixel_shuffle_gelu` that runs a kernel orders the weight anew, in launches of
-    their own. Kept are ``nn.Parameter``s, and a kept one is made anew when the parameter has changed: by
-    ``load_state_dict``, by ``.to()``, by an optimiser or anything else that writes to it in place. What is written
-    through ``.data``, or to a parameter made in inference mode, PyTorch does not count and this does not see, which is
-    why nothing is kept unless it is asked for.
+    their own. Kept are ``nn.Parameter``s, as long as they exist, and a kept one is made anew when the parameter has
+    changed: by ``load_state_dict``, by ``.to()``, by an optimiser or anything else that writes to it in place. What is
+    written through ``.data``, or to a parameter made in inference mode, PyTorch does not count and this does not see,
+    which is why nothing is kept unless it is asked for. Threads may share one object, each in a ``with`` of its own.
 
     A CUDA graph that is captured inside reads the kept weights at every replay: run what it captures once before, hold
-    this object as long as the graph, and leave the weights as they are. Under torch.compile nothing is kept.
+    this object and the parameters as long as the graph, and leave the weights as they are. Under torch.compile nothing
+    is kept.
 
     Example:
         >>> with PackedWeights(), torch.inference_mode():
@@ -37,39 +50,50 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        # The weight itself is held too, so that its id stays its own.
-        self._kept: dict[tuple[Any, ...], tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]] = {}
-        self._tokens: list[Token[PackedWeights | None]] = []
+        self._kept: dict[int, _Kept] = {}  # by the id of the parameter, which is not hashed by its values
 
     def __enter__(self) -> PackedWeights:
-        self._tokens.append(_ACTIVE.set(self))
+        _ENTERED.set((*_ENTERED.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _ACTIVE.reset(self._tokens.pop())
+        _ENTERED.set(_ENTERED.get()[:-1])
 
     def get(self, weight: torch.Tensor, layout: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return ``make()``, or what it returned for the same weight, as it is now, and the same layout."""
         if not isinstance(weight, torch.nn.Parameter):
             return make()
-        key, state = (id(weight), layout), _state(weight)
-        kept = self._kept.get(key)
-        if kept is not None and kept[1] == state:
-            return kept[2]
+        state, kept = _state(weight), self._kept.get(id(weight))
+        if kept is not None and (kept.weight() is not weight or kept.state != state):
+            kept = None
+        if kept is not None and layout in kept.packed:
+            return kept.packed[layout]
         packed = make()
-        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            # What is made during a capture exists only once the graph has run.
-            self._kept[key] = (weight, state, packed)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return packed  # which exists only once the graph has run
+        if kept is None:
+            forget = functools.partial(_forget, weakref.ref(self), id(weight))
+            kept = self._kept[id(weight)] = _Kept(weakref.ref(weight, forget), state, {})
+        kept.packed[layout] = packed
         return packed
 
 
-def kept_weight(weight: torch.Tensor, layout: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+def _forget(owner: weakref.ref[PackedWeights], key: int, weight: weakref.ref[torch.Tensor]) -> None:
+    """Drop what is kept of a parameter that is gone, whose id may be another's by now."""
+    packed_weights = owner()
+    if packed_weights is not None and key in packed_weights._kept and packed_weights._kept[key].weight is weight:
+        del packed_weights._kept[key]
+
+
+def kept_weight(
+    weight: torch.Tensor, layout: Callable[[], tuple[Any, ...]], make: Callable[[], torch.Tensor]
+) -> torch.Tensor | None:
     """Return what the :class:`PackedWeights` in use, if one is, keeps of a weight.
 
     Args:
         weight: what ``make`` works on.
-        layout: all else that its result depends on.
+        layout: returns all else that its result depends on.
         make: returns the weight as a kernel reads it.
     """
-    active = None if torch.compiler.is_compiling() else _ACTIVE.get()
-    return None if active is None else active.get(weight, layout, make)
+    entered = () if torch.compiler.is_compiling() else _ENTERED.get()
+    return entered[-1].get(weight, layout(), make) if entered else None

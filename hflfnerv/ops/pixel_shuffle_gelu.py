@@ -79,10 +79,12 @@ def _cpp_arguments(x: torch.Tensor, r: int, approximate: str) -> tuple[Any, ...]
 def _cpp_forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
     y = _forward_fake(x, r, bias, approximate, "cpp")
     if y.numel() > 0:
-        biases = _cpp.float_bias(bias)
+        layout, biases = memory_format_of(x), _cpp.float_bias(bias)
         _cpp.load().pixel_shuffle_gelu_fwd(
             *_cpp_arguments(x, r, approximate),
-            *(_cpp.address(t) for t in (x, biases, y)),
+            _cpp.address(x, x.dtype, layout),
+            _cpp.address(biases, torch.float32),
+            _cpp.address(y, x.dtype, layout),
             threads=torch.get_num_threads(),
         )
     return y
@@ -91,13 +93,18 @@ def _cpp_forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate
 def _cpp_backward(
     dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format_of(x))
-    dbias = None if bias is None else torch.zeros(x.shape[1])
+    layout = memory_format_of(x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    dbias = None if bias is None else torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
     if dx.numel() > 0:
         biases = _cpp.float_bias(bias)
         _cpp.load().pixel_shuffle_gelu_bwd(
             *_cpp_arguments(x, r, approximate),
-            *(_cpp.address(t) for t in (dy, x, biases, dx, dbias)),
+            _cpp.address(dy, x.dtype, layout),
+            _cpp.address(x, x.dtype, layout),
+            _cpp.address(biases, torch.float32),
+            _cpp.address(dx, x.dtype, layout),
+            _cpp.address(dbias, torch.float32),
             threads=torch.get_num_threads(),
         )
     return dx, None if dbias is None else dbias.to(x.dtype)

@@ -171,7 +171,7 @@ def stream_loss(
     _check_image("low", low, target)
     if high is not None:
         _check_image("high", high, target)
-        check_like("high", high, low)
+        check_like("high", high, low, "low")
         high = high.to(low.dtype)
     entry = STREAM_LOSS.select(impl, low, target, high)
     out: torch.Tensor = entry.run(low, target, high)

@@ -96,7 +96,7 @@ def prepare_clip(
             f"the high-pass frames need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free: "
             "encode fewer frames (--frames) or smaller ones (--resize, --crop)"
         )
-    filtered = torch.empty(cropped.shape, dtype=torch.float16)
+    filtered = torch.empty(cropped.shape, dtype=torch.float16, device=frames.device)
     batch = max(1, _BATCH_PIXELS // (height * width))
     for start in range(0, count, batch):
         part = frames[start : start + batch].permute(0, 3, 1, 2).float().div_(255.0)

@@ -107,7 +107,7 @@ class StepChooser:
             inputs = clip.inputs(index)
             embedding = None if inputs is None else model.embed(inputs).detach().float().requires_grad_()
             image = model.decode(embedding, index)
-            signs = torch.randint(0, 2, image.shape, generator=generator).mul_(2).sub_(1).to(image)
+            signs = torch.randint(0, 2, image.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(image)
             wanted = [*parameters.values(), *([] if embedding is None else [embedding])]
             gradients = torch.autograd.grad((image * signs).sum(), wanted)
             for name, gradient in zip(parameters, gradients, strict=False):

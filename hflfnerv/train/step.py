@@ -19,7 +19,7 @@ def use_device_lr(optimizer: torch.optim.Optimizer, device: torch.device) -> Non
     """Turn the learning rate of each group into a tensor ``lr`` on the device; its value stays in ``initial_lr``."""
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["lr"])
-        group["lr"] = torch.tensor(group["initial_lr"], device=device)
+        group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float32, device=device)
 
 
 class TrainingStep:
@@ -62,7 +62,7 @@ class TrainingStep:
         self.clip = clip
         self.optimizers = tuple(optimizers)
         self.scaler = scaler
-        self.errors = torch.zeros(steps_per_epoch, orders.shape[1], device=orders.device)
+        self.errors = torch.zeros(steps_per_epoch, orders.shape[1], dtype=torch.float32, device=orders.device)
         self.quantization: Quantization | None = None
         self._dtype = autocast_dtype(precision)
         self._orders = orders

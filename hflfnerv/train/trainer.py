@@ -120,6 +120,7 @@ class Trainer:
         self.step = 0
         self.history: list[EpochResult] = []
         self.resumed_from = 0
+        factors = [self._lr_factor(step) for step in range(self.total_steps)]
         self.training_step = TrainingStep(
             self.model,
             self.clip,
@@ -127,7 +128,7 @@ class Trainer:
             self.scaler,
             precision=config.precision,
             orders=self._orders(),
-            factors=torch.tensor([self._lr_factor(step) for step in range(self.total_steps)], device=device),
+            factors=torch.tensor(factors, dtype=torch.float32, device=device),
             steps_per_epoch=self.steps_per_epoch,
         )
         self._epoch_seconds = 0.0
@@ -213,7 +214,8 @@ class Trainer:
         orders = []
         for epoch in range(self.config.epochs):
             generator = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
-            orders.append(torch.randperm(len(self.clip), generator=generator)[: self.steps_per_epoch * self.batch_size])
+            order = torch.randperm(len(self.clip), generator=generator, device="cpu")
+            orders.append(order[: self.steps_per_epoch * self.batch_size])
         return torch.cat(orders).view(-1, self.batch_size).to(self.device)
 
     def _lr_factor(self, step: int) -> float:

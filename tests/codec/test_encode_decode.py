@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -43,6 +45,27 @@ def test_any_frame_alone_is_that_frame_of_the_whole(coded):
     assert np.array_equal(dec.frames([3, 0, 3]), whole[[3, 0, 3]])
     assert np.array_equal(dec.frames(np.array([2, 1])), whole[[2, 1]])
     assert np.array_equal(np.stack(list(dec.iter_frames(1, 4))), whole[1:4])
+
+
+def test_threads_share_a_decoder(coded):
+    dec = Decoder(coded.bitstream, device="cpu", precision="fp32")
+    expected, found = dec[:], []
+
+    def work():
+        for index in 2 * list(range(len(dec))):
+            found.append(np.array_equal(dec[index], expected[index]))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [True] * 4 * 2 * len(dec)
 
 
 def test_float_frames_are_what_is_rounded(coded):

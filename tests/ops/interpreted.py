@@ -400,8 +400,8 @@ def test_output_stage(case, dtype):
     rest = (list(groups), list(scales), 0.5, list(crop))
     run = torch.ops.hflfnerv.output_stage
     with poisoned_empty():
-        frames = run(features, weights, biases, *rest, False, "triton")
-        levels = run(features, weights, biases, *rest, True, "triton")
+        frames = run(features, weights, biases, *rest, False, [], "triton")
+        levels = run(features, weights, biases, *rest, True, [], "triton")
     options = {"groups": groups, "scales": scales, "offset": 0.5, "crop": crop, "as_bytes": False}
     expected, same = (
         stage_reference.output_stage(
@@ -424,7 +424,7 @@ def test_output_stage_rounds_halves_to_even():
     x, weight = torch.zeros(1, 1, 1, 1), torch.zeros(3, 1, 3, 3)
     run = torch.ops.hflfnerv.output_stage
     for value in (values[0], values[1], *values[2::37]):
-        levels = run([x], [weight], torch.zeros(1, 3), [0], [1.0], value, [1, 1], True, "triton")
+        levels = run([x], [weight], torch.zeros(1, 3), [0], [1.0], value, [1, 1], True, [], "triton")
         expected = (torch.tensor(value).clamp(0, 1) * 255).round().byte()
         assert levels.flatten().tolist() == [expected.item()] * 3
 
@@ -432,7 +432,8 @@ def test_output_stage_rounds_halves_to_even():
 def test_output_stage_reads_nothing_outside_its_window():
     x, weight = torch.zeros(2, 5, 7, 9), make_tensor(3, 5, 3, 3)
     x[0, 0, 3, 4] = float("nan")
-    frames = torch.ops.hflfnerv.output_stage([x], [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [7, 9], False, "triton")
+    call = ([x], [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [7, 9], False)
+    frames = torch.ops.hflfnerv.output_stage(*call, [], "triton")
     bad = frames.isnan().all(dim=3)
     assert bad[0, 2:5, 3:6].all()
     assert bad.sum() == frames.isnan().sum() / 3 == 9
@@ -503,3 +504,23 @@ def test_int8_quantize(shape, dtype):
     difference = (actual.int() - expected.int()).abs()
     assert difference.max() <= 1
     assert (difference == 0).double().mean() > 0.999
+
+
+def test_output_stage_keeps_the_packed_weights(monkeypatch):
+    import importlib
+
+    from hflfnerv.triton_kernels import output_stage as kernels
+
+    module = importlib.import_module("hflfnerv.ops.output_stage")
+    x, weight = make_tensor(1, 5, 7, 9, layout="channels_last"), torch.nn.Parameter(make_tensor(3, 5, 3, 3, seed=1))
+    call = module.Call([x], [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [7, 9], False)
+    packed, pack = [], kernels.pack_head
+    monkeypatch.setattr(kernels, "pack_head", lambda *args: packed.append(args) or pack(*args))
+    with torch.no_grad(), ops.PackedWeights():
+        frames = [module._run_triton(call) for _ in range(2)]
+        assert len(packed) == 1
+        weight.mul_(1)
+        frames.append(module._run_triton(call))
+        assert len(packed) == 2
+    frames.append(module._run_triton(call))
+    assert all(torch.equal(frame, frames[0]) for frame in frames)

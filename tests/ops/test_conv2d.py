@@ -64,6 +64,45 @@ def test_forward_and_backward(impl, shape, with_bias):
         assert_gradient_close_to_reference(actual, wanted, other, magnitude=terms)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bounds_see_one_per_cent(shape):
+    tensors = operands(shape)
+    batch, _, n, height, width, _ = shape
+    dy = make_tensor(batch, n, height, width, seed=3)
+    results = [run(tensors, dy, "reference", dtype) for dtype in (torch.float64, torch.float32)]
+    expected, same = ([y, *gradients] for y, gradients in results)
+    for true, rounded, size in zip(expected, same, magnitudes(*tensors[:2], dy), strict=True):
+        noise = make_tensor(*true.shape, seed=4) * true.square().mean().sqrt().float()
+        for wrong in (1.01 * rounded, rounded + 0.01 * noise):
+            with pytest.raises(AssertionError, match="error"):
+                assert_gradient_close_to_reference(wrong, true, rounded, magnitude=size)
+
+
+@pytest.mark.skipif(CONV2D.entries[0].unavailable() is not None, reason=str(CONV2D.entries[0].unavailable()))
+@pytest.mark.parametrize(("shape", "times"), [((1, 33, 112, 64, 64, 5), 5), ((1, 24, 96, 64, 64, 3), 9)])
+def test_errors_are_a_few_times_those_of_the_definition(shape, times):
+    # A rounding to a mantissa that is spread evenly over its octave has a mean square of u² / 5.5. A sum of K products,
+    # one after the other, rounds K partial sums, which have half of its mean square on average; weights and images are
+    # independent and normal, so the definition's own error is that for the sum of the squares.
+    tensors = operands(shape)
+    batch, channels, n, height, width, kernel = shape
+    dy = make_tensor(batch, n, height, width, seed=3)
+    y, (dx, dweight, _) = run(tensors, dy, "winograd")
+    expected, true = run(tensors, dy, "reference", torch.float64)
+    x, weight, slopes = (t.double().square() for t in (*tensors[:2], dy))
+    padding = [kernel // 2] * 2
+    squares = [
+        F.conv2d(x, weight, padding=padding),
+        *torch.ops.aten.convolution_backward(
+            slopes, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
+        )[:2],
+    ]
+    terms = [channels * kernel**2, n * kernel**2, batch * height * width]
+    for actual, exact, square, count in zip((y, dx, dweight), (expected, *true[:2]), squares, terms, strict=True):
+        definition = 2**-24 * (count / 2 / 5.5 * square.sum()).sqrt()
+        assert (actual - exact).norm() <= times * definition
+
+
 @BY_IMPL
 def test_only_the_gradients_that_are_wanted(impl):
     tensors = operands(SHAPES[0])
@@ -109,11 +148,11 @@ def test_what_auto_is():
     assert ops.conv2d(x, weight, bias).is_contiguous(memory_format=torch.channels_last)
     plain = ops.conv2d(x.contiguous(), weight.contiguous(), bias)
     assert plain.is_contiguous()
-    torch.testing.assert_close(plain, F.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain, ops.conv2d(x.contiguous(), weight.contiguous(), bias, impl=CONV2D.names[not winograd]))
     small = x[..., :6, :6]
     assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))
     wide = make_tensor(3, 28, 9, 9)
-    torch.testing.assert_close(ops.conv2d(x, wide), F.conv2d(x, wide, padding=4))
+    assert torch.equal(ops.conv2d(x, wide), F.conv2d(x, wide, padding=4))
     half = ops.conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     assert half.dtype == torch.bfloat16
 

@@ -139,10 +139,20 @@ def test_compute_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(cuda_architectures="80,100"))
     assert "built for 80,100 (HFLFNERV_CUDA_ARCHITECTURES), not for 90a" in _cuda._capability(4)
+    guarded = []
+
+    @contextlib.contextmanager
+    def guard(index):
+        guarded.append(index)
+        yield
+        guarded.append("restored")
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
     for index, reason in ((5, None), (6, "the driver is too old")):
         module = SimpleNamespace(cuda_architectures="80,90a", cuda_device_unavailable={index: reason}.__getitem__)
         monkeypatch.setattr(_ext, "load", lambda module=module: module)
         assert _cuda._capability(index) == reason
+        assert guarded[-2:] == [index, "restored"]
     _cuda._capability.cache_clear()
 
 
@@ -176,6 +186,7 @@ def test_what_the_kernel_is_told(monkeypatch):
         return lambda *args: calls.setdefault(name, args) and result
 
     module = SimpleNamespace(
+        conv_pixel_shuffle_gelu_cuda_columns=record("columns", 32),
         conv_pixel_shuffle_gelu_cuda_packed_elements=record("elements", 640),
         conv_pixel_shuffle_gelu_cuda_pack=record("pack"),
         conv_pixel_shuffle_gelu_cuda_fwd=record("fwd"),
@@ -187,6 +198,8 @@ def test_what_the_kernel_is_told(monkeypatch):
     y, z = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, None, None, 2, "tanh", keep_z=True)
     sizes = [2, 9, 4, 6, 5, 2, 3, 5, 1, 2, 4 * 6 * 16, 6 * 16, 16, 8]
     assert calls["elements"] == (sizes, None)
+    assert _cuda.columns(x, weight, 2) == 32
+    assert calls["columns"] == (sizes, None)
     assert calls["pack"][:3] == (sizes, None, weight.data_ptr())
     assert calls["pack"][4] == 77
     assert calls["fwd"][:4] == (sizes, None, "float16", True)

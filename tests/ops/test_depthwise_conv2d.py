@@ -5,9 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hflfnerv.ops import depthwise_conv2d
+from hflfnerv.ops._depthwise_conv2d import depthwise_conv2d
 from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference
+
+
+class ConvolutionGradients(TorchDispatchMode):
+    """Notes the groups and the mask of every gradient of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.calls.append((args[9], list(args[10])))
+        return function(*args, **(kwargs or {}))
+
 
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
@@ -51,10 +66,34 @@ def test_forward_and_backward(dtype, layout, channels, kernel, padding, with_bia
 
 
 def test_gradients_that_are_not_wanted_are_left_out():
-    x, weight, bias = operands(torch.float32)
-    weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(depthwise_conv2d(x, weight, bias, padding=(3, 3)).sum(), weight)
-    assert gradient.shape == weight.shape
+    given = operands(torch.float32)
+    _, expected = run(depthwise_conv2d, given, torch.float32, (3, 3))
+    # The groups of each convolution_backward, and which gradients it makes.
+    for position, groups in enumerate([32, 2, 2]):
+        leaves = [t.detach().clone().requires_grad_(i == position) for i, t in enumerate(given)]
+        y = depthwise_conv2d(*leaves, padding=(3, 3))
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+        with ConvolutionGradients() as made:
+            (gradient,) = torch.autograd.grad(y, leaves[position], dy)
+        assert made.calls == [(groups, [i == position for i in range(3)])]
+        torch.testing.assert_close(gradient, expected[position])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: [1]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({0: torch.zeros(32, 9, 13)}, ValueError, r"x must be \[B, C, H, W\], got shape \(32, 9, 13\)"),
+        ({1: torch.zeros(32, 2, 7, 7)}, ValueError, r"weight must be \[32, 1, K_h, K_w\], got shape \(32, 2, 7, 7\)"),
+        ({1: torch.zeros(32, 1, 7, 7).double()}, TypeError, "weight must have x's dtype torch.float32"),
+        ({2: torch.zeros(31)}, ValueError, r"bias must have shape \(32,\), got \(31,\)"),
+        ({2: torch.zeros(32, device="meta")}, ValueError, "bias must be on x's device cpu, got meta"),
+    ],
+)
+def test_rejects(change, error, message):
+    given = [change.get(i, t) for i, t in enumerate(operands(torch.float32))]
+    with pytest.raises(error, match=message):
+        depthwise_conv2d(*given, padding=(3, 3))
 
 
 def test_float64_is_exact():

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from hflfnerv.ops import OUTPUT_STAGE
+from hflfnerv.ops import OUTPUT_STAGE, PackedWeights
 
 MODULE = importlib.import_module("hflfnerv.ops.output_stage")
 ENTRY = next(entry for entry in OUTPUT_STAGE if entry.name == "triton")
@@ -46,6 +46,32 @@ def test_ahead_of_time(compile_launch, monkeypatch, channels, link, dtype, preci
     if dtype != torch.float32:
         assert found.matrix_instructions == {MATRIX[capability]}, found
     assert not found.async_copy_bytes, found  # the loads are to go through L1
+
+
+def test_compiled_code_keeps_nothing(monkeypatch):
+    pytest.importorskip("triton")
+    from hflfnerv.triton_kernels import output_stage as kernels
+
+    # The weights as they are in place of a kernel: it is to be given what is packed for this call.
+    packed = []
+    monkeypatch.setattr(kernels, "pack_head", lambda weight: packed.append(weight) or weight)
+    monkeypatch.setattr(kernels, "output_stage_fwd", lambda features, weights, *_: weights[0][:, :, :, 0].clone())
+    weight = torch.nn.Parameter(torch.zeros(3, 8, 3, 3))
+
+    def function(x):
+        call = MODULE.Call([x], [weight], torch.zeros(1, 3), [0], [0.5], 0.5, [3, 3], False)
+        return MODULE._run_triton(call)
+
+    x = torch.zeros(1, 8, 4, 4)
+    with torch.no_grad(), PackedWeights() as kept:
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        for _ in range(2):
+            compiled(x)
+        assert len(packed) == 2
+        assert not kept._kept
+        for _ in range(2):
+            function(x)
+        assert len(packed) == 3
 
 
 def test_says_why_not(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hflfnerv.testing import requires
 
 
 def doubled(weight, layout=()):
-    return kept_weight(weight, layout, lambda: weight.detach() * 2)
+    return kept_weight(weight, lambda: layout, lambda: weight.detach() * 2)
 
 
 @pytest.fixture
@@ -59,6 +60,55 @@ def test_layouts_are_kept_apart(linear):
     with PackedWeights():
         assert doubled(linear.weight, (2,)) is not doubled(linear.weight, (4,))
         assert doubled(linear.weight, (2,)) is doubled(linear.weight, (2,))
+
+
+def test_nothing_stale_is_kept(linear):
+    with PackedWeights() as kept, torch.no_grad():
+        old = weakref.ref(doubled(linear.weight, (2,)))
+        doubled(linear.weight, (4,))
+        linear.weight.mul_(3)
+        doubled(linear.weight, (4,))
+        assert old() is None
+        old = [weakref.ref(doubled(linear.weight, (4,))), weakref.ref(linear.weight)]
+        linear.load_state_dict({"weight": torch.zeros(2, 3)}, assign=True)
+        assert [t() for t in old] == [None, None]
+        assert not kept._kept
+        doubled(linear.weight)
+        del linear.weight
+        assert not kept._kept
+
+
+def test_a_parameter_in_the_place_of_another(linear):
+    # An id is given again once its object is gone, even with the address of the values and the version.
+    values = torch.zeros(2, 3)
+    with PackedWeights():
+        for _ in range(20):
+            parameter = torch.nn.Parameter(values)
+            packed = doubled(parameter)
+            assert torch.equal(packed, values * 2)
+            del parameter, packed
+            values.data.add_(1)
+
+
+def test_one_object_in_threads_that_overlap(linear):
+    shared, entered, failures = PackedWeights(), threading.Barrier(2), []
+
+    def work():
+        try:
+            with shared:
+                entered.wait()
+                assert doubled(linear.weight) is not None
+                entered.wait()
+            assert doubled(linear.weight) is None
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_only_parameters_are_kept(linear):

@@ -1,4 +1,7 @@
-"""``depthwise_conv2d``: PyTorch's depthwise convolution with a weight gradient that is fast on the CPU."""
+"""PyTorch's depthwise convolution with a weight gradient that is fast on the CPU: for the encoders here.
+
+It is none of the public operations: there is nothing to choose, and PyTorch's convolution is its definition.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._check import compute_dtype
+from ._check import check_like, check_tensor, compute_dtype
 
 __all__ = ["depthwise_conv2d"]
 
@@ -20,7 +23,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: list[int]
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.padding, ctx.with_bias = padding, bias is not None
+        ctx.padding = padding
         return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
 
     @staticmethod
@@ -34,12 +37,17 @@ class _DepthwiseConv2d(torch.autograd.Function):
                 dy, x, weight, [channels], [1, 1], ctx.padding, [1, 1], False, [0, 0], groups, mask
             )
 
-        dx = gradients(weight, channels, [True, False, False])[0] if ctx.needs_input_grad[0] else None
-        # The gradient of dense groups: sixteen times the products, of which the diagonal is wanted.
-        dense = weight.new_empty((channels, _GROUP, rows, columns))
-        _, dense, dbias = gradients(dense, channels // _GROUP, [False, True, ctx.with_bias])
-        dweight = dense.unflatten(0, (-1, _GROUP)).diagonal(0, 1, 2).permute(0, 3, 1, 2).reshape(weight.shape)
-        return dx, dweight, dbias if ctx.with_bias else None, None
+        wanted = list(ctx.needs_input_grad[:3])
+        dx = dweight = dbias = None
+        if wanted[0]:
+            dx = gradients(weight, channels, [True, False, False])[0]
+        if wanted[1] or wanted[2]:
+            # The gradient of dense groups: sixteen times the products, of which the diagonal is wanted.
+            dense = weight.new_empty((channels, _GROUP, rows, columns))
+            _, dense, dbias = gradients(dense, channels // _GROUP, [False, *wanted[1:]])
+        if wanted[1]:
+            dweight = dense.unflatten(0, (-1, _GROUP)).diagonal(0, 1, 2).permute(0, 3, 1, 2).reshape(weight.shape)
+        return dx, dweight, dbias, None
 
 
 def depthwise_conv2d(
@@ -60,6 +68,10 @@ def depthwise_conv2d(
     Returns:
         ``[B, C, H + 2 padding_h - K_h + 1, W + 2 padding_w - K_w + 1]``.
 
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ without autocast.
+        ValueError: a shape or device is not as above.
+
     Numerics:
         The gradient of the weights sums the products of PyTorch's in another order; everything else is PyTorch's.
 
@@ -67,7 +79,19 @@ def depthwise_conv2d(
         >>> depthwise_conv2d(torch.zeros(1, 64, 8, 9), torch.zeros(64, 1, 7, 7), None, padding=(3, 3)).shape
         torch.Size([1, 64, 8, 9])
     """
-    channels = weight.shape[0]
+    check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+    channels = x.shape[1]
+    check_tensor("weight", weight)
+    check_like("weight", weight, x)
+    if weight.dim() != 4 or weight.shape[:2] != (channels, 1):
+        raise ValueError(f"weight must be [{channels}, 1, K_h, K_w], got shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_like("bias", bias, x)
+        if bias.shape != (channels,):
+            raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
     if x.device.type != "cpu" or channels % _GROUP or x.dtype == torch.float64:
         return F.conv2d(x, weight, bias, padding=padding, groups=channels)
     dtype = compute_dtype(x)
