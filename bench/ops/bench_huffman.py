@@ -119,7 +119,7 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
         assert data == huffman.encode(symbols, impl="reference")
         for level in c.simd_levels():
             assert c.huffman_encode([symbols], [0], False, huffman.DEFAULT_CHUNK_SYMBOLS, level) == data
-            assert (c.huffman_decode(data, False, 2**28, level)[0] == symbols).all()
+            assert (c.huffman_decode(data, False, 2**28, simd=level)[0] == symbols).all()
         assert decompressor.decompress(zstd) == decompressor.decompress(checked_zstd) == raw
         assert codec.decode(dahuffman_data) == few.tobytes()
         assert (constriction.stream.stack.AnsCoder(ans).decode(model, symbols.size) == indices).all()
@@ -161,7 +161,9 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
         contenders=[
             Contender(f"cpp ({c.simd_levels()[-1]})", lambda: huffman.decode(data), n, ours),
             *(
-                Contender(f"cpp ({level})", functools.partial(c.huffman_decode, data, False, 2**28, level), n, ours)
+                Contender(
+                    f"cpp ({level})", functools.partial(c.huffman_decode, data, False, 2**28, True, level), n, ours
+                )
                 for level in lower
             ),
             Contender(BASELINE, lambda: decompressor.decompress(zstd), n),

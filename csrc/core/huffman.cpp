@@ -624,7 +624,7 @@ Status HuffmanDecoder::check(std::uint32_t crc) const {
   return {};
 }
 
-Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, bool all_at_once) {
+Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, ChecksumUse use) {
   if (size > 0 && std::memcmp(data, kMagic, std::min<std::size_t>(size, 4)) != 0) {
     return {StatusCode::bad_magic, "the data does not begin with 'HFLH'"};
   }
@@ -637,17 +637,17 @@ Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uin
   }
   data_ = data;
   size_ = size;
-  checked_ = !all_at_once;
-  if (checked_) {
+  checksum_due_ = use == ChecksumUse::while_decoding;
+  if (use == ChecksumUse::first) {
     const Status status = check(checksum());
     if (!status.ok()) return status;
   }
   const Status status = parse(max_symbols);
-  if (!checked_ && !(status.ok() && is_one_raw_array(groups_))) {
+  if (checksum_due_ && !(status.ok() && is_one_raw_array(groups_))) {
     // Damaged data is called damaged, whatever the damage looks like.
     const Status damage = check(checksum());
     if (!damage.ok()) return damage;
-    checked_ = true;
+    checksum_due_ = false;
   }
   return status;
 }
@@ -836,7 +836,7 @@ Status HuffmanDecoder::decode(std::size_t array, std::uint64_t begin, std::uint6
 }
 
 Status HuffmanDecoder::decode_all(void* const* out) const {
-  if (!checked_) {
+  if (checksum_due_) {
     const HuffmanGroup& group = *groups_[0];
     const std::uint8_t* end = group.payload + group.count;
     std::uint32_t crc = crc32(0, data_, kCrcAt, level_);
