@@ -12,6 +12,7 @@ The bytes are described in ``hflfnerv/codec/HUFFMAN.md``; every implementation w
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import operator
@@ -75,6 +76,12 @@ _TABLE = ImplementationTable(
 
 
 def _coder(impl: str) -> _Coder:
+    return _chosen(impl, _ext.unavailable())
+
+
+@functools.cache
+def _chosen(impl: str, _unavailable: str | None) -> _Coder:
+    """Return the coder that ``impl`` means; kept, because choosing takes as long as decoding some hundred symbols."""
     coder: _Coder = _TABLE.select(impl).run()
     return coder
 
@@ -445,7 +452,9 @@ def _checked_max(max_symbols: int) -> int:
     return count
 
 
-def _checked_data(data: Buffer) -> memoryview:
+def _checked_data(data: Buffer) -> bytes | memoryview:
+    if isinstance(data, bytes):
+        return data
     try:
         view = memoryview(cast("bytes", data))
     except TypeError:
