@@ -28,6 +28,7 @@ namespace py = pybind11;
 
 namespace {
 
+using hflfnerv::ChecksumUse;
 using hflfnerv::SimdLevel;
 using hflfnerv::StatusCode;
 
@@ -130,13 +131,15 @@ py::array new_array(hflfnerv::SymbolType type, const std::vector<std::uint64_t>&
   return py::array_t<std::int16_t>(shape);
 }
 
-py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_symbols, const std::string& simd) {
+py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_symbols, bool verify,
+                        const std::string& simd) {
   const Bytes bytes(data);
   hflfnerv::HuffmanDecoder decoder(level_of(simd));
   hflfnerv::Status status;
   {
     const py::gil_scoped_release release;
-    status = decoder.open(bytes.data(), bytes.size(), max_symbols, true);
+    status = decoder.open(bytes.data(), bytes.size(), max_symbols,
+                          verify ? ChecksumUse::while_decoding : ChecksumUse::never);
   }
   raise_unless_ok(status);
   if (decoder.list() && !list) {
@@ -158,13 +161,13 @@ py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_sym
 }
 
 py::array huffman_decode_rows(const py::buffer& data, std::uint64_t start, std::uint64_t stop,
-                              std::uint64_t max_symbols, const std::string& simd) {
+                              std::uint64_t max_symbols, bool verify, const std::string& simd) {
   const Bytes bytes(data);
   hflfnerv::HuffmanDecoder decoder(level_of(simd));
   hflfnerv::Status status;
   {
     const py::gil_scoped_release release;
-    status = decoder.open(bytes.data(), bytes.size(), max_symbols);
+    status = decoder.open(bytes.data(), bytes.size(), max_symbols, verify ? ChecksumUse::first : ChecksumUse::never);
   }
   raise_unless_ok(status);
   if (decoder.list())
@@ -465,9 +468,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("huffman_encode", &huffman_encode, py::arg("arrays"), py::arg("groups"), py::arg("list"),
              py::arg("chunk_symbols"), py::arg("simd") = "auto");
   module.def("huffman_decode", &huffman_decode, py::arg("data"), py::arg("list"), py::arg("max_symbols"),
-             py::arg("simd") = "auto");
+             py::arg("verify") = true, py::arg("simd") = "auto");
   module.def("huffman_decode_rows", &huffman_decode_rows, py::arg("data"), py::arg("start"), py::arg("stop"),
-             py::arg("max_symbols"), py::arg("simd") = "auto");
+             py::arg("max_symbols"), py::arg("verify") = true, py::arg("simd") = "auto");
   module.def("huffman_code_lengths", &huffman_code_lengths, py::arg("counts"), py::arg("max_bits"));
   module.def("pixel_shuffle_gelu_simd", [] { return kLevelNames[static_cast<int>(hflfnerv::pixel_shuffle_gelu_level())]; });
   module.def("pixel_shuffle_gelu_fwd", &pixel_shuffle_gelu_fwd, py::arg("shape"), py::arg("channels_last"),

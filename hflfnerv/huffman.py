@@ -12,6 +12,7 @@ The bytes are described in ``hflfnerv/codec/HUFFMAN.md``; every implementation w
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import operator
@@ -44,8 +45,8 @@ class _Coder:
     """What an implementation offers; the arguments are those of :mod:`hflfnerv.reference.huffman`."""
 
     encode: Callable[[Sequence[Array], Sequence[int], bool, int], bytes]
-    decode: Callable[[Any, bool, int], list[Array]]
-    decode_rows: Callable[[Any, int, int, int], Array]
+    decode: Callable[[Any, bool, int, bool], list[Array]]
+    decode_rows: Callable[[Any, int, int, int, bool], Array]
     code_lengths: Callable[[Array, int], Array]
 
 
@@ -59,8 +60,8 @@ def _reference() -> _Coder:
 
     return _Coder(
         r.encode,
-        lambda data, as_list, max_symbols: r.decode(bytes(data), as_list, max_symbols),
-        lambda data, start, stop, max_symbols: r.decode_rows(bytes(data), start, stop, max_symbols),
+        lambda data, as_list, max_symbols, verify: r.decode(bytes(data), as_list, max_symbols, verify),
+        lambda data, start, stop, max_symbols, verify: r.decode_rows(bytes(data), start, stop, max_symbols, verify),
         r.code_lengths,
     )
 
@@ -75,6 +76,12 @@ _TABLE = ImplementationTable(
 
 
 def _coder(impl: str) -> _Coder:
+    return _chosen(impl, _ext.unavailable())
+
+
+@functools.cache
+def _chosen(impl: str, _unavailable: str | None) -> _Coder:
+    """Return the coder that ``impl`` means; kept, because choosing takes as long as decoding some hundred symbols."""
     coder: _Coder = _TABLE.select(impl).run()
     return coder
 
@@ -107,13 +114,16 @@ def encode(symbols: Array, *, chunk_symbols: int | None = None, impl: str = "aut
     return _coder(impl).encode([array], [0], False, _checked_chunk(chunk_symbols))
 
 
-def decode(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS) -> Array:
+def decode(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS, verify: bool = True) -> Array:
     """Decode what :func:`encode` returned.
 
     Args:
         data: the bytes, as any contiguous buffer.
         impl: as in :func:`encode`.
         max_symbols: how many symbols the data may declare; a guard against a few bytes that ask for all memory.
+        verify: whether to compare the checksum. Without it, data that was changed may give wrong symbols, a wrong dtype
+            or a wrong shape and no error, so that is for data known to be whole, such as a section of a container whose
+            own checksum was compared. Everything else is still checked: hostile data is as safe to decode as with it.
 
     Returns:
         A new array, of the dtype and shape that were encoded.
@@ -126,18 +136,24 @@ def decode(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_S
         BackendUnavailable: ``impl="cpp"`` and the extension is not there.
 
     Numerics:
-        Exact. A change of any single bit of the data is found by its checksum.
+        Exact. A change of any single bit of the data is found by its checksum, unless ``verify`` is false.
 
     Example:
         >>> decode(encode(np.array([1, -1, 1], np.int16)))
         array([ 1, -1,  1], dtype=int16)
     """
-    (array,) = _coder(impl).decode(_checked_data(data), False, _checked_max(max_symbols))
+    (array,) = _coder(impl).decode(_checked_data(data), False, _checked_max(max_symbols), bool(verify))
     return array
 
 
 def decode_rows(
-    data: Buffer, start: int, stop: int, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS
+    data: Buffer,
+    start: int,
+    stop: int,
+    *,
+    impl: str = "auto",
+    max_symbols: int = DEFAULT_MAX_SYMBOLS,
+    verify: bool = True,
 ) -> Array:
     """Decode some rows of what :func:`encode` returned, reading only the chunks they lie in.
 
@@ -147,13 +163,14 @@ def decode_rows(
         stop: the row behind the last; ``0 <= start <= stop <= shape[0]``.
         impl: as in :func:`encode`.
         max_symbols: as in :func:`decode`; it bounds the whole array.
+        verify: as in :func:`decode`. The checksum takes a pass over the whole data, however few rows are wanted.
 
     Returns:
         A new array equal to ``decode(data)[start:stop]``.
 
     Raises:
         ValueError: the rows are out of range or the array has no axis; and as in :func:`decode`.
-        BitstreamError: as in :func:`decode`; the checksum covers the whole data and is checked first.
+        BitstreamError: as in :func:`decode`; the checksum covers the whole data and is checked first, if at all.
         TypeError: as in :func:`decode`, or a row is not an integer.
         BackendUnavailable: as in :func:`decode`.
 
@@ -167,7 +184,7 @@ def decode_rows(
     rows = (operator.index(start), operator.index(stop))
     if not 0 <= rows[0] <= rows[1]:
         raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
-    return _coder(impl).decode_rows(_checked_data(data), *rows, _checked_max(max_symbols))
+    return _coder(impl).decode_rows(_checked_data(data), *rows, _checked_max(max_symbols), bool(verify))
 
 
 def encode_many(arrays: Sequence[Array], *, chunk_symbols: int | None = None, impl: str = "auto") -> bytes:
@@ -205,13 +222,16 @@ def encode_many(arrays: Sequence[Array], *, chunk_symbols: int | None = None, im
     return min((coder.encode(checked, groups, True, chunk) for groups in candidates), key=len)
 
 
-def decode_many(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS) -> list[Array]:
+def decode_many(
+    data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS, verify: bool = True
+) -> list[Array]:
     """Decode what :func:`encode_many` returned; a single coded array gives a list of one.
 
     Args:
         data: the bytes, as any contiguous buffer.
         impl: as in :func:`encode`.
         max_symbols: how many symbols the data may declare in total.
+        verify: as in :func:`decode`.
 
     Returns:
         New arrays, in the order, dtypes and shapes that were encoded.
@@ -226,7 +246,7 @@ def decode_many(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_
         >>> decode_many(encode_many([np.array([7, 7], np.uint8)]))
         [array([7, 7], dtype=uint8)]
     """
-    return _coder(impl).decode(_checked_data(data), True, _checked_max(max_symbols))
+    return _coder(impl).decode(_checked_data(data), True, _checked_max(max_symbols), bool(verify))
 
 
 def code_lengths(counts: npt.ArrayLike, max_bits: int, *, impl: str = "auto") -> Array:
@@ -432,7 +452,9 @@ def _checked_max(max_symbols: int) -> int:
     return count
 
 
-def _checked_data(data: Buffer) -> memoryview:
+def _checked_data(data: Buffer) -> bytes | memoryview:
+    if isinstance(data, bytes):
+        return data
     try:
         view = memoryview(cast("bytes", data))
     except TypeError:

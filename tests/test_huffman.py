@@ -82,16 +82,18 @@ def same(a, b):
 def test_round_trip_and_golden_bytes(name, impl):
     data = huffman.encode(CASES[name], chunk_symbols=64, impl=impl)
     assert data == (GOLDEN / f"huffman_{name}.bin").read_bytes()
-    assert same(huffman.decode(data, impl=impl), CASES[name])
+    for verify in (True, False):
+        assert same(huffman.decode(data, impl=impl, verify=verify), CASES[name])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_list_round_trip_and_golden_bytes(impl):
     data = huffman.encode_many(MANY, chunk_symbols=64, impl=impl)
     assert data == (GOLDEN / "huffman_many.bin").read_bytes()
-    decoded = huffman.decode_many(data, impl=impl)
-    assert len(decoded) == len(MANY)
-    assert all(same(a, b) for a, b in zip(decoded, MANY, strict=True))
+    for verify in (True, False):
+        decoded = huffman.decode_many(data, impl=impl, verify=verify)
+        assert len(decoded) == len(MANY)
+        assert all(same(a, b) for a, b in zip(decoded, MANY, strict=True))
     assert huffman.decode_many(huffman.encode_many([], impl=impl), impl=impl) == []
     (single,) = huffman.decode_many(huffman.encode(MANY[0], impl=impl), impl=impl)
     assert same(single, MANY[0])
@@ -130,7 +132,8 @@ def test_every_instruction_set_writes_and_reads_the_same_bytes(symbols, level):
     for chunk_symbols in (50, 127, 1920, 2**28):
         data = huffman.encode(symbols, chunk_symbols=chunk_symbols, impl="reference")
         assert c.huffman_encode([symbols], [0], False, chunk_symbols, level) == data
-        assert same(c.huffman_decode(data, False, symbols.size, level)[0], symbols)
+        for verify in (True, False):
+            assert same(c.huffman_decode(data, False, symbols.size, verify, level)[0], symbols)
     assert same(huffman.decode(huffman.encode(symbols), impl="reference"), symbols)
 
 
@@ -147,8 +150,9 @@ arrays = hnp.arrays(
 def test_property_round_trip(symbols, chunk_symbols):
     data = huffman.encode(symbols, chunk_symbols=chunk_symbols)
     assert data == huffman.encode(symbols, chunk_symbols=chunk_symbols, impl="reference")
-    assert same(huffman.decode(data), symbols)
-    assert same(huffman.decode(data, impl="reference"), symbols)
+    for verify in (True, False):
+        assert same(huffman.decode(data, verify=verify), symbols)
+        assert same(huffman.decode(data, impl="reference", verify=verify), symbols)
 
 
 @settings(max_examples=30, deadline=None)
@@ -163,17 +167,26 @@ def test_property_list_round_trip(symbols):
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=80))
 def test_property_any_body_gives_arrays_or_a_bitstream_error(body):
-    """A valid header round any bytes: every implementation agrees, down to the class of the error."""
+    """A valid header round any bytes: every implementation agrees, down to the class of the error.
+
+    And so they do, unverified, where the checksum in the header is wrong.
+    """
     data = with_header(body)
-    results = []
-    for impl in ("auto", "reference"):
-        try:
-            results.append(
-                [(a.dtype, a.shape, a.tobytes()) for a in huffman.decode_many(data, impl=impl, max_symbols=10**5)]
-            )
-        except BitstreamError as error:
-            results.append(type(error))
-    assert results[0] == results[1]
+    damaged = bytearray(data)
+    damaged[7] ^= 1
+    assert outcome_of(damaged) is ChecksumMismatch
+    expected = outcome_of(data)
+    assert outcome_of(data, impl="reference") == expected
+    assert outcome_of(damaged, verify=False) == expected
+    assert outcome_of(damaged, impl="reference", verify=False) == expected
+
+
+def outcome_of(data, **options):
+    """What the arrays are, or the class of the error."""
+    try:
+        return [(a.dtype, a.shape, a.tobytes()) for a in huffman.decode_many(data, max_symbols=10**5, **options)]
+    except BitstreamError as error:
+        return type(error)
 
 
 def with_header(body):
@@ -210,6 +223,30 @@ def test_every_flipped_bit_behind_a_valid_checksum_is_read_alike_or_refused(impl
     assert outcomes[InvalidBitstream] > 0
     assert outcomes[InvalidCode] > 0
     assert outcomes["decoded"] > 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["empty", "scalar", "constant", "two", "uniform", "wide"])
+def test_unverified_damage_is_read_as_under_a_valid_checksum(name, impl):
+    """Every flipped bit and every truncation, raw, constant and Huffman coded."""
+    data = (GOLDEN / f"huffman_{name}.bin").read_bytes()
+    good = outcome_of(data)
+    outcomes = collections.Counter()
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        outcome = outcome_of(damaged, impl=impl, verify=False)
+        if 5 * 8 <= bit < 9 * 8:  # the checksum itself
+            assert outcome == good
+        elif bit < 15 * 8:  # what is in the header besides
+            assert outcome in (BadMagic, UnsupportedVersion, TruncatedBitstream, InvalidBitstream)
+        else:
+            assert outcome == outcome_of(with_header(bytes(damaged[15:])))
+            outcomes["error" if isinstance(outcome, type) else "decoded"] += 1
+    assert outcomes["error"] > 0
+    assert outcomes["decoded"] > 0
+    for size in range(len(data)):
+        assert outcome_of(data[:size], impl=impl, verify=False) is TruncatedBitstream
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -267,8 +304,12 @@ def test_decode_rows_reads_only_the_chunks_it_needs(impl):
     middle = len(body) // 2
     body[middle : middle + 8] = bytes(255 - b for b in body[middle : middle + 8])
     data = with_header(bytes(body))
-    assert same(huffman.decode_rows(data, 0, 5, impl=impl), symbols[:5])
-    assert same(huffman.decode_rows(data, 16, 20, impl=impl), symbols[16:])
+    wrong_checksum = data[:5] + bytes([data[5] ^ 1]) + data[6:]
+    for readable, verify in [(data, True), (data, False), (wrong_checksum, False)]:
+        assert same(huffman.decode_rows(readable, 0, 5, impl=impl, verify=verify), symbols[:5])
+        assert same(huffman.decode_rows(readable, 16, 20, impl=impl, verify=verify), symbols[16:])
+    with pytest.raises(ChecksumMismatch):
+        huffman.decode_rows(wrong_checksum, 0, 5, impl=impl)
 
 
 def test_noncontiguous_arrays_are_copied():
@@ -436,14 +477,16 @@ def test_core_with_sanitizers(tmp_path):
     assert "all good" in result.stdout
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
 @pytest.mark.parametrize("offset", [0, 1, 17])
-def test_large_raw_arrays_are_checked_while_they_are_copied(offset):
+def test_large_raw_arrays_are_checked_while_they_are_copied(offset, dtype):
     # Above 1 MiB the AVX-512 path computes the checksum during the copy; any size, any alignment, any damage.
     rng = np.random.default_rng(3)
-    symbols = rng.integers(0, 256, (1 << 20) + offset).astype(np.uint8)
+    symbols = rng.integers(0, 1 << 16, (1 << 20) + offset).astype(np.uint16).astype(dtype)
     data = huffman.encode(symbols)
-    assert len(data) > symbols.size  # stored as it is
-    assert np.array_equal(huffman.decode(data), symbols)
+    assert len(data) > symbols.nbytes  # stored as it is
+    for verify in (True, False):
+        assert same(huffman.decode(data, verify=verify), symbols)
     for array in (huffman.decode_many(huffman.encode_many([symbols[:0], symbols])),):
         assert np.array_equal(array[1], symbols)
     for at in [0, 5, 8, len(data) // 2, len(data) - 1, *rng.integers(0, len(data), 20).tolist()]:
@@ -451,3 +494,5 @@ def test_large_raw_arrays_are_checked_while_they_are_copied(offset):
         damaged[at] ^= 1 << int(rng.integers(8))
         with pytest.raises(BitstreamError):
             huffman.decode(bytes(damaged))
+        if at > 100:
+            assert np.count_nonzero(huffman.decode(bytes(damaged), verify=False) != symbols) == 1

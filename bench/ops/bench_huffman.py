@@ -19,7 +19,7 @@ Symbols = npt.NDArray[np.uint8]
 
 COUNT = 1_500_000
 BASELINE = "zstandard level 1"
-CHECKED = "zstandard level 1, checksum"  # hflfnerv.huffman has one, and zstandard none unless asked
+CHECKED = "zstandard level 1, checksum"  # zstandard computes one if it is asked to, hflfnerv.huffman unless told not to
 FEW = 100_000  # symbols for baselines that take seconds for all
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -119,7 +119,8 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
         assert data == huffman.encode(symbols, impl="reference")
         for level in c.simd_levels():
             assert c.huffman_encode([symbols], [0], False, huffman.DEFAULT_CHUNK_SYMBOLS, level) == data
-            assert (c.huffman_decode(data, False, 2**28, level)[0] == symbols).all()
+            assert (c.huffman_decode(data, False, 2**28, simd=level)[0] == symbols).all()
+        assert (huffman.decode(data, verify=False) == symbols).all()
         assert decompressor.decompress(zstd) == decompressor.decompress(checked_zstd) == raw
         assert codec.decode(dahuffman_data) == few.tobytes()
         assert (constriction.stream.stack.AnsCoder(ans).decode(model, symbols.size) == indices).all()
@@ -160,8 +161,16 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
         what="huffman.decode",
         contenders=[
             Contender(f"cpp ({c.simd_levels()[-1]})", lambda: huffman.decode(data), n, ours),
+            Contender(
+                f"cpp ({c.simd_levels()[-1]}), unverified",
+                lambda: huffman.decode(data, verify=False),
+                n,
+                f"{ours}, no checksum computed",
+            ),
             *(
-                Contender(f"cpp ({level})", functools.partial(c.huffman_decode, data, False, 2**28, level), n, ours)
+                Contender(
+                    f"cpp ({level})", functools.partial(c.huffman_decode, data, False, 2**28, True, level), n, ours
+                )
                 for level in lower
             ),
             Contender(BASELINE, lambda: decompressor.decompress(zstd), n),

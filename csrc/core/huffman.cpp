@@ -1,7 +1,6 @@
 #include "huffman.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "crc32.h"
@@ -47,6 +46,16 @@ std::uint32_t reverse_bits(std::uint32_t value, unsigned count) {
   std::uint32_t result = 0;
   for (unsigned i = 0; i < count; ++i) result |= (value >> i & 1) << (count - 1 - i);
   return result;
+}
+
+// Turns little-endian words, as data has them, into the machine's, in place.
+void from_little(std::uint16_t* words, std::uint64_t count) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  for (std::uint64_t i = 0; i < count; ++i) words[i] = __builtin_bswap16(words[i]);
+#else
+  static_cast<void>(words);
+  static_cast<void>(count);
+#endif
 }
 
 unsigned bit_width(std::uint64_t value) { return value == 0 ? 0 : 64 - static_cast<unsigned>(__builtin_clzll(value)); }
@@ -580,7 +589,9 @@ DecodeTables::DecodeTables(const HuffmanGroup& group) {
   table.root16 = root16.data();
   table.sorted = sorted.data();
   table.symbols = sorted.size();
-  for (const CodedSymbol& symbol : group.symbols) table.mean_bits += std::ldexp(symbol.length, -symbol.length);
+  for (const CodedSymbol& symbol : group.symbols) {
+    table.mean_bits += symbol.length / static_cast<double>(1u << symbol.length);
+  }
   if (type == SymbolType::u8 && table.mean_bits <= kMultiMeanBits && group.count >= kMultiSymbols) build_multi();
 }
 
@@ -608,8 +619,7 @@ void DecodeTables::build_multi() {
 }
 
 bool is_one_raw_array(const std::vector<std::unique_ptr<HuffmanGroup>>& groups) {
-  return groups.size() == 1 && groups[0]->mode == kRaw && groups[0]->type == SymbolType::u8 &&
-         groups[0]->members.size() == 1;
+  return groups.size() == 1 && groups[0]->mode == kRaw && groups[0]->members.size() == 1;
 }
 
 }  // namespace
@@ -624,7 +634,7 @@ Status HuffmanDecoder::check(std::uint32_t crc) const {
   return {};
 }
 
-Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, bool all_at_once) {
+Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, ChecksumUse use) {
   if (size > 0 && std::memcmp(data, kMagic, std::min<std::size_t>(size, 4)) != 0) {
     return {StatusCode::bad_magic, "the data does not begin with 'HFLH'"};
   }
@@ -637,17 +647,17 @@ Status HuffmanDecoder::open(const std::uint8_t* data, std::size_t size, std::uin
   }
   data_ = data;
   size_ = size;
-  checked_ = !all_at_once;
-  if (checked_) {
+  checksum_due_ = use == ChecksumUse::while_decoding;
+  if (use == ChecksumUse::first) {
     const Status status = check(checksum());
     if (!status.ok()) return status;
   }
   const Status status = parse(max_symbols);
-  if (!checked_ && !(status.ok() && is_one_raw_array(groups_))) {
+  if (checksum_due_ && !(status.ok() && is_one_raw_array(groups_))) {
     // Damaged data is called damaged, whatever the damage looks like.
     const Status damage = check(checksum());
     if (!damage.ok()) return damage;
-    checked_ = true;
+    checksum_due_ = false;
   }
   return status;
 }
@@ -815,17 +825,14 @@ Status HuffmanGroup::decode(const HuffmanKernels& k, std::uint64_t begin, std::u
                           ? decode_range(k, tables.table, begin, end, static_cast<std::uint8_t*>(out))
                           : decode_range(k, tables.table, begin, end, static_cast<std::uint16_t*>(out));
     if (!good) return {StatusCode::invalid_code, "a chunk does not end where the chunk sizes say"};
+  } else if (mode == kRaw) {
+    const std::size_t width = symbol_bytes(type);
+    k.copy(static_cast<std::uint8_t*>(out), payload + begin * width, wanted * width);
+    if (type == SymbolType::i16) from_little(static_cast<std::uint16_t*>(out), wanted);
   } else if (type == SymbolType::u8) {
-    if (mode == kRaw) {
-      std::memcpy(out, payload + begin, wanted);
-    } else {
-      std::memset(out, constant, wanted);
-    }
+    std::memset(out, constant, wanted);
   } else {
-    std::uint16_t* to = static_cast<std::uint16_t*>(out);
-    for (std::uint64_t i = 0; i < wanted; ++i) {
-      to[i] = mode == kRaw ? static_cast<std::uint16_t>(get_little(payload + 2 * (begin + i), 2)) : constant;
-    }
+    std::fill_n(static_cast<std::uint16_t*>(out), wanted, constant);
   }
   return {};
 }
@@ -836,12 +843,15 @@ Status HuffmanDecoder::decode(std::size_t array, std::uint64_t begin, std::uint6
 }
 
 Status HuffmanDecoder::decode_all(void* const* out) const {
-  if (!checked_) {
+  if (checksum_due_) {
     const HuffmanGroup& group = *groups_[0];
-    const std::uint8_t* end = group.payload + group.count;
+    const std::uint8_t* const end = group.payload_end;
+    void* const symbols = out[group.members.front()];
     std::uint32_t crc = crc32(0, data_, kCrcAt, level_);
     crc = crc32(crc, data_ + kBodySizeAt, static_cast<std::size_t>(group.payload - data_) - kBodySizeAt, level_);
-    crc = crc32_copy(crc, static_cast<std::uint8_t*>(out[group.members.front()]), group.payload, group.count, level_);
+    crc = crc32_copy(crc, static_cast<std::uint8_t*>(symbols), group.payload,
+                     static_cast<std::size_t>(end - group.payload), level_);
+    if (group.type == SymbolType::i16) from_little(static_cast<std::uint16_t*>(symbols), group.count);
     return check(crc32(crc, end, static_cast<std::size_t>(data_ + size_ - end), level_));
   }
   std::vector<std::uint8_t> joined;

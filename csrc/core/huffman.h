@@ -57,15 +57,21 @@ class HuffmanEncoder {
   std::vector<std::unique_ptr<HuffmanGroup>> groups_;
 };
 
+// When a decoder computes the checksum of its data.
+enum class ChecksumUse {
+  first,           // before anything else of the data is believed
+  while_decoding,  // `decode_all` must be called next: of one array stored as it is, it computes it while it copies
+  never,           // the caller knows the data to be whole; if it is not, symbols may be wrong, and nothing worse
+};
+
 // Decodes arrays. `open` checks everything that can be checked without decoding; the data must outlive the decoder.
-// With `all_at_once`, `decode_all` must be called next: where the data is one array stored as it is, the checksum is
-// then left to that call, which computes it while it copies.
 class HuffmanDecoder {
  public:
   explicit HuffmanDecoder(SimdLevel level);
   ~HuffmanDecoder();
 
-  Status open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols, bool all_at_once = false);
+  Status open(const std::uint8_t* data, std::size_t size, std::uint64_t max_symbols,
+              ChecksumUse use = ChecksumUse::first);
   bool list() const { return list_; }
   const std::vector<ArrayShape>& arrays() const { return arrays_; }
 
@@ -82,7 +88,7 @@ class HuffmanDecoder {
   SimdLevel level_;
   const std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
-  bool checked_ = false;
+  bool checksum_due_ = false;  // left to decode_all
   bool list_ = false;
   std::vector<ArrayShape> arrays_;
   std::vector<std::unique_ptr<HuffmanGroup>> groups_;

@@ -58,11 +58,26 @@ struct Columns {
   }
 };
 
+// memcpy moves strings where the processor has that (ERMS), and on Zen 3 such a move takes up to 13 times as long where
+// the output lies less than a cache line ahead of the data, modulo a page, as any two allocations may. What comes from the
+// third cache is copied 4 to 6 % faster 16 bytes at a time than so, or than 32.
+void copy_lines(std::uint8_t* out, const std::uint8_t* data, std::size_t size) {
+  constexpr std::size_t kLine = 64;
+  for (; size >= kLine; size -= kLine, out += kLine, data += kLine) {
+    __m128i line[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) line[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + i);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + i, line[i]);
+  }
+  copy_bytes(out, data, size);
+}
+
 }  // namespace
 
 const HuffmanKernels kHuffmanKernelsAvx2 = {
     decode_chunks8<Columns>,     decode_chunks<Symbol16>,      decode_prefix<Symbol8>, decode_prefix<Symbol16>,
-    encode_chunks<std::uint8_t>, encode_chunks<std::uint16_t>, count_symbols8,
+    encode_chunks<std::uint8_t>, encode_chunks<std::uint16_t>, count_symbols8,         copy_lines,
 };
 
 }  // namespace hflfnerv

@@ -389,7 +389,7 @@ std::uint8_t* encode8_avx512(const std::uint32_t* codes, unsigned max_bits, cons
 
 const HuffmanKernels kHuffmanKernelsAvx512 = {
     decode8_avx512, decode_chunks<Symbol16>,      decode_prefix<Symbol8>, decode_prefix<Symbol16>,
-    encode8_avx512, encode_chunks<std::uint16_t>, count_symbols8,
+    encode8_avx512, encode_chunks<std::uint16_t>, count_symbols8,         copy_bytes,
 };
 
 }  // namespace hflfnerv

@@ -60,6 +60,8 @@ struct HuffmanKernels {
                             std::size_t count, std::size_t chunk_symbols, std::uint8_t* out, std::uint32_t* sizes);
   // Adds to 256 counts.
   void (*count8)(const std::uint8_t* symbols, std::size_t count, std::uint64_t* counts);
+  // As memcpy.
+  void (*copy)(std::uint8_t* out, const std::uint8_t* data, std::size_t size);
 };
 
 extern const HuffmanKernels kHuffmanKernelsScalar;

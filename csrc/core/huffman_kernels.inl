@@ -613,5 +613,9 @@ void count_symbols8(const std::uint8_t* symbols, std::size_t count, std::uint64_
   }
 }
 
+inline void copy_bytes(std::uint8_t* out, const std::uint8_t* data, std::size_t size) {
+  std::memcpy(out, data, size);
+}
+
 }  // namespace
 }  // namespace hflfnerv

@@ -43,6 +43,13 @@ void round_trip(const std::vector<T>& symbols, std::uint64_t chunk_symbols) {
     void* pointer = back.data();
     CHECK(decoder.decode_all(&pointer).ok());
     CHECK(back == symbols);
+    for (const ChecksumUse use : {ChecksumUse::while_decoding, ChecksumUse::never}) {
+      HuffmanDecoder other(level);
+      CHECK(other.open(expected.data(), expected.size(), symbols.size(), use).ok());
+      std::fill(back.begin(), back.end(), T(77));
+      CHECK(other.decode_all(&pointer).ok());
+      CHECK(back == symbols);
+    }
     const std::size_t begin = symbols.size() / 3, end = symbols.size() - symbols.size() / 7;
     std::vector<T> part(end - begin);
     CHECK(decoder.decode(0, begin, end, part.data()).ok());
@@ -53,6 +60,12 @@ void round_trip(const std::vector<T>& symbols, std::uint64_t chunk_symbols) {
       CHECK(limited.open(expected.data(), expected.size(), symbols.size() - 1).code == StatusCode::invalid_bitstream);
     }
   }
+}
+
+void repair_checksum(std::uint8_t* data, std::size_t size) {
+  std::uint32_t crc = crc32(0, data, 5, SimdLevel::scalar);
+  crc = crc32(crc, data + 9, size - 9, SimdLevel::scalar);
+  for (int i = 0; i < 4; ++i) data[5 + i] = static_cast<std::uint8_t>(crc >> (8 * i));
 }
 
 void test_crc() {
@@ -173,7 +186,7 @@ void test_code_shapes() {
   }
 }
 
-// Chunks of any bytes under valid code lengths, checksum put right: the same outcome at every level.
+// Chunks of any bytes under valid code lengths, checksum put right or not computed: the same outcome at every level.
 void test_damaged_chunks() {
   std::mt19937_64 random(7);
   for (const unsigned width : {1u, 4u, 60u}) {
@@ -191,14 +204,13 @@ void test_damaged_chunks() {
         for (std::size_t i = at; i < std::min(whole.size(), at + (run % 8 == 0 ? whole.size() / 8 : 1)); ++i) {
           exact[i] = static_cast<std::uint8_t>(random());
         }
-        std::uint32_t crc = crc32(0, exact.get(), 5, SimdLevel::scalar);
-        crc = crc32(crc, exact.get() + 9, whole.size() - 9, SimdLevel::scalar);
-        for (int i = 0; i < 4; ++i) exact[5 + i] = static_cast<std::uint8_t>(crc >> (8 * i));
+        if (run % 2 == 0) repair_checksum(exact.get(), whole.size());
+        const ChecksumUse use = run % 2 == 0 ? ChecksumUse::first : ChecksumUse::never;
         StatusCode first{};
         std::vector<std::uint8_t> decoded;
         for (const SimdLevel level : levels()) {
           HuffmanDecoder decoder(level);
-          CHECK(decoder.open(exact.get(), whole.size(), symbols.size()).ok());
+          CHECK(decoder.open(exact.get(), whole.size(), symbols.size(), use).ok());
           const std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[symbols.size()]);
           void* pointer = out.get();
           const StatusCode code = decoder.decode_all(&pointer).code;
@@ -215,6 +227,68 @@ void test_damaged_chunks() {
   }
 }
 
+struct Outcome {
+  StatusCode code{};
+  std::vector<std::uint8_t> symbols;
+
+  bool operator==(const Outcome& other) const { return code == other.code && symbols == other.symbols; }
+};
+
+Outcome outcome_of(const std::uint8_t* data, std::size_t size, SimdLevel level, ChecksumUse use) {
+  HuffmanDecoder decoder(level);
+  Outcome outcome;
+  outcome.code = decoder.open(data, size, 1 << 20, use).code;
+  if (outcome.code != StatusCode::ok) return outcome;
+  std::vector<std::vector<std::uint8_t>> arrays;
+  std::vector<void*> pointers;
+  for (const ArrayShape& shape : decoder.arrays()) arrays.emplace_back(shape.count * symbol_bytes(shape.type));
+  for (std::vector<std::uint8_t>& array : arrays) pointers.push_back(array.data());
+  outcome.code = decoder.decode_all(pointers.data()).code;
+  if (outcome.code != StatusCode::ok) return outcome;
+  for (const std::vector<std::uint8_t>& array : arrays) {
+    outcome.symbols.insert(outcome.symbols.end(), array.begin(), array.end());
+  }
+  return outcome;
+}
+
+// Every bit flipped of data of every kind: without the checksum the outcome is what it would be under one that is right.
+void test_damage_unnoticed() {
+  std::mt19937_64 random(10);
+  std::vector<std::uint8_t> noise(120), few(150), constant(9, 4), skewed(700);
+  for (std::uint8_t& s : noise) s = static_cast<std::uint8_t>(random());
+  for (std::uint8_t& s : few) s = static_cast<std::uint8_t>(__builtin_popcountll(random()) / 3);
+  for (std::uint8_t& s : skewed) s = static_cast<std::uint8_t>(random() % 16 == 0);
+  std::vector<std::int16_t> words(90), near(120);
+  for (std::int16_t& s : words) s = static_cast<std::int16_t>(random());
+  for (std::int16_t& s : near) s = static_cast<std::int16_t>(-__builtin_popcountll(random()) / 4);
+  std::size_t decoded = 0, wrong = 0;
+  for (const std::vector<std::uint8_t>& whole :
+       {encode(noise, 128, SimdLevel::scalar), encode(few, 20, SimdLevel::scalar), encode(few, 1920, SimdLevel::scalar),
+        encode(constant, 20, SimdLevel::scalar), encode(skewed, 70, SimdLevel::scalar),
+        encode(words, 20, SimdLevel::scalar), encode(near, 20, SimdLevel::scalar)}) {
+    const Outcome good = outcome_of(whole.data(), whole.size(), SimdLevel::scalar, ChecksumUse::first);
+    CHECK(good.code == StatusCode::ok);
+    for (std::size_t bit = 0; bit < whole.size() * 8; ++bit) {
+      const std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[whole.size()]);
+      std::copy(whole.begin(), whole.end(), exact.get());
+      exact[bit / 8] = static_cast<std::uint8_t>(exact[bit / 8] ^ 1 << bit % 8);
+      std::vector<Outcome> outcomes;
+      for (const SimdLevel level : levels()) {
+        outcomes.push_back(outcome_of(exact.get(), whole.size(), level, ChecksumUse::never));
+        for (const ChecksumUse use : {ChecksumUse::first, ChecksumUse::while_decoding}) {
+          CHECK(outcome_of(exact.get(), whole.size(), level, use).code != StatusCode::ok);
+        }
+      }
+      repair_checksum(exact.get(), whole.size());
+      const Outcome expected = outcome_of(exact.get(), whole.size(), SimdLevel::scalar, ChecksumUse::first);
+      for (const Outcome& outcome : outcomes) CHECK(outcome == expected);
+      decoded += expected.code == StatusCode::ok;
+      wrong += expected.code == StatusCode::ok && !(expected == good);
+    }
+  }
+  CHECK(decoded > wrong && wrong > 0);
+}
+
 void test_damage() {
   std::mt19937_64 random(4);
   std::vector<std::uint8_t> symbols(3000);
@@ -229,6 +303,8 @@ void test_damage() {
     }
   };
   for (std::size_t size = 0; size < whole.size(); ++size) {
+    HuffmanDecoder trusting(SimdLevel::scalar);  // the size alone tells
+    CHECK(trusting.open(whole.data(), size, 1 << 20, ChecksumUse::never).code == StatusCode::truncated);
     refused({whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)});
   }
   for (std::size_t bit = 0; bit < whole.size() * 8; ++bit) {
@@ -239,26 +315,32 @@ void test_damage() {
 }
 
 // Stored arrays, whose checksum `decode_all` computes while it copies, past the caches if they are large.
+template <class T>
 void test_stored() {
   std::mt19937_64 random(5);
   for (const std::size_t size : {std::size_t{300}, std::size_t{1} << 20, (std::size_t{1} << 20) + 4321}) {
-    std::vector<std::uint8_t> symbols(size);
-    for (std::uint8_t& s : symbols) s = static_cast<std::uint8_t>(random());
+    std::vector<T> symbols(size);
+    for (T& s : symbols) s = static_cast<T>(random());
     const std::vector<std::uint8_t> data = encode(symbols, 2048, SimdLevel::scalar);
-    CHECK(data.size() > size);
+    CHECK(data.size() > size * sizeof(T));
     for (const SimdLevel level : levels()) {
       for (std::size_t shift = 0; shift < 65; shift += 13) {
-        const std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[size + shift]);
+        const std::unique_ptr<T[]> out(new T[size + shift]);
         void* pointer = out.get() + shift;
         for (const std::size_t flip : {data.size(), data.size() - 1, data.size() / 2, std::size_t{6}}) {
           const std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[data.size()]);
           std::copy(data.begin(), data.end(), exact.get());
           if (flip < data.size()) exact[flip] ^= 4;
           HuffmanDecoder decoder(level);
-          CHECK(decoder.open(exact.get(), data.size(), size, true).ok());
+          CHECK(decoder.open(exact.get(), data.size(), size, ChecksumUse::while_decoding).ok());
           const Status status = decoder.decode_all(&pointer);
           CHECK(status.code == (flip < data.size() ? StatusCode::checksum_mismatch : StatusCode::ok));
           CHECK(flip < data.size() || std::equal(symbols.begin(), symbols.end(), out.get() + shift));
+          HuffmanDecoder trusting(level);
+          CHECK(trusting.open(exact.get(), data.size(), size, ChecksumUse::never).ok());
+          CHECK(trusting.decode_all(&pointer).ok());
+          const bool same = std::equal(symbols.begin(), symbols.end(), out.get() + shift);
+          CHECK(same == (flip == data.size() || flip < 9));  // the checksum itself is no symbol
         }
       }
     }
@@ -276,6 +358,8 @@ int main() {
   test_code_shapes();
   test_damaged_chunks();
   test_damage();
-  test_stored();
+  test_damage_unnoticed();
+  test_stored<std::uint8_t>();
+  test_stored<std::int16_t>();
   std::printf("csrc/tests: %zu instruction-set levels, all good\n", levels().size());
 }

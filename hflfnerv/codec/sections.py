@@ -130,7 +130,7 @@ class TensorSection:
         """Read the descriptions.
 
         Args:
-            data: the section's content.
+            data: the section's content, its checksum already compared; see :class:`~.entropy.EntropyCoder`.
             what: its name in messages.
 
         Raises:

@@ -428,18 +428,18 @@ class _Layout:
     groups: list[_Group]
 
 
-def decode(data: bytes, as_list: bool, max_symbols: int) -> list[Array]:
+def decode(data: bytes, as_list: bool, max_symbols: int, verify: bool) -> list[Array]:
     """Decode all arrays of data that is a list, or one array; ``as_list`` allows the former."""
-    layout = _parse(data, max_symbols)
+    layout = _parse(data, max_symbols, verify)
     if layout.as_list and not as_list:
         raise InvalidBitstream("the data holds a list of arrays; use decode_many")
     symbols = [group.decode(0, group.count) for group in layout.groups]
     return [symbols[entry.group][entry.begin : entry.end].copy().reshape(entry.shape) for entry in layout.arrays]
 
 
-def decode_rows(data: bytes, start: int, stop: int, max_symbols: int) -> Array:
+def decode_rows(data: bytes, start: int, stop: int, max_symbols: int, verify: bool) -> Array:
     """Decode rows [start, stop) of the first axis of data that is one array."""
-    layout = _parse(data, max_symbols)
+    layout = _parse(data, max_symbols, verify)
     if layout.as_list:
         raise InvalidBitstream("the data holds a list of arrays; use decode_many")
     (entry,) = layout.arrays
@@ -452,7 +452,7 @@ def decode_rows(data: bytes, start: int, stop: int, max_symbols: int) -> Array:
     return layout.groups[0].decode(start * row_symbols, stop * row_symbols).reshape(stop - start, *entry.shape[1:])
 
 
-def _parse(data: bytes, max_symbols: int) -> _Layout:
+def _parse(data: bytes, max_symbols: int, verify: bool) -> _Layout:
     if data[:4] != MAGIC[: len(data)]:
         raise BadMagic("the data does not begin with 'HFLH'")
     if len(data) > 4 and data[4] != VERSION:
@@ -464,8 +464,8 @@ def _parse(data: bytes, max_symbols: int) -> _Layout:
         raise TruncatedBitstream("the data is shorter than its header says")
     if body_bytes < len(data) - BODY_AT:
         raise InvalidBitstream("the data is longer than its header says")
-    crc = zlib.crc32(data[BODY_SIZE_AT:], zlib.crc32(data[:CRC_AT]))
-    if crc != int.from_bytes(data[CRC_AT:BODY_SIZE_AT], "little"):
+    stored_crc = int.from_bytes(data[CRC_AT:BODY_SIZE_AT], "little")
+    if verify and zlib.crc32(data[BODY_SIZE_AT:], zlib.crc32(data[:CRC_AT])) != stored_crc:
         raise ChecksumMismatch("the CRC-32 does not match")
 
     reader = _Reader(data, BODY_AT)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hflfnerv import huffman
 from hflfnerv.codec.entropy import entropy_coder, entropy_coder_by_code
-from hflfnerv.errors import BackendUnavailable, BitstreamError, InvalidBitstream
+from hflfnerv.errors import BackendUnavailable, BitstreamError, ChecksumMismatch, InvalidBitstream
 
 _ARRAYS = st.lists(
     st.one_of(
@@ -85,6 +86,25 @@ def test_cut_data_gives_an_error_or_symbols(entropy: str) -> None:
         except BitstreamError:
             outcomes.append(False)
     assert not any(outcomes) or entropy == "range"
+
+
+def test_checksums_are_the_containers_matter() -> None:
+    """A section's checksum was compared before a coder sees it; Huffman's own, over the same bytes, is not needed."""
+    coder = entropy_coder("huffman")
+    table = np.random.default_rng(0).integers(0, 9, (20, 30)).astype(np.uint8)
+
+    def with_wrong_checksum(data: bytes) -> bytes:
+        damaged = data[:5] + bytes([data[5] ^ 1]) + data[6:]
+        with pytest.raises(ChecksumMismatch):
+            huffman.decode_many(damaged)
+        return damaged
+
+    coded = with_wrong_checksum(coder.encode_arrays([table.ravel()]))
+    (array,) = coder.decode_arrays(coded, [table.size], [table.dtype])
+    assert (array == table.ravel()).all()
+    coded = with_wrong_checksum(coder.encode_rows(table))
+    wanted = np.array([3, 4, 9])
+    assert (coder.decode_rows(coded, (20, 30), table.dtype, wanted) == table[wanted]).all()
 
 
 def test_range_coder_follows_the_specification() -> None:
