@@ -219,6 +219,39 @@ def test_no_file_is_both_read_and_written(folder, tmp_path, moving_frames, capsy
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "link.npy"}
 
 
+def test_no_image_of_the_input_is_written(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    outside = tmp_path / "frame.hflf"
+    (images / "frame_00000.png").rename(outside)
+    (images / "frame_00000.png").symlink_to(outside)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    first, new = images / "frame_00000.png", images / "new.png"
+    for command in (
+        ["encode", images, "-o", images / "frame_00001.png"],
+        ["encode", images, "-o", first],
+        ["encode", images, "-o", outside],
+        ["encode", images, "-o", images / "clip.hflf", "--json", first],
+        ["import", folder / "clip.hflf", "--reference", images, "-o", first],
+        ["rd", images, "--codecs", "none", "--hflf", folder / "clip.hflf", "--plot", first],
+    ):
+        assert "must be another file than the images that are read, got " in fails(capsys, *command)
+    error = fails(capsys, "rd", images, "--codecs", "none", "--hflf", folder / "clip.hflf", "--plot", new)
+    assert error.endswith(f"--plot must not be an image in the folder that is read, got {new}")
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
+    # Other files may be there: they are not read.
+    assert run("encode", images, "-o", images / "clip.hflf", "--json", images / "clip.json", *SMALL) == 0
+    assert run("encode", images, "-o", images / "clip.hflf", *SMALL) == 0
+
+
+def test_a_coded_video_is_named_so(folder, tmp_path, capsys):
+    for name in ("clip.mp4", "clip"):
+        for command in (["encode", folder / "images"], ["import", folder / "clip.hflf"]):
+            error = fails(capsys, *command, "-o", tmp_path / name)
+            assert error.endswith(f"--output must end in .hflf, got {tmp_path / name}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_its_folder_only_checkpoints_are_removed(folder, tmp_path):
     work = tmp_path / "clip.hflf.work"
     work.mkdir()
