@@ -20,7 +20,7 @@ from ..errors import MediaError
 from .color import ColorDescription, RGBConverter
 from .images import IMAGE_SUFFIXES, list_images, read_image
 from .selection import FrameRange, as_frame_slice, format_frames
-from .transforms import centre_crop
+from .transforms import centre_crop, centre_offset
 from .transforms import resize as resize_frames
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Video:
         sample_aspect_ratio: width of a pixel divided by its height; a resize changes it so that the shown shape stays.
         source_size: ``(height, width)`` of the source, before any resize and crop.
         first_frame: index in the source of the first frame.
+        resize: ``(height, width)`` that whole frames were resized to first, or None.
+        crop: ``(top, left, height, width)`` that was then cut out, or None.
     """
 
     frames: Tensor = field(repr=False)
@@ -88,6 +90,8 @@ class Video:
     sample_aspect_ratio: Fraction = Fraction(1)
     source_size: tuple[int, int] = (0, 0)
     first_frame: int = 0
+    resize: tuple[int, int] | None = None
+    crop: tuple[int, int, int, int] | None = None
 
     def __len__(self) -> int:
         return int(self.frames.shape[0])
@@ -158,11 +162,13 @@ def load_video(
     start, stop = _bounds(opened, selection)
     height, width = _checked_pair("resize", resize) if resize is not None else (info.height, info.width)
     aspect = info.sample_aspect_ratio * Fraction(info.width * height, width * info.height)
+    cut = None
     if crop is not None:
-        resized_height, resized_width = height, width
+        whole_height, whole_width = height, width
         height, width = _checked_pair("crop", crop)
         # Only for its check, before anything is decoded.
-        centre_crop(torch.empty(1, resized_height, resized_width, 0), height, width)
+        centre_crop(torch.empty(1, whole_height, whole_width, 0), height, width)
+        cut = (centre_offset(whole_height, height), centre_offset(whole_width, width), height, width)
 
     if isinstance(opened, _ArraySource) and not opened.on_disk:
         tensor = torch.from_numpy(opened.array[start:stop])
@@ -181,7 +187,7 @@ def load_video(
         result = buffer.finish()
         if not len(result):
             raise _empty(info.name, selection, info.num_frames)
-    return Video(result, info.fps, info.name, info.color, aspect, (info.height, info.width), start)
+    return Video(result, info.fps, info.name, info.color, aspect, (info.height, info.width), start, resize, cut)
 
 
 class _Source(Protocol):

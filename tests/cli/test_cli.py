@@ -109,6 +109,17 @@ def test_eval_knows_frames_resize_and_crop(folder, tmp_path, capsys):
     assert run("eval", coded, "--reference", tmp_path / "frames", "--json") == 0
 
 
+def test_eval_resizes_and_crops_to_the_size_of_the_source(folder, tmp_path, capsys):
+    """The coded size is the source's, the coded frames are not: only the middle of each."""
+    coded, report = tmp_path / "middle.hflf", tmp_path / "report.json"
+    options = ["--resize", "96x128", "--crop", "48x64"]
+    assert run("encode", folder / "images", "-o", coded, "--json", report, *options, *SMALL) == 0
+    capsys.readouterr()
+    assert run("eval", coded, "--reference", folder / "images", "--json") == 0
+    psnr_db = json.loads(capsys.readouterr().out)["psnr_db"]
+    assert psnr_db == pytest.approx(json.loads(report.read_text())["psnr_db"], abs=1e-9)
+
+
 def test_encode_weighs_the_rate(folder, tmp_path, capsys):
     sizes = {}
     for weight in ("0", "0.2", "2"):

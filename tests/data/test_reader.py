@@ -96,6 +96,7 @@ def test_resize_then_crop(clip: Path) -> None:
     whole = load_video(clip)
     both = load_video(clip, frames="2:", resize=(16, 16), crop=(8, 10))
     assert (both.source_size, both.first_frame) == ((32, 48), 2)
+    assert (both.resize, both.crop) == ((16, 16), (4, 3, 8, 10))
     assert both.shape == (10, 8, 10)
     assert both.frames.is_contiguous()
     from_array = load_video(whole.frames, frames="-10:", resize=(16, 16), crop=(8, 10))
