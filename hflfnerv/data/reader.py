@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ DEFAULT_FPS = Fraction(25)
 #: Part of the free memory that frames may take.
 _MEMORY_SHARE = 0.8
 _GROWTH_BYTES = 32 << 20
+# Of an EBML element: an identifier of at most 4 bytes and a size of at most 8.
+_MAX_ELEMENT_HEAD_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
     """Yield frames in presentation order; nothing that FFmpeg had to conceal gets through."""
     remedy = "repair or re-encode the file, or choose frames before it with --frames"
     packets = container.demux(stream)
-    index = 0
+    index = read = 0
     while True:
         try:
             packet = next(packets, None)
@@ -351,6 +353,8 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
             raise MediaError(f"{path} is damaged near frame {index}: {_reason(error)}; {remedy}") from error
         if packet is None:
             break
+        if packet.pos is not None:
+            read = max(read, packet.pos + packet.size)
         for frame in frames:
             if not isinstance(frame, av.VideoFrame):
                 continue
@@ -360,14 +364,43 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
             index += 1
         if packet.is_corrupt:
             raise MediaError(f"{path} is damaged near frame {index}; {remedy}")
+    # A cut file ends like a whole one for the demuxer.
+    size, end = path.stat().st_size, _stated_end(path, container, stream)
+    if end > size:
+        raise MediaError(f"{path} is cut off near frame {index}: it should have {end} bytes and has {size}; {remedy}")
+    if container.format.name == "yuv4mpegpipe" and size > read > 0:
+        raise MediaError(f"{path} is cut off in frame {index}, of which it has {size - read} bytes; {remedy}")
+
+
+def _stated_end(path: Path, container: InputContainer, stream: VideoStream) -> int:
+    """Return how many bytes the file must have by what it says itself; 0 where it does not say.
+
+    Durations would tell less: they are those of the longest stream, and rounded.
+    """
     if "mp4" in container.format.name:
-        # A cut file ends like a whole one for the demuxer, unless it is asked where its index says the end is.
-        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        size = path.stat().st_size
-        if end > size:
-            raise MediaError(
-                f"{path} is cut off near frame {index}: it should have {end} bytes and has {size}; {remedy}"
-            )
+        return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if "matroska" in container.format.name:
+        with path.open("rb") as file:
+            # The EBML header, whose length is not fixed, and the segment that holds everything else (RFC 8794, 9559).
+            header_end = _element_end(file, 0)
+            return 0 if header_end is None else _element_end(file, header_end) or 0
+    return 0
+
+
+def _element_end(file: BinaryIO, position: int) -> int | None:
+    """Return where an EBML element ends that begins at a position; None where it does not say, as in live streams."""
+    file.seek(position)
+    data = file.read(_MAX_ELEMENT_HEAD_BYTES)
+    value = unknown = 0
+    for _ in ("identifier", "size"):
+        # The number of leading zeros of the first byte is that of the bytes which follow it.
+        length = 9 - data[0].bit_length() if data else 1
+        if length > min(8, len(data)):
+            return None
+        unknown = (1 << 7 * length) - 1
+        value = int.from_bytes(data[:length], "big") & unknown
+        position, data = position + length, data[length:]
+    return None if value == unknown else position + value
 
 
 def _stated_count(container: InputContainer, stream: VideoStream, rate: Fraction) -> int | None:

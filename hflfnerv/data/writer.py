@@ -64,8 +64,8 @@ class VideoWriter:
       folder, lossless.
 
     Everything is written beside the target, or in a hidden folder within a folder that exists, and renamed at the end,
-    so an error, or Ctrl-C, leaves no half-written output and an existing target untouched. Use it as a context manager: leaving it normally finishes the target,
-    leaving it by an exception discards what was written.
+    so an error, or Ctrl-C, leaves no half-written output and an existing target untouched. Use it as a context manager:
+    leaving it normally finishes the target, leaving it by an exception discards what was written.
 
     Args:
         path: where to write.
