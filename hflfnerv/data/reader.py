@@ -41,6 +41,7 @@ DEFAULT_FPS = Fraction(25)
 #: Part of the free memory that frames may take.
 _MEMORY_SHARE = 0.8
 _GROWTH_BYTES = 32 << 20
+_MAX_RATIO_TERM = 2**31 - 1
 # Of an EBML element: an identifier of at most 4 bytes and a size of at most 8.
 _MAX_ELEMENT_HEAD_BYTES = 12
 
@@ -163,7 +164,7 @@ def load_video(
     selection = as_frame_slice(frames)
     start, stop = _bounds(opened, selection)
     height, width = _checked_pair("resize", resize) if resize is not None else (info.height, info.width)
-    aspect = info.sample_aspect_ratio * Fraction(info.width * height, width * info.height)
+    aspect = _limited(info.sample_aspect_ratio * Fraction(info.width * height, width * info.height))
     cut = None
     if crop is not None:
         whole_height, whole_width = height, width
@@ -506,4 +507,11 @@ def _checked_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
 def _checked_fps(fps: Fraction | float) -> Fraction:
     if not 0 < fps < 1_000_000:
         raise ValueError(f"fps must be positive and less than a million, got {fps}")
-    return fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    return _limited(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+
+
+def _limited(ratio: Fraction) -> Fraction:
+    """Return the nearest fraction of two numbers that containers and coded videos can hold."""
+    if ratio < 1:
+        return 1 / _limited(1 / ratio)
+    return ratio.limit_denominator(max(1, _MAX_RATIO_TERM // ratio))

@@ -222,6 +222,39 @@ def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("shape", "change", "message"),
+    [
+        ((1, 8, 16400, 3), {"size": "150k"}, r"width must be in 1\.\.16384, got 16400"),
+        ((2, 48, 64, 3), {"size": "200M"}, "size must give at most 134217728 weights"),
+        ((2, 48, 64, 3), {"size": "200M", "model": "nerv", "preset": "paper"}, "size must give at most 134217728 weights"),
+    ],
+)
+def test_limits_of_the_format_are_told_before_training(shape, change, message):
+    stages = []
+
+    class Observer:
+        def stage(self, name):
+            stages.append(name)
+
+        def step(self, trainer):
+            pass
+
+    with pytest.raises(ValueError, match=message):
+        encode(np.zeros(shape, np.uint8), dataclasses.replace(CONFIG, **change), observer=Observer())
+    assert stages == ["load"]
+
+
+def test_any_frame_rate_is_stored(moving_frames):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    for given, stored in (
+        (Fraction(29.97), Fraction(2997, 100)),
+        (Fraction(10**10 + 1, 4 * 10**10), Fraction(1, 4)),
+        (Fraction(999_999 * 10**9 + 1, 10**9), Fraction(999_999)),
+    ):
+        assert Bitstream.open(encode(moving_frames[:1], config, fps=given).bitstream).header.fps == stored
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": "x"}, "model must be one of"),

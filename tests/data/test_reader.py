@@ -140,6 +140,12 @@ def test_frame_rates(tmp_path: Path, write_rgb_clip: Any, write_grey_clip: Any) 
 def test_sample_aspect_ratio(tmp_path: Path, write_rgb_clip: Any) -> None:
     path = write_rgb_clip(tmp_path / "clip.mov", staircase(2), sample_aspect_ratio=Fraction(16, 11))
     assert load_video(path).sample_aspect_ratio == Fraction(16, 11)
+    path = write_rgb_clip(tmp_path / "odd.mov", staircase(1), sample_aspect_ratio=Fraction(65521, 65519))
+    exact = Fraction(65521, 65519) * Fraction(48 * 16001, 2 * 32)
+    found = load_video(path, resize=(16001, 2)).sample_aspect_ratio
+    # A coded video holds terms of 31 bits.
+    assert max(exact.numerator, exact.denominator) >= 2**31 > max(found.numerator, found.denominator)
+    assert found == pytest.approx(exact, rel=1e-9)
 
 
 def test_probe_reads_one_frame(clip: Path, tmp_path: Path, write_grey_clip: Any) -> None:
