@@ -81,7 +81,8 @@ class ModelSpec:
         width: frame width in pixels.
         embedding_channels: channels of a frame's embedding, the coarser one if there are two; 0 for a network driven by
             time alone.
-        streams: the decoder streams by name.
+        streams: the decoder streams by name, in alphabetical order, in which the networks make them; files may have
+            them in any.
         time: the time encoding, None for a network that does not see the time.
         time_split: levels of the encoding that feed the first of two low-frequency streams.
     """
@@ -94,6 +95,9 @@ class ModelSpec:
     streams: Mapping[str, StreamSpec] = field(default_factory=dict)
     time: TimeSpec | None = None
     time_split: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "streams", dict(sorted(self.streams.items())))
 
     @property
     def embedding_shape(self) -> tuple[int, int, int] | None:

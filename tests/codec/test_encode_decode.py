@@ -226,7 +226,11 @@ def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
     [
         ((1, 8, 16400, 3), {"size": "150k"}, r"width must be in 1\.\.16384, got 16400"),
         ((2, 48, 64, 3), {"size": "200M"}, "size must give at most 134217728 weights"),
-        ((2, 48, 64, 3), {"size": "200M", "model": "nerv", "preset": "paper"}, "size must give at most 134217728 weights"),
+        (
+            (2, 48, 64, 3),
+            {"size": "200M", "model": "nerv", "preset": "paper"},
+            "size must give at most 134217728 weights",
+        ),
     ],
 )
 def test_limits_of_the_format_are_told_before_training(shape, change, message):
