@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hflfnerv import huffman
 from hflfnerv.codec.entropy import entropy_coder, entropy_coder_by_code
 from hflfnerv.errors import BackendUnavailable, BitstreamError, InvalidBitstream
 
@@ -70,6 +71,14 @@ def test_decoding_what_is_not_described_is_an_error(entropy: str) -> None:
     for sizes in ([200, 10], [10, 10]):
         with pytest.raises(BitstreamError):
             coder.decode_arrays(data, sizes, dtypes)
+
+
+@pytest.mark.parametrize("coded", [np.zeros((3, 4), np.uint8), np.zeros(12, np.uint8), np.uint8(0)], ids=str)
+def test_a_table_that_is_not_described_is_an_error(coded: np.ndarray) -> None:
+    data = huffman.encode(np.asarray(coded))
+    for wanted in ([4], [0, 1, 2, 3, 4]):
+        with pytest.raises(InvalidBitstream, match="not those that the section describes"):
+            entropy_coder("huffman").decode_rows(data, (5, 4), np.dtype(np.uint8), np.array(wanted))
 
 
 def test_cut_data_gives_an_error_or_symbols(entropy: str) -> None:
