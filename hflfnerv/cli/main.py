@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(_with_negative_frames(sys.argv[1:] if argv is None else argv))
     keep_freed_memory()
     # Imported late: --help and usage errors need no torch.
-    from .._device import device_failure
+    from .._device import device_failure, not_enough_memory
     from ..errors import BitstreamError, HflfnervError, TrainingInterrupted
 
+    decoding = arguments.command in ("decode", "info", "eval")
     try:
         code: int = arguments.run(arguments)
         return code
@@ -61,19 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except MemoryError as error:
-        print(
-            f"hflfnerv: error: not enough memory ({error}): fewer frames (--frames), smaller ones (--resize)",
-            file=sys.stderr,
-        )
+        print(f"hflfnerv: error: {not_enough_memory(str(error), decoding=decoding)}", file=sys.stderr)
         return 1
     except (HflfnervError, OSError, ValueError, TypeError) as error:
         # The reader of a bitstream does not know which file its bytes are from.
-        named = isinstance(error, BitstreamError) and arguments.command in ("decode", "info", "eval")
-        file = f"{arguments.input}: " if named else ""
+        file = f"{arguments.input}: " if decoding and isinstance(error, BitstreamError) else ""
         print(f"hflfnerv: error: {file}{_one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        failure = device_failure(error)
+        failure = device_failure(error, decoding=decoding)
         if failure is None:
             raise
         print(f"hflfnerv: error: {failure}", file=sys.stderr)

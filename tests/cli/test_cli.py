@@ -355,6 +355,18 @@ def test_full_disk(folder, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+def test_advice_on_memory_is_for_the_command(folder, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError("9 bytes")
+
+    monkeypatch.setattr("hflfnerv.codec.Decoder.iter_frames", fail)
+    monkeypatch.setattr("hflfnerv.codec.encoder.load_video", fail)
+    error = fails(capsys, "decode", folder / "clip.hflf", "-o", tmp_path / "out.npy")
+    assert "not enough memory (9 bytes): the network of this file needs it" in error
+    error = fails(capsys, "encode", folder / "images", "-o", tmp_path / "out.hflf", *SMALL)
+    assert error.endswith("not enough memory (9 bytes): fewer frames (--frames), smaller ones (--resize)")
+
+
 def test_usage_errors_exit_with_2(capsys):
     for arguments in ([], ["encode"], ["encode", "x", "-o", "y", "--size", "big"], ["decode", "x"], ["nonsense"]):
         with pytest.raises(SystemExit) as caught:
