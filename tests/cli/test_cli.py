@@ -177,6 +177,30 @@ def test_ctrl_c_then_the_same_command_gives_the_same_file(folder, tmp_path):
     assert not work.exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_decode_that_is_stopped_leaves_nothing(folder, tmp_path, number, code):
+    slow = (
+        "import sys, time\n"
+        "from hflfnerv.cli import main\n"
+        "from hflfnerv.data import VideoWriter\n"
+        "write = VideoWriter.write\n"
+        "VideoWriter.write = lambda self, frames: (write(self, frames), time.sleep(60))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", slow, "decode", folder / "clip.hflf", "-o", tmp_path / "out.y4m"]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code, error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_input(folder, tmp_path, capsys):
     out = tmp_path / "out.hflf"
     (tmp_path / "empty").mkdir()
