@@ -12,10 +12,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from published_checkpoints import published_names
 
 from hflfnerv import Decoder
 from hflfnerv.cli import main
 from hflfnerv.data import load_video, write_frames
+from hflfnerv.models import MODELS, build_model
 
 SMALL = ["--size", "60k", "--epochs", "3", "--quiet"]
 
@@ -357,25 +360,28 @@ def test_truncated_file_is_one_clear_line(folder, tmp_path, capsys):
     assert not (tmp_path / "out.npy").exists()
 
 
-def test_full_disk(folder, tmp_path):
+def test_full_disk(folder, tmp_path, tmp_path_factory):
     resource = pytest.importorskip("resource")
+    model = build_model(MODELS["hnerv"].plan(60_000, 2, 96, 160))
+    checkpoint = tmp_path_factory.mktemp("import")
+    torch.save({"epoch": 1, "state_dict": published_names(model.state_dict())}, checkpoint / "model.pth")
+    write_frames(checkpoint / "images", np.zeros((2, 96, 160, 3), np.uint8), fps=25)
 
     def limit_file_size():
         # The nearest thing to a full disk that needs no privileges: writes beyond 10 kB fail.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
-    for command in (
-        ["encode", folder / "images", "-o", tmp_path / "x.hflf", *SMALL],
-        ["decode", folder / "clip.hflf", "-o", tmp_path / "x.npy"],
-        ["decode", folder / "clip.hflf", "-o", tmp_path / "x.y4m"],
-        ["import", folder / "clip.hflf", "-o", tmp_path / "x.hflf"],
+    for command, target, message in (
+        (["encode", folder / "images", *SMALL], "x.hflf", "File too large: {}.work/checkpoint.safetensors"),
+        (["decode", folder / "clip.hflf"], "x.npy", "{} cannot be written: File too large"),
+        (["decode", folder / "clip.hflf"], "x.y4m", "{} cannot be written: File too large"),
+        (["import", checkpoint / "model.pth", "--reference", checkpoint / "images"], "x.hflf", "File too large: {}"),
     ):
-        arguments = [sys.executable, "-m", "hflfnerv", *map(str, command)]
+        arguments = [sys.executable, "-m", "hflfnerv", *map(str, command), "-o", str(tmp_path / target)]
         result = subprocess.run(arguments, preexec_fn=limit_file_size, capture_output=True, text=True, check=False)
         assert result.returncode == 1
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert result.stderr.startswith("hflfnerv: error: ")
+        assert result.stderr == f"hflfnerv: error: {message.format(tmp_path / target)}\n"
         assert list(tmp_path.iterdir()) == []
 
 
