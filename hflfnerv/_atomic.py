@@ -34,7 +34,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _buffer_of(Path(path)) as temporary:
             yield temporary
         return
-    temporary = _temporary(target)
+    temporary = _temporary(target, path)
     try:
         umask = os.umask(0)
         os.umask(umask)
@@ -47,7 +47,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
-            raise type(error)(error.errno, error.strerror, str(target)) from None
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
         raise
 
 
@@ -55,7 +55,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise now the OSError that writing ``path`` would raise after hours of work."""
     target = resolve_target(path)
     if target is not None:
-        _temporary(target).unlink()
+        _temporary(target, path).unlink()
     elif not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
 
@@ -94,10 +94,11 @@ def _buffer_of(path: Path) -> Iterator[Path]:
             shutil.copyfileobj(source, sink)
 
 
-def _temporary(target: Path) -> Path:
+def _temporary(target: Path, path: str | os.PathLike[str]) -> Path:
+    """Make a file beside ``target``; errors name the ``path`` that was asked for."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".part{target.suffix}", dir=target.parent)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(target)) from None
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
     os.close(handle)
     return Path(name)

@@ -50,7 +50,11 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     assert len(modes) == 1
 
 
-def test_errors_name_the_target(tmp_path):
+def test_errors_name_the_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        check_writable("no/out.txt")
+    assert caught.value.filename == "no/out.txt"  # as it was given
     with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "no" / "out.txt"):
         pass
     assert caught.value.filename == str(tmp_path / "no" / "out.txt")
