@@ -17,6 +17,7 @@ __all__ = [
     "device_failure",
     "exact_convolutions",
     "first_line",
+    "not_enough_memory",
     "resolve_device",
     "training_precision",
 ]
@@ -58,16 +59,25 @@ def _why_no_cuda() -> str:
     return "no CUDA device was found"
 
 
-def device_failure(error: BaseException) -> str | None:
+def device_failure(error: BaseException, *, decoding: bool = False) -> str | None:
     """Return in one line what failed where the device did, and what can be done; None for any other error."""
     text = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU has not enough memory ({text}): fewer frames a step (--batch-size), smaller ones, --device cpu"
+        remedy = "use --device cpu" if decoding else "fewer frames a step (--batch-size), smaller ones, --device cpu"
+        return f"the GPU has not enough memory ({text}): {remedy}"
     if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
-        return f"not enough memory ({text}): fewer frames (--frames), smaller ones (--resize)"
+        return not_enough_memory(text, decoding=decoding)
     if isinstance(error, RuntimeError) and ("CUDA error" in text or "CUDA driver" in text or "cuDNN" in text):
-        return f"the GPU failed ({text}): the same command goes on from the last checkpoint, or use --device cpu"
+        remedy = "" if decoding else "the same command goes on from the last checkpoint, or "
+        return f"the GPU failed ({text}): {remedy}use --device cpu"
     return None
+
+
+def not_enough_memory(what: str, *, decoding: bool) -> str:
+    """Return in one line that memory is short, and what can be done: of a coded video the sizes are given."""
+    if decoding:
+        return f"not enough memory ({what}): the network of this file needs it for every frame, use a larger machine"
+    return f"not enough memory ({what}): fewer frames (--frames), smaller ones (--resize)"
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -65,11 +65,15 @@ def test_a_device_that_is_not_there(monkeypatch, version, error, message):
         ),
     ],
 )
-def test_a_failure_is_one_line(error, message):
-    text = device_failure(error)
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_failure_is_one_line(error, message, decoding):
+    text = device_failure(error, decoding=decoding)
     assert text.startswith(message)
     assert "\n" not in text
     assert "more" not in text
+    # A coded video has the size it has, and decodes one frame at a time.
+    advice = ("--batch-size", "--resize", "--frames", "checkpoint")
+    assert any(word in text for word in advice) != decoding
 
 
 def test_the_cpus_own_message():

@@ -17,6 +17,7 @@ __all__ = [
     "argument",
     "check_folder",
     "check_outputs",
+    "check_suffix",
     "print_json",
     "size_hw",
     "write_json",
@@ -75,17 +76,39 @@ def add_device(parser: argparse.ArgumentParser, precisions: tuple[str, ...], def
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None] = ()) -> None:
     """Raise ValueError where a file that a command writes would replace one that it reads or another that it writes.
 
+    An image that would be new in a folder that is read is refused too: the next command would read it.
+
     Args:
         outputs: by the names of their options; None for one that was not asked for.
         inputs: what is read.
     """
-    taken = {os.path.realpath(path): "the file that is read" for path in inputs if path is not None}
+    from ..data.images import IMAGE_SUFFIXES
+
+    taken: dict[str, str] = {}
+    folders: set[str] = set()
+    for source in inputs:
+        if source is None:
+            continue
+        taken[os.path.realpath(source)] = "the file that is read"
+        if source.is_dir():
+            folders.add(os.path.realpath(source))
+            images = (path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+            taken.update({os.path.realpath(path): "the images that are read" for path in images})
     for name, path in outputs.items():
         if path is None:
             continue
-        other = taken.setdefault(os.path.realpath(path), f"that of {name}")
+        real = Path(os.path.realpath(path))
+        other = taken.setdefault(str(real), f"that of {name}")
         if other != f"that of {name}":
             raise ValueError(f"{name} must be another file than {other}, got {path}")
+        if str(real.parent) in folders and real.suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"{name} must not be an image in the folder that is read, got {path}")
+
+
+def check_suffix(name: str, path: Path) -> None:
+    """Raise ValueError where a coded video would get the name of something else."""
+    if path.suffix.lower() != ".hflf":
+        raise ValueError(f"{name} must end in .hflf, got {path}")
 
 
 def check_folder(name: str, path: Path | None) -> None:

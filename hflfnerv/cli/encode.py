@@ -6,7 +6,7 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
-from ._options import add_device, add_selection, argument, check_folder, check_outputs, write_json
+from ._options import add_device, add_selection, argument, check_folder, check_outputs, check_suffix, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -76,10 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ._progress import progress_observer
 
     output: Path = arguments.output
+    check_outputs({"--output": output, "--json": arguments.json}, [arguments.input])
+    check_suffix("--output", output)
     check_writable(output)
     if arguments.json is not None:
         check_writable(arguments.json)
-    check_outputs({"--output": output, "--json": arguments.json}, [arguments.input])
     workdir: Path = arguments.workdir or output.with_name(output.name + ".work")
     check_folder("--workdir", workdir)
     check_folder("--tensorboard", arguments.tensorboard)

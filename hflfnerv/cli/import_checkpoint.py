@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._options import add_selection, check_outputs
+from ._options import add_selection, check_outputs, check_suffix
 
 __all__ = ["add_parser", "run"]
 
@@ -31,8 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     from .._atomic import atomic_path, check_writable
     from ..codec import convert_checkpoint
 
-    check_writable(arguments.output)
     check_outputs({"--output": arguments.output}, [arguments.input, arguments.reference])
+    check_suffix("--output", arguments.output)
+    check_writable(arguments.output)
     data = convert_checkpoint(
         arguments.input,
         reference=arguments.reference,

@@ -93,10 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
     from .._atomic import check_writable
     from ..codec import bjontegaard, check_plot, mean_points, plot_points
 
+    check_outputs({"--json": arguments.json, "--plot": arguments.plot}, [*arguments.input, *arguments.hflf])
     for path in (arguments.json, arguments.plot):
         if path is not None:
             check_writable(path)
-    check_outputs({"--json": arguments.json, "--plot": arguments.plot}, [*arguments.input, *arguments.hflf])
     check_folder("--workdir", arguments.workdir)
     if arguments.plot is not None:
         check_plot(arguments.plot)

@@ -91,7 +91,7 @@ class Decoder:
         try:
             self.engine = make_engine(self.model, self.embeddings, self.device, precision)
         except RuntimeError as error:
-            failure = device_failure(error)
+            failure = device_failure(error, decoding=True)
             if failure is None or str(device) != "auto" or self.device.type == "cpu":
                 raise
             warnings.warn(f"decoding on the CPU: {failure}", RuntimeWarning, stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,8 @@ from ..data import Video, centre_crop, centre_offset, load_video
 from ..data.selection import as_frame_slice, format_frames
 from ..errors import BackendUnavailable
 from ..metrics import psnr
-from ..models import MODELS, VideoNetwork, build_model
+from ..models import MODELS, ModelSpec, VideoNetwork, build_model
+from ..models.budget import parameter_count
 from ..train import EMBEDDINGS, Clip, QuantizationConfig, TrainConfig, Trainer, prepare_clip
 from .bitstream import Bitstream, Color, Header, Source, write_bitstream
 from .decoder import Decoder
@@ -33,6 +35,7 @@ from .engine import to_uint8
 from .entropy import entropy_coder
 from .evaluation import evaluate
 from .quantization import quantize, quantize_tensors, quantize_to_levels
+from .sections import MAX_ELEMENTS
 
 __all__ = ["EncodeObserver", "EncodeResult", "code", "embed_all", "encode", "quantization_config"]
 
@@ -111,7 +114,7 @@ def encode(
         TypeError: ``config`` is no EncodeConfig.
         FileNotFoundError: there is no such source.
         MediaError: the source cannot be read, or does not fit in memory.
-        ValueError: the configuration is impossible for this video.
+        ValueError: the configuration is impossible for this video, or exceeds a limit of the format.
         CheckpointError: ``config.workdir`` holds another run's checkpoint.
         TrainingInterrupted: stopped by a signal; the same call goes on if there is a ``workdir``.
     """
@@ -129,6 +132,7 @@ def encode(
         height, width = config.crop or video.frames.shape[1:3]
         centre_crop(video.frames[:1], height, width)  # a crop that does not fit is no question of the network's size
         spec = network.plan(config.parameters, count, height, width, preset=config.preset)
+        _check_limits(video, config, spec)
         clip = prepare_clip(video.frames, config.encoder_input, crop=config.crop, removed=config.highpass_removed)
 
     with stages("train"):
@@ -226,7 +230,7 @@ def code(
     else:
         weights = {name: quantize_to_levels(tensor, levels[name]) for name, tensor in tensors.items()}
         quantised = None if values is None else quantize_to_levels(values, levels[EMBEDDINGS])
-    return write_bitstream(_header(video, config, model), weights, quantised, entropy=config.entropy)
+    return write_bitstream(_header(video, config, model.spec), weights, quantised, entropy=config.entropy)
 
 
 def quantization_config(config: EncodeConfig) -> QuantizationConfig | None:
@@ -266,14 +270,27 @@ def _predictions(model: VideoNetwork, clip: Clip, embeddings: Tensor | None) -> 
         yield to_uint8(model.decode(embedding, index))[0].cpu(), clip.frames[index][0].cpu()
 
 
-def _header(video: Video, config: EncodeConfig, model: VideoNetwork) -> Header:
-    color, size = video.color, (model.spec.height, model.spec.width)
+def _check_limits(video: Video, config: EncodeConfig, spec: ModelSpec) -> None:
+    """Raise before training what :func:`code` or a decoder would raise after it: a limit of the format is exceeded."""
+    _header(video, config, spec)
+    ModelSpec.from_dict(spec.to_dict())
+    embedding_values = spec.frames * math.prod(spec.embedding_shape or (0,))
+    weights = parameter_count(spec) - embedding_values
+    if max(weights, embedding_values) > MAX_ELEMENTS:
+        raise ValueError(
+            f"size must give at most {MAX_ELEMENTS} weights and as many embedding values, got {weights} and "
+            f"{embedding_values}: ask for a smaller size, or code fewer frames"
+        )
+
+
+def _header(video: Video, config: EncodeConfig, spec: ModelSpec) -> Header:
+    color, size = video.color, (spec.height, spec.width)
     full_height, full_width = video.shape[1:3]
     crop = None
     if config.crop is not None:
         crop = (centre_offset(full_height, size[0]), centre_offset(full_width, size[1]), *size)
     return Header(
-        model=model.spec.to_dict(),
+        model=spec.to_dict(),
         frames=len(video),
         height=size[0],
         width=size[1],

@@ -19,9 +19,6 @@ from .engine import OUTPUT_GROUPS, Embeddings, Engine
 
 __all__ = ["AmxEngine", "rejects", "unavailable"]
 
-# In the order in which the networks make their stems; a file may name its streams in another.
-_STREAMS = (("decoder",), ("hfd", "lfd"), ("hfd", "lfd1", "lfd2"))
-
 
 def unavailable() -> str | None:
     """Return why this machine cannot run it, or None."""
@@ -31,8 +28,8 @@ def unavailable() -> str | None:
 
 def rejects(model: VideoNetwork) -> str | None:
     """Return why this engine cannot take a network, or None."""
-    streams = tuple(model.spec.streams)
-    return None if streams in _STREAMS else f"it does not know networks with the streams {', '.join(streams)}"
+    streams = len(model.spec.streams)
+    return None if streams in OUTPUT_GROUPS else f"the network has {streams} streams"
 
 
 class AmxEngine(Engine):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import huffman
-from ..errors import BackendUnavailable, InvalidBitstream, InvalidCode
+from ..errors import BackendUnavailable, BitstreamError, InvalidBitstream, InvalidCode
 from ._bytes import Reader, varint
 
 __all__ = ["ENTROPY_CODERS", "EntropyCoder", "HuffmanCoder", "RangeCoder", "entropy_coder", "entropy_coder_by_code"]
@@ -101,7 +101,12 @@ class HuffmanCoder(EntropyCoder):
         out = np.empty((len(wanted), shape[1]), dtype=dtype)
         position = 0
         for start, stop in _runs(wanted):
-            rows = huffman.decode_rows(data, start, stop, max_symbols=shape[0] * shape[1], verify=False)
+            try:
+                rows = huffman.decode_rows(data, start, stop, max_symbols=shape[0] * shape[1], verify=False)
+            except BitstreamError:
+                raise
+            except ValueError as error:  # the table is shorter than described, or none
+                raise InvalidBitstream(f"the coded rows are not those that the section describes: {error}") from None
             if rows.shape != (stop - start, shape[1]) or rows.dtype != dtype:
                 raise InvalidBitstream("the coded rows are not those that the section describes")
             out[position : position + len(rows)] = rows

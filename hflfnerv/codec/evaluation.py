@@ -92,7 +92,8 @@ def load_reference(
     """Read the original of a coded video, prepared as it was for coding.
 
     What is not given is taken from the file, which knows the frames, the resize and the crop it was made with. A source
-    that already has the coded size is neither resized nor cropped, and one of the coded length is taken whole.
+    that has the coded size, and not the original's, is neither resized nor cropped, and one of the coded length is
+    taken whole.
 
     Returns:
         uint8 ``[T, H, W, 3]``.
@@ -105,7 +106,9 @@ def load_reference(
     count, height, width, _ = decoder.shape
     made = decoder.header.source
     info = probe_video(source)
-    if (info.height, info.width) != (height, width) and made is not None:
+    found = (info.height, info.width)
+    # A resize and a crop may end at the size they began with: only another size tells that they are done already.
+    if made is not None and (found == (made.height, made.width) or found != (height, width)):
         resize = made.resize if resize is None else resize
         crop = made.crop[2:] if crop is None and made.crop is not None else crop
     if frames is None and made is not None and info.num_frames != count:

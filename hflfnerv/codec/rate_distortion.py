@@ -16,6 +16,7 @@ from .._version import __version__
 from ..data import ConventionalCodec, Video, code_conventionally
 from ..errors import BackendUnavailable
 from ..metrics import bd_psnr, bd_rate, bits_per_pixel
+from .bitstream import Source
 from .decoder import Decoder
 from .evaluation import compare, evaluate
 
@@ -66,10 +67,18 @@ def file_point(video: Video, decoder: Decoder, *, setting: str) -> Row:
         setting: names the point on its curve.
 
     Raises:
-        ValueError: the file is not of this clip's shape.
+        ValueError: the file is not of this clip's shape, or of other frames, another resize or another crop of it.
     """
-    quality = evaluate(decoder, video.frames)
     header = decoder.header
+    # A source of another size was prepared by other means: nothing tells then how its frames belong to the file's.
+    if header.source is not None and (header.source.height, header.source.width) == video.source_size:
+        coded, given = _preparation(header.source), _preparation(video)
+        if coded != given:
+            raise ValueError(
+                f"video must be what the file was made of ({coded}), got {given}: give the frames, resize and crop "
+                "with which it was encoded"
+            )
+    quality = evaluate(decoder, video.frames)
     return {
         **_identity(f"{header.model['model']} {header.preset}", setting, video),
         "settings": {"parameters": decoder.model.parameter_counts()["total"], **(header.training or {})},
@@ -192,6 +201,16 @@ def plot_points(points: Sequence[Row], path: str | os.PathLike[str], *, title: s
     # Without dates and random names the same points give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "hflfnerv"}), atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Date": None} if temporary.suffix == ".svg" else None)
+
+
+def _preparation(made: Source | Video) -> str:
+    height, width = made.source_size if isinstance(made, Video) else (made.height, made.width)
+    rows, columns = made.resize or (height, width)
+    top, left, kept_rows, kept_columns = made.crop or (0, 0, rows, columns)
+    return (
+        f"frames from {made.first_frame}, resized to {rows}x{columns}, {kept_rows}x{kept_columns} of that at row {top} "
+        f"and column {left}"
+    )
 
 
 def _identity(implementation: str, setting: str, video: Video) -> Row:

@@ -71,7 +71,7 @@ def encode_tensors(tensors: Mapping[str, QuantizedTensor], coder: EntropyCoder, 
         rows: code the symbols of the one tensor so that slices of its first axis can be read alone.
 
     Raises:
-        ValueError: there are too many tensors or elements, or names are too long.
+        ValueError: there are too many tensors or elements, or names are too long or not printable.
     """
     if not 1 <= len(tensors) <= (1 if rows else MAX_TENSORS):
         raise ValueError(f"tensors must be 1 to {1 if rows else MAX_TENSORS}, got {len(tensors)}")
@@ -84,8 +84,8 @@ def encode_tensors(tensors: Mapping[str, QuantizedTensor], coder: EntropyCoder, 
     high_parts: list[Array] = []
     for name, tensor in tensors.items():
         encoded_name = name.encode("utf-8")
-        if len(encoded_name) > _MAX_NAME_BYTES:
-            raise ValueError(f"a tensor's name must be at most {_MAX_NAME_BYTES} bytes, got {name!r:.60}")
+        if len(encoded_name) > _MAX_NAME_BYTES or not name.isprintable():
+            raise ValueError(f"a tensor's name must be printable, of at most {_MAX_NAME_BYTES} bytes, got {name!r:.60}")
         step, axis = tensor.step, tensor.step.axis
         description += varint(len(encoded_name)) + encoded_name
         description += bytes([tensor.bits, _scheme(step), _NO_AXIS if axis is None else axis, len(tensor.shape)])
@@ -262,10 +262,16 @@ class TensorSection:
 
 
 def _read_record(reader: Reader, what: str) -> TensorRecord:
+    size = reader.varint()
     try:
-        name = reader.take(reader.varint()).decode("utf-8")
+        name = reader.take(size).decode("utf-8")
     except UnicodeDecodeError:
         raise InvalidBitstream(f"{what}: a name is not UTF-8") from None
+    # Messages repeat it, on terminals too.
+    if size > _MAX_NAME_BYTES or not name.isprintable():
+        raise InvalidBitstream(
+            f"{what}: a name must be printable, of at most {_MAX_NAME_BYTES} bytes, got {name!r:.60}"
+        )
     bits, scheme, axis, rank = reader.unpack("BBBB")
     if not MIN_BITS <= bits <= MAX_BITS:
         raise InvalidBitstream(f"{what}: {name}: bits must be in {MIN_BITS}..{MAX_BITS}, got {bits}")

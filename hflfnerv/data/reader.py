@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..errors import MediaError
 from .color import ColorDescription, RGBConverter
 from .images import IMAGE_SUFFIXES, list_images, read_image
 from .selection import FrameRange, as_frame_slice, format_frames
-from .transforms import centre_crop
+from .transforms import centre_crop, centre_offset
 from .transforms import resize as resize_frames
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ DEFAULT_FPS = Fraction(25)
 #: Part of the free memory that frames may take.
 _MEMORY_SHARE = 0.8
 _GROWTH_BYTES = 32 << 20
+_MAX_RATIO_TERM = 2**31 - 1
+# Of an EBML element: an identifier of at most 4 bytes and a size of at most 8.
+_MAX_ELEMENT_HEAD_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Video:
         sample_aspect_ratio: width of a pixel divided by its height; a resize changes it so that the shown shape stays.
         source_size: ``(height, width)`` of the source, before any resize and crop.
         first_frame: index in the source of the first frame.
+        resize: ``(height, width)`` that whole frames were resized to first, or None.
+        crop: ``(top, left, height, width)`` that was then cut out, or None.
     """
 
     frames: Tensor = field(repr=False)
@@ -88,6 +93,8 @@ class Video:
     sample_aspect_ratio: Fraction = Fraction(1)
     source_size: tuple[int, int] = (0, 0)
     first_frame: int = 0
+    resize: tuple[int, int] | None = None
+    crop: tuple[int, int, int, int] | None = None
 
     def __len__(self) -> int:
         return int(self.frames.shape[0])
@@ -157,12 +164,14 @@ def load_video(
     selection = as_frame_slice(frames)
     start, stop = _bounds(opened, selection)
     height, width = _checked_pair("resize", resize) if resize is not None else (info.height, info.width)
-    aspect = info.sample_aspect_ratio * Fraction(info.width * height, width * info.height)
+    aspect = _limited(info.sample_aspect_ratio * Fraction(info.width * height, width * info.height))
+    cut = None
     if crop is not None:
-        resized_height, resized_width = height, width
+        whole_height, whole_width = height, width
         height, width = _checked_pair("crop", crop)
         # Only for its check, before anything is decoded.
-        centre_crop(torch.empty(1, resized_height, resized_width, 0), height, width)
+        centre_crop(torch.empty(1, whole_height, whole_width, 0), height, width)
+        cut = (centre_offset(whole_height, height), centre_offset(whole_width, width), height, width)
 
     if isinstance(opened, _ArraySource) and not opened.on_disk:
         tensor = torch.from_numpy(opened.array[start:stop])
@@ -181,7 +190,7 @@ def load_video(
         result = buffer.finish()
         if not len(result):
             raise _empty(info.name, selection, info.num_frames)
-    return Video(result, info.fps, info.name, info.color, aspect, (info.height, info.width), start)
+    return Video(result, info.fps, info.name, info.color, aspect, (info.height, info.width), start, resize, cut)
 
 
 class _Source(Protocol):
@@ -336,7 +345,7 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
     """Yield frames in presentation order; nothing that FFmpeg had to conceal gets through."""
     remedy = "repair or re-encode the file, or choose frames before it with --frames"
     packets = container.demux(stream)
-    index = 0
+    index = read = 0
     while True:
         try:
             packet = next(packets, None)
@@ -345,6 +354,8 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
             raise MediaError(f"{path} is damaged near frame {index}: {_reason(error)}; {remedy}") from error
         if packet is None:
             break
+        if packet.pos is not None:
+            read = max(read, packet.pos + packet.size)
         for frame in frames:
             if not isinstance(frame, av.VideoFrame):
                 continue
@@ -354,14 +365,43 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
             index += 1
         if packet.is_corrupt:
             raise MediaError(f"{path} is damaged near frame {index}; {remedy}")
+    # A cut file ends like a whole one for the demuxer.
+    size, end = path.stat().st_size, _stated_end(path, container, stream)
+    if end > size:
+        raise MediaError(f"{path} is cut off near frame {index}: it should have {end} bytes and has {size}; {remedy}")
+    if container.format.name == "yuv4mpegpipe" and size > read > 0:
+        raise MediaError(f"{path} is cut off in frame {index}, of which it has {size - read} bytes; {remedy}")
+
+
+def _stated_end(path: Path, container: InputContainer, stream: VideoStream) -> int:
+    """Return how many bytes the file must have by what it says itself; 0 where it does not say.
+
+    Durations would tell less: they are those of the longest stream, and rounded.
+    """
     if "mp4" in container.format.name:
-        # A cut file ends like a whole one for the demuxer, unless it is asked where its index says the end is.
-        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        size = path.stat().st_size
-        if end > size:
-            raise MediaError(
-                f"{path} is cut off near frame {index}: it should have {end} bytes and has {size}; {remedy}"
-            )
+        return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if "matroska" in container.format.name:
+        with path.open("rb") as file:
+            # The EBML header, whose length is not fixed, and the segment that holds everything else (RFC 8794, 9559).
+            header_end = _element_end(file, 0)
+            return 0 if header_end is None else _element_end(file, header_end) or 0
+    return 0
+
+
+def _element_end(file: BinaryIO, position: int) -> int | None:
+    """Return where an EBML element ends that begins at a position; None where it does not say, as in live streams."""
+    file.seek(position)
+    data = file.read(_MAX_ELEMENT_HEAD_BYTES)
+    value = unknown = 0
+    for _ in ("identifier", "size"):
+        # The number of leading zeros of the first byte is that of the bytes which follow it.
+        length = 9 - data[0].bit_length() if data else 1
+        if length > min(8, len(data)):
+            return None
+        unknown = (1 << 7 * length) - 1
+        value = int.from_bytes(data[:length], "big") & unknown
+        position, data = position + length, data[length:]
+    return None if value == unknown else position + value
 
 
 def _stated_count(container: InputContainer, stream: VideoStream, rate: Fraction) -> int | None:
@@ -467,4 +507,11 @@ def _checked_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
 def _checked_fps(fps: Fraction | float) -> Fraction:
     if not 0 < fps < 1_000_000:
         raise ValueError(f"fps must be positive and less than a million, got {fps}")
-    return fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    return _limited(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+
+
+def _limited(ratio: Fraction) -> Fraction:
+    """Return the nearest fraction of two numbers that containers and coded videos can hold."""
+    if ratio < 1:
+        return 1 / _limited(1 / ratio)
+    return ratio.limit_denominator(max(1, _MAX_RATIO_TERM // ratio))

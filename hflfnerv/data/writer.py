@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._atomic import atomic_path
+from .._atomic import atomic_path, resolve_target
 from .._optional import Lazy
 from ..errors import BackendUnavailable, MediaError
 from .color import LIMITED_RANGE, YUVConverter
@@ -63,9 +63,9 @@ class VideoWriter:
     - anything else without a suffix, or an existing folder: ``frame_00000.png``, ``frame_00001.png``, ... in that
       folder, lossless.
 
-    Everything is written beside the target and renamed at the end, so an error, or Ctrl-C, leaves no half-written
-    output and an existing target untouched. Use it as a context manager: leaving it normally finishes the target,
-    leaving it by an exception discards what was written.
+    Everything is written beside the target, or in a hidden folder within a folder that exists, and renamed at the end,
+    so an error, or Ctrl-C, leaves no half-written output and an existing target untouched. Use it as a context manager:
+    leaving it normally finishes the target, leaving it by an exception discards what was written.
 
     Args:
         path: where to write.
@@ -111,11 +111,7 @@ class VideoWriter:
         rate = Fraction(fps).limit_denominator(100_000)
         aspect = sample_aspect_ratio.limit_denominator(10_000)
         try:
-            # A link stays one: the file it points to is replaced.
-            target = Path(os.path.realpath(path))
-            if not target.parent.is_dir():
-                raise MediaError(f"{self._path} cannot be written: there is no folder {target.parent}")
-            self._sink = _open_sink(os.fspath(path), target, overwrite, _Format(rate, aspect, *size, crf))
+            self._sink = _open_sink(os.fspath(path), overwrite, _Format(rate, aspect, *size, crf))
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -249,8 +245,11 @@ class _Sink:
     def discard(self) -> None: ...
 
 
-def _open_sink(path: str, target: Path, overwrite: bool | None, format_: _Format) -> _Sink:
+def _open_sink(path: str, overwrite: bool | None, format_: _Format) -> _Sink:
+    target = Path(os.path.realpath(path))
     suffix = target.suffix.lower()
+    if not target.parent.is_dir():
+        raise MediaError(f"{path} cannot be written: there is no folder {target.parent}")
     if path.endswith(("/", os.sep)) or target.is_dir() or not suffix:
         return _FolderSink(path, target, overwrite)
     kinds: dict[str, type[_FileSink]] = {".y4m": _Y4MSink, ".npy": _NpySink, **dict.fromkeys(_CONTAINERS, _H264Sink)}
@@ -258,11 +257,10 @@ def _open_sink(path: str, target: Path, overwrite: bool | None, format_: _Format
         raise MediaError(
             f"{path} must end in {', '.join(kinds)}, or be a folder for PNG frames (end its name with /), got {suffix}"
         )
-    if target.exists():
-        if not target.is_file():
-            raise MediaError(f"{path} exists and is not a regular file")
-        if overwrite is False:
-            raise MediaError(f"{path} exists already")
+    if resolve_target(path) is None:
+        raise MediaError(f"{path} exists and is not a regular file")
+    if overwrite is False and target.exists():
+        raise MediaError(f"{path} exists already")
     return kinds[suffix](target, format_)
 
 
@@ -399,7 +397,9 @@ class _FolderSink(_Sink):
                 raise MediaError(f"{path} exists and is not a folder")
             if not overwrite and any(target.iterdir()):
                 raise MediaError(f"{path} is a folder that is not empty; empty it, or choose another")
-        self._temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+        # A folder that is there may be where somebody works, or a mount point: it is filled, not replaced.
+        parent = target if target.exists() else target.parent
+        self._temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=parent))
         umask = os.umask(0)
         os.umask(umask)
         self._temporary.chmod(0o777 & ~umask)
@@ -408,7 +408,7 @@ class _FolderSink(_Sink):
         Image.fromarray(frame).save(self._temporary / f"frame_{index:05d}.png", compress_level=_PNG_LEVEL)
 
     def commit(self, count: int) -> None:
-        if not self._target.exists() or not any(self._target.iterdir()):
+        if self._temporary.parent != self._target:
             self._temporary.replace(self._target)
             return
         for image in sorted(self._temporary.iterdir()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +21,12 @@ _MAX_DETAIL = 64
 _MAX_STAGES = 8
 _MAX_PIXELS = 2**28
 _MAX_PARAMETERS = 2**28
+# Values of a layer: 8 GiB as float32, for frames as large as 4K with 100 million weights or 8K with 6 million have no
+# more. Of small frames far less, so that what a file may take is known from the size of its frames.
+_MAX_ACTIVATION = 2**31
+_MAX_ACTIVATION_PER_PIXEL = 512
+_FREE_ACTIVATION = 2**26
+_MAX_STREAM_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ class StreamSpec:
     def layout(self) -> Layout:
         return Layout(self.grid, self.strides)
 
+    @property
+    def largest_activation(self) -> int:
+        """The most values that the output of a layer has: of the stem, of a block, or of the head, for one frame."""
+        scales = itertools.accumulate(self.strides, operator.mul, initial=1)
+        channels = [*self.widths[:-1], max(self.widths[-1], 3)]
+        values = [width * scale**2 for width, scale in zip(channels, scales, strict=True)]
+        if self.detail is not None:
+            values.append(math.ceil(self.detail.width / self.detail.stride**2))
+        return math.prod(self.grid) * max(values)
+
 
 @dataclass(frozen=True)
 class TimeSpec:
@@ -81,7 +99,8 @@ class ModelSpec:
         width: frame width in pixels.
         embedding_channels: channels of a frame's embedding, the coarser one if there are two; 0 for a network driven by
             time alone.
-        streams: the decoder streams by name.
+        streams: the decoder streams by name, in alphabetical order, in which the networks make them; files may have
+            them in any.
         time: the time encoding, None for a network that does not see the time.
         time_split: levels of the encoding that feed the first of two low-frequency streams.
     """
@@ -94,6 +113,9 @@ class ModelSpec:
     streams: Mapping[str, StreamSpec] = field(default_factory=dict)
     time: TimeSpec | None = None
     time_split: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "streams", dict(sorted(self.streams.items())))
 
     @property
     def embedding_shape(self) -> tuple[int, int, int] | None:
@@ -128,7 +150,12 @@ class ModelSpec:
         streams_data = _get(data, "streams", dict)
         if not 1 <= len(streams_data) <= 4:
             raise ValueError(f"streams must hold 1 to 4 entries, got {len(streams_data)}")
-        streams = {str(name): _stream_from_dict(name, value) for name, value in streams_data.items()}
+        for name in streams_data:
+            if not isinstance(name, str) or len(name) > _MAX_STREAM_NAME or not name.isprintable():
+                raise ValueError(
+                    f"streams must have printable names of at most {_MAX_STREAM_NAME} characters, got {name!r:.60}"
+                )
+        streams = {name: _stream_from_dict(name, value) for name, value in streams_data.items()}
         time_data = data.get("time")
         time = None
         if time_data is not None:
@@ -152,6 +179,13 @@ class ModelSpec:
             rows, columns = stream.layout.output
             if rows < spec.height or columns < spec.width or rows * columns > _MAX_PIXELS:
                 raise ValueError(f"streams.{name} must cover {spec.height} x {spec.width}, got {rows} x {columns}")
+            per_pixel = _MAX_ACTIVATION_PER_PIXEL * spec.height * spec.width
+            most = min(_MAX_ACTIVATION, max(_FREE_ACTIVATION, per_pixel))
+            if stream.largest_activation > most:
+                raise ValueError(
+                    f"streams.{name} must have layers of at most {most} values for frames of {spec.height} x "
+                    f"{spec.width}, got {stream.largest_activation}"
+                )
         return spec
 
 

@@ -12,10 +12,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from published_checkpoints import published_names
 
 from hflfnerv import Decoder
 from hflfnerv.cli import main
 from hflfnerv.data import load_video, write_frames
+from hflfnerv.models import MODELS, build_model
 
 SMALL = ["--size", "60k", "--epochs", "3", "--quiet"]
 
@@ -109,6 +112,17 @@ def test_eval_knows_frames_resize_and_crop(folder, tmp_path, capsys):
     assert run("eval", coded, "--reference", tmp_path / "frames", "--json") == 0
 
 
+def test_eval_resizes_and_crops_to_the_size_of_the_source(folder, tmp_path, capsys):
+    """The coded size is the source's, the coded frames are not: only the middle of each."""
+    coded, report = tmp_path / "middle.hflf", tmp_path / "report.json"
+    options = ["--resize", "96x128", "--crop", "48x64"]
+    assert run("encode", folder / "images", "-o", coded, "--json", report, *options, *SMALL) == 0
+    capsys.readouterr()
+    assert run("eval", coded, "--reference", folder / "images", "--json") == 0
+    psnr_db = json.loads(capsys.readouterr().out)["psnr_db"]
+    assert psnr_db == pytest.approx(json.loads(report.read_text())["psnr_db"], abs=1e-9)
+
+
 def test_encode_weighs_the_rate(folder, tmp_path, capsys):
     sizes = {}
     for weight in ("0", "0.2", "2"):
@@ -166,6 +180,30 @@ def test_ctrl_c_then_the_same_command_gives_the_same_file(folder, tmp_path):
     assert not work.exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_decode_that_is_stopped_leaves_nothing(folder, tmp_path, number, code):
+    slow = (
+        "import sys, time\n"
+        "from hflfnerv.cli import main\n"
+        "from hflfnerv.data import VideoWriter\n"
+        "write = VideoWriter.write\n"
+        "VideoWriter.write = lambda self, frames: (write(self, frames), time.sleep(60))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", slow, "decode", folder / "clip.hflf", "-o", tmp_path / "out.y4m"]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code, error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_input(folder, tmp_path, capsys):
     out = tmp_path / "out.hflf"
     (tmp_path / "empty").mkdir()
@@ -217,6 +255,39 @@ def test_no_file_is_both_read_and_written(folder, tmp_path, moving_frames, capsy
     assert "--json must be another" in fails(capsys, "rd", clip, "--json", clip)
     assert clip.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "link.npy"}
+
+
+def test_no_image_of_the_input_is_written(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    outside = tmp_path / "frame.hflf"
+    (images / "frame_00000.png").rename(outside)
+    (images / "frame_00000.png").symlink_to(outside)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    first, new = images / "frame_00000.png", images / "new.png"
+    for command in (
+        ["encode", images, "-o", images / "frame_00001.png"],
+        ["encode", images, "-o", first],
+        ["encode", images, "-o", outside],
+        ["encode", images, "-o", images / "clip.hflf", "--json", first],
+        ["import", folder / "clip.hflf", "--reference", images, "-o", first],
+        ["rd", images, "--codecs", "none", "--hflf", folder / "clip.hflf", "--plot", first],
+    ):
+        assert "must be another file than the images that are read, got " in fails(capsys, *command)
+    error = fails(capsys, "rd", images, "--codecs", "none", "--hflf", folder / "clip.hflf", "--plot", new)
+    assert error.endswith(f"--plot must not be an image in the folder that is read, got {new}")
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
+    # Other files may be there: they are not read.
+    assert run("encode", images, "-o", images / "clip.hflf", "--json", images / "clip.json", *SMALL) == 0
+    assert run("encode", images, "-o", images / "clip.hflf", *SMALL) == 0
+
+
+def test_a_coded_video_is_named_so(folder, tmp_path, capsys):
+    for name in ("clip.mp4", "clip"):
+        for command in (["encode", folder / "images"], ["import", folder / "clip.hflf"]):
+            error = fails(capsys, *command, "-o", tmp_path / name)
+            assert error.endswith(f"--output must end in .hflf, got {tmp_path / name}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_its_folder_only_checkpoints_are_removed(folder, tmp_path):
@@ -289,26 +360,41 @@ def test_truncated_file_is_one_clear_line(folder, tmp_path, capsys):
     assert not (tmp_path / "out.npy").exists()
 
 
-def test_full_disk(folder, tmp_path):
+def test_full_disk(folder, tmp_path, tmp_path_factory):
     resource = pytest.importorskip("resource")
+    model = build_model(MODELS["hnerv"].plan(60_000, 2, 96, 160))
+    checkpoint = tmp_path_factory.mktemp("import")
+    torch.save({"epoch": 1, "state_dict": published_names(model.state_dict())}, checkpoint / "model.pth")
+    write_frames(checkpoint / "images", np.zeros((2, 96, 160, 3), np.uint8), fps=25)
 
     def limit_file_size():
         # The nearest thing to a full disk that needs no privileges: writes beyond 10 kB fail.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
-    for command in (
-        ["encode", folder / "images", "-o", tmp_path / "x.hflf", *SMALL],
-        ["decode", folder / "clip.hflf", "-o", tmp_path / "x.npy"],
-        ["decode", folder / "clip.hflf", "-o", tmp_path / "x.y4m"],
-        ["import", folder / "clip.hflf", "-o", tmp_path / "x.hflf"],
+    for command, target, message in (
+        (["encode", folder / "images", *SMALL], "x.hflf", "File too large: {}.work/checkpoint.safetensors"),
+        (["decode", folder / "clip.hflf"], "x.npy", "{} cannot be written: File too large"),
+        (["decode", folder / "clip.hflf"], "x.y4m", "{} cannot be written: File too large"),
+        (["import", checkpoint / "model.pth", "--reference", checkpoint / "images"], "x.hflf", "File too large: {}"),
     ):
-        arguments = [sys.executable, "-m", "hflfnerv", *map(str, command)]
+        arguments = [sys.executable, "-m", "hflfnerv", *map(str, command), "-o", str(tmp_path / target)]
         result = subprocess.run(arguments, preexec_fn=limit_file_size, capture_output=True, text=True, check=False)
         assert result.returncode == 1
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert result.stderr.startswith("hflfnerv: error: ")
+        assert result.stderr == f"hflfnerv: error: {message.format(tmp_path / target)}\n"
         assert list(tmp_path.iterdir()) == []
+
+
+def test_advice_on_memory_is_for_the_command(folder, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError("9 bytes")
+
+    monkeypatch.setattr("hflfnerv.codec.Decoder.iter_frames", fail)
+    monkeypatch.setattr("hflfnerv.codec.encoder.load_video", fail)
+    error = fails(capsys, "decode", folder / "clip.hflf", "-o", tmp_path / "out.npy")
+    assert "not enough memory (9 bytes): the network of this file needs it" in error
+    error = fails(capsys, "encode", folder / "images", "-o", tmp_path / "out.hflf", *SMALL)
+    assert error.endswith("not enough memory (9 bytes): fewer frames (--frames), smaller ones (--resize)")
 
 
 def test_usage_errors_exit_with_2(capsys):

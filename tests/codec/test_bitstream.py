@@ -260,6 +260,9 @@ _ONES = _CODER.encode_arrays([np.ones(4, dtype=np.uint8)])
         (lambda: _section([_description() + b"\0"]), "1 bytes too many"),
         (lambda: _section([_description()] * 2), "the same name"),
         (lambda: _section([_description(name=b"\xff")]), "not UTF-8"),
+        (lambda: _section([_description(name=b"\x1b]0;x\x07")]), r"must be printable, .*, got '\\x1b"),
+        (lambda: _section([_description(name="\u202e".encode())]), r"must be printable, .*, got '\\u202e"),
+        (lambda: _section([_description(name=b"x" * 256)]), "of at most 255 bytes"),
         (lambda: _section([_description(bits=1)]), "bits must be in"),
         (lambda: _section([_description(bits=13)]), "bits must be in"),
         (lambda: _section([_description(bits=2, sizes=[4])]), None),
@@ -336,6 +339,7 @@ def test_writer_rejects(weights: Weights) -> None:
         ({}, "tensors must be 1 to 4096, got 0"),
         ({str(i): tensor for i in range(4097)}, "got 4097"),
         ({"x" * 256: tensor}, "at most 255 bytes"),
+        ({"\x1b": tensor}, "must be printable"),
         ({f"{i:0255}": tensor for i in range(4096)}, "must fit 1048576 bytes"),
     ]:
         with pytest.raises(ValueError, match=message):

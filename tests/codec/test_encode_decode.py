@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import subprocess
 import sys
 import threading
 from fractions import Fraction
@@ -12,9 +15,10 @@ import pytest
 import torch
 
 from hflfnerv import Decoder, EncodeConfig, encode
-from hflfnerv.codec import Bitstream, evaluate, load_model, write_bitstream
-from hflfnerv.errors import BackendUnavailable, BitstreamError, CheckpointError, InvalidBitstream
-from hflfnerv.models import MODELS, hflf
+from hflfnerv.codec import Bitstream, evaluate, write_bitstream
+from hflfnerv.errors import BackendUnavailable, CheckpointError, InvalidBitstream
+from hflfnerv.models import MODELS, ModelSpec, hflf
+from hflfnerv.models.budget import parameter_count
 
 CONFIG = EncodeConfig(size="60k", epochs=2)
 
@@ -210,25 +214,44 @@ def test_a_header_that_does_not_fit_is_refused(coded):
         Decoder(rewritten(coded.bitstream, model=spec | {"streams": wider}))
 
 
-def test_a_huge_claim_allocates_nothing(coded):
-    import tracemalloc
+_UNDER_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+from hflfnerv.codec import Bitstream, load_model
+from hflfnerv.errors import InvalidBitstream
 
+good, huge = (Path(name).read_bytes() for name in sys.argv[1:])
+load_model(Bitstream.open(good))  # what is loaded or started the first time is not what is measured
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 2**26
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    load_model(Bitstream.open(huge))
+except InvalidBitstream as error:
+    print(error)
+"""
+
+
+def test_a_huge_claim_allocates_nothing(coded, tmp_path):
+    """Networks of a gigabyte, within every limit of a header, of which the file has no weights."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc to know how much memory is taken")
     spec = dict(Bitstream.open(coded.bitstream).header.model)
     streams = {name: dict(stream) for name, stream in spec["streams"].items()}
     for stream in streams.values():
-        stream["widths"] = [1500] * len(stream["widths"])
-    data = rewritten(coded.bitstream, model=spec | {"streams": streams})
-    tracemalloc.start()
-    with pytest.raises(BitstreamError):
-        load_model(Bitstream.open(data))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 50e6
+        per_pair = sum((s * k) ** 2 for s, k in zip(stream["strides"], stream["kernels"], strict=True))
+        stream["widths"] = [math.isqrt(2**27 // per_pair)] * len(stream["widths"])
+    huge = ModelSpec.from_dict(spec | {"streams": streams})
+    assert 4 * parameter_count(huge) > 2**28
+    names = [tmp_path / "good.hflf", tmp_path / "huge.hflf"]
+    for name, data in zip(names, (coded.bitstream, rewritten(coded.bitstream, model=huge.to_dict())), strict=True):
+        name.write_bytes(data)
+    command = [sys.executable, "-c", _UNDER_A_LIMIT, *map(str, names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("the weights must fit the network"), done.stderr
 
 
 def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "constriction", None)
     trained = []
 
@@ -242,6 +265,43 @@ def test_missing_coder_is_told_before_training(moving_frames, monkeypatch):
     with pytest.raises(BackendUnavailable, match="constriction"):
         encode(moving_frames, dataclasses.replace(CONFIG, entropy="range"), observer=Observer())
     assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "message"),
+    [
+        ((1, 8, 16400, 3), {"size": "150k"}, r"width must be in 1\.\.16384, got 16400"),
+        ((2, 48, 64, 3), {"size": "200M"}, "size must give at most 134217728 weights"),
+        (
+            (2, 48, 64, 3),
+            {"size": "200M", "model": "nerv", "preset": "paper"},
+            "size must give at most 134217728 weights",
+        ),
+    ],
+)
+def test_limits_of_the_format_are_told_before_training(shape, change, message):
+    stages = []
+
+    class Observer:
+        def stage(self, name):
+            stages.append(name)
+
+        def step(self, trainer):
+            pass
+
+    with pytest.raises(ValueError, match=message):
+        encode(np.zeros(shape, np.uint8), dataclasses.replace(CONFIG, **change), observer=Observer())
+    assert stages == ["load"]
+
+
+def test_any_frame_rate_is_stored(moving_frames):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    for given, stored in (
+        (Fraction(29.97), Fraction(2997, 100)),
+        (Fraction(10**10 + 1, 4 * 10**10), Fraction(1, 4)),
+        (Fraction(999_999 * 10**9 + 1, 10**9), Fraction(999_999)),
+    ):
+        assert Bitstream.open(encode(moving_frames[:1], config, fps=given).bitstream).header.fps == stored
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import itertools
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hflfnerv.codec import Decoder, convert_checkpoint
+from hflfnerv import EncodeConfig, encode
+from hflfnerv.codec import Bitstream, Decoder, convert_checkpoint
 from hflfnerv.codec import engine as engines
+from hflfnerv.codec.container import Container, Section, write_container
 from hflfnerv.codec.engine import DECODE, ModuleEngine, make_engine, to_uint8
-from hflfnerv.codec.engine_amx import AmxEngine, rejects, unavailable
+from hflfnerv.codec.engine_amx import AmxEngine, unavailable
 from hflfnerv.codec.engine_fused import FusedEngine
 from hflfnerv.models import MODELS, ModelSpec, StreamSpec, build_model
 from hflfnerv.models.streams import use_implementation
@@ -127,11 +131,21 @@ def test_fused_frames_are_those_of_float64(case, options):
     assert np.array_equal(out, frames[[2, 0]])
 
 
-def test_streams_in_another_order_are_the_module_s():
-    spec = network(*NETWORKS[3]).spec
-    streams = dict(reversed(spec.streams.items()))
-    model = build_model(dataclasses.replace(spec, streams=streams), with_encoder=False)
-    assert rejects(model) == "it does not know networks with the streams lfd2, lfd1, hfd"
+@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_file_may_have_its_streams_in_any_order(moving_frames, preset, precision):
+    data = encode(moving_frames, EncodeConfig(size="60k", epochs=1, preset=preset)).bitstream
+    fields = json.loads(Bitstream.open(data).header.to_json())
+    streams = fields["model"]["streams"]
+    expected = Decoder(data, device="cpu", precision=precision)[:]
+    sections = [Section(tag, Container.parse(data).section(tag)) for tag in ("WGTS", "EMBD")]
+    for names in itertools.permutations(streams):
+        fields["model"]["streams"] = {name: streams[name] for name in names}
+        text = json.dumps(fields).encode()
+        header = SimpleNamespace(to_json=lambda text=text: text)
+        decoder = Decoder(write_container(header, sections), device="cpu", precision=precision)
+        assert list(decoder.header.model["streams"]) == list(names)
+        assert np.array_equal(decoder[:], expected)
 
 
 @needs_amx

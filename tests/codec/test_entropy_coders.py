@@ -73,6 +73,14 @@ def test_decoding_what_is_not_described_is_an_error(entropy: str) -> None:
             coder.decode_arrays(data, sizes, dtypes)
 
 
+@pytest.mark.parametrize("coded", [np.zeros((3, 4), np.uint8), np.zeros(12, np.uint8), np.uint8(0)], ids=str)
+def test_a_table_that_is_not_described_is_an_error(coded: np.ndarray) -> None:
+    data = huffman.encode(np.asarray(coded))
+    for wanted in ([4], [0, 1, 2, 3, 4]):
+        with pytest.raises(InvalidBitstream, match="not those that the section describes"):
+            entropy_coder("huffman").decode_rows(data, (5, 4), np.dtype(np.uint8), np.array(wanted))
+
+
 def test_cut_data_gives_an_error_or_symbols(entropy: str) -> None:
     """A range coder may not notice; the section's checksum does. Nothing else may happen."""
     coder = entropy_coder(entropy)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from published_checkpoints import published_names
 
 from hflfnerv import Decoder
 from hflfnerv.cli import main
@@ -62,23 +63,8 @@ def training_checkpoint(request, tmp_path):
     if request.param == "hflf":
         model.time.spec = type(model.time.spec)(1.25, 30, 0)  # the published code's index / T
         model.time.table = model.time._rows(np.arange(3))
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        if parts[0] in ("decoder", "hfd"):
-            name = {
-                "stem": f"decoder.0.conv.downconv.{parts[-1]}",
-                "head": f"head_layer.{parts[-1]}",
-            }.get(parts[1]) or f"decoder.{int(parts[2]) + 1}.conv.upconv.0.{parts[-1]}"
-        elif parts[0] in ("lfd1", "lfd2"):
-            number = parts[0][-1]
-            name = {
-                "stem": f"lr_decoder{number}.0.0.{parts[-1]}",
-                "head": f"lr_head_layer{number}.{parts[-1]}",
-            }.get(parts[1]) or f"lr_decoder{number}.{int(parts[2]) + 1}.conv.upconv.0.{parts[-1]}"
-        renamed[name] = tensor
     path = tmp_path / "model_latest.pth"
-    torch.save({"epoch": 7, "state_dict": renamed, "optimizer": {"state": {}}}, path)
+    torch.save({"epoch": 7, "state_dict": published_names(model.state_dict()), "optimizer": {"state": {}}}, path)
     return path, model, frames, tmp_path / "images"
 
 

@@ -41,6 +41,18 @@ def test_a_file_point(moving_frames) -> None:
         file_point(Video(load_video(moving_frames[:3]).frames), decoder, setting="60k")
 
 
+def test_a_file_point_is_of_the_frames_that_were_coded(moving_frames) -> None:
+    chosen = {"frames": (0, 3), "resize": (64, 96), "crop": (32, 64)}
+    decoder = Decoder(encode(moving_frames, EncodeConfig(size="60k", epochs=1, **chosen)).bitstream)
+    point = file_point(load_video(moving_frames, **chosen), decoder, setting="60k")
+    for other in ({"frames": (3, 6)}, {"resize": (48, 80)}, {"resize": None}):
+        with pytest.raises(ValueError, match=r"video must be what the file was made of \(frames from 0, .* got"):
+            file_point(load_video(moving_frames, **{**chosen, **other}), decoder, setting="60k")
+    # Prepared by other means, it has another size, and is taken as it is.
+    prepared = load_video(load_video(moving_frames, **chosen).frames)
+    assert file_point(prepared, decoder, setting="60k")["psnr_db"] == point["psnr_db"]
+
+
 def test_means_are_over_clips_that_have_the_point() -> None:
     rows = [row("x265", "a", "28", 0.1, 30), row("x265", "b", "28", 0.3, 36), row("x265", "a", "32", 0.05, 28)]
     rows.append(row("hflf", "a", "1M", 0.2, 31, None))

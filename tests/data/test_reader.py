@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hflfnerv.data import Video, load_video, probe_video, reader
+from hflfnerv.data import Video, load_video, probe_video, reader, write_frames
 from hflfnerv.errors import MediaError
 
 
@@ -96,6 +96,7 @@ def test_resize_then_crop(clip: Path) -> None:
     whole = load_video(clip)
     both = load_video(clip, frames="2:", resize=(16, 16), crop=(8, 10))
     assert (both.source_size, both.first_frame) == ((32, 48), 2)
+    assert (both.resize, both.crop) == ((16, 16), (4, 3, 8, 10))
     assert both.shape == (10, 8, 10)
     assert both.frames.is_contiguous()
     from_array = load_video(whole.frames, frames="-10:", resize=(16, 16), crop=(8, 10))
@@ -139,6 +140,12 @@ def test_frame_rates(tmp_path: Path, write_rgb_clip: Any, write_grey_clip: Any) 
 def test_sample_aspect_ratio(tmp_path: Path, write_rgb_clip: Any) -> None:
     path = write_rgb_clip(tmp_path / "clip.mov", staircase(2), sample_aspect_ratio=Fraction(16, 11))
     assert load_video(path).sample_aspect_ratio == Fraction(16, 11)
+    path = write_rgb_clip(tmp_path / "odd.mov", staircase(1), sample_aspect_ratio=Fraction(65521, 65519))
+    exact = Fraction(65521, 65519) * Fraction(48 * 16001, 2 * 32)
+    found = load_video(path, resize=(16001, 2)).sample_aspect_ratio
+    # A coded video holds terms of 31 bits.
+    assert max(exact.numerator, exact.denominator) >= 2**31 > max(found.numerator, found.denominator)
+    assert found == pytest.approx(exact, rel=1e-9)
 
 
 def test_probe_reads_one_frame(clip: Path, tmp_path: Path, write_grey_clip: Any) -> None:
@@ -306,6 +313,54 @@ def test_a_cut_file_is_reported(tmp_path: Path, mp4: Path, kept: float) -> None:
     with pytest.raises(MediaError, match=r"cut\.mp4 is (damaged|cut off) near frame \d+"):
         load_video(tmp_path / "cut.mp4")
     assert len(load_video(mp4)) == 12
+
+
+@pytest.fixture(scope="module")
+def matroska(tmp_path_factory: pytest.TempPathFactory, write_grey_clip: Any) -> Path:
+    path = tmp_path_factory.mktemp("mkv") / "whole.mkv"
+    return write_grey_clip(path, noise(12), options={"g": "1"}, format="matroska")
+
+
+@pytest.mark.parametrize("kept", [0.4, 0.75, 0.999])
+def test_a_cut_matroska_file_is_reported(tmp_path: Path, matroska: Path, kept: float) -> None:
+    content = matroska.read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(MediaError, match=rf"cut\.mkv is (cut off .* have {len(content)} bytes and has|damaged near)"):
+        load_video(tmp_path / "cut.mkv")
+    assert len(load_video(tmp_path / "cut.mkv", frames=":2")) == 2
+    assert len(load_video(matroska)) == 12
+
+
+def test_matroska_without_a_stated_size_is_read(tmp_path: Path, write_grey_clip: Any) -> None:
+    """As live streams are written: nothing tells where they end."""
+    path = write_grey_clip(tmp_path / "live.mkv", noise(4), format="matroska", container_options={"live": "1"})
+    assert len(load_video(path)) == 4
+
+
+def test_a_video_may_be_shorter_than_its_sound(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("ffv1", rate=25), container.add_stream("pcm_s16le", rate=8000)
+        video.width, video.height, video.pix_fmt, sound.layout = 32, 32, "yuv420p", "mono"
+        frames = [av.VideoFrame.from_ndarray(frame, "rgb24") for frame in staircase(3, 32, 32)]
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), "s16", "mono")
+        samples.sample_rate = 8000
+        for stream, given in ((video, frames), (sound, [samples])):
+            for frame in (*given, None):
+                container.mux(stream.encode(frame))
+    assert len(load_video(path)) == 3
+
+
+@pytest.mark.parametrize("missing", [1, 3000, 32 * 48 * 3])
+def test_a_cut_y4m_file_is_reported(tmp_path: Path, missing: int) -> None:
+    write_frames(tmp_path / "whole.y4m", staircase(5), 25)
+    content = (tmp_path / "whole.y4m").read_bytes()
+    (tmp_path / "cut.y4m").write_bytes(content[:-missing])
+    left = 32 * 48 * 3 - missing + len(b"FRAME\n")
+    with pytest.raises(MediaError, match=rf"cut\.y4m is cut off in frame 4, of which it has {left} bytes"):
+        load_video(tmp_path / "cut.y4m")
+    assert len(load_video(tmp_path / "cut.y4m", frames=":4")) == 4
+    assert len(load_video(tmp_path / "whole.y4m")) == 5
 
 
 # SHA-256 of the RGB samples of the published PNGs 0001, 0002, 0066 and 0132 of "Bunny".

@@ -229,6 +229,26 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "clip.npy"), noise(1))
 
 
+def test_a_folder_that_exists_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be where somebody works, or a mount point, which cannot be replaced."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    before = folder.stat().st_ino
+    monkeypatch.chdir(folder)
+    tmp_path.chmod(0o555)  # nothing is written beside it
+    try:
+        write_frames(".", noise(3), 25)
+    finally:
+        tmp_path.chmod(0o755)
+    assert folder.stat().st_ino == before
+    assert names(folder) == ["frame_00000.png", "frame_00001.png", "frame_00002.png"]
+    assert np.array_equal(load_video(".").frames.numpy(), noise(3))
+    with VideoWriter(tmp_path / "new", 25, (48, 64)) as writer:
+        writer.write(noise(1))
+        assert not (tmp_path / "new").exists()
+    assert names(tmp_path) == ["frames", "new"]
+
+
 def test_folders_are_never_emptied(tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     folder.mkdir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 
@@ -69,6 +70,12 @@ def _section(data: bytes) -> bytes:
     return struct.pack("<BBIIII", coder, 0, len(description), len(deflated), raw, planes) + deflated + body
 
 
+def _huffman(body: bytes) -> bytes:
+    """The body behind the header of HUFFMAN.md, with the checksum that it should have."""
+    start, rest = b"HFLH\x01", len(body).to_bytes(6, "little") + body
+    return start + struct.pack("<I", zlib.crc32(start + rest)) + rest
+
+
 def one_input(data: bytes) -> None:
     """Read what an input says; raises nothing but what is a bug."""
     if not data:
@@ -88,8 +95,10 @@ def one_input(data: bytes) -> None:
             _read_section(TensorSection(_section(rest), "section WGTS"))
         else:
             coder = entropy_coder("range" if rest[:1] >= b"\x80" else "huffman")
+            coded = _huffman(rest[1:]) if rest[:1] == b"\x01" else rest[1:]
             dtypes = [np.dtype(np.uint8), np.dtype(np.int16)]
-            coder.decode_arrays(rest[1:], [70, 300], dtypes)
-            coder.decode_rows(rest[1:], (9, 33), dtypes[0], np.array([0, 4, 5, 8]))
+            with suppress(BitstreamError):
+                coder.decode_arrays(coded, [70, 300], dtypes)
+            coder.decode_rows(coded, (9, 33), dtypes[0], np.array([0, 4, 5, 8]))
     except BitstreamError:
         pass

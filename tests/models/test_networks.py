@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hflfnerv.models import MODELS, HFLFNeRV, HNeRV, ModelSpec, TimeEncoding, TimeSpec, build_model
+from hflfnerv.models import MODELS, HFLFNeRV, HNeRV, ModelSpec, StreamSpec, TimeEncoding, TimeSpec, build_model
+from hflfnerv.models.spec import DetailSpec
 
 SIZES = [(96, 160), (17, 31), (45, 80)]
 # Every structure there is; the presets of the other networks differ in widths alone.
@@ -199,6 +200,8 @@ def replaced(path, value):
         (replaced(["height"], "64"), "height"),
         (replaced(["width"], True), "width"),
         (replaced(["streams"], {}), "streams"),
+        (replaced(["streams", "\x1b]0;x\x07"], {}), r"printable names of at most 64 characters, got '\\x1b"),
+        (replaced(["streams", "x" * 65], {}), "printable names"),
         (replaced(["streams", "hfd", "widths"], [1]), "hfd"),
         (replaced(["streams", "hfd", "kernels", 0], 2), "kernels"),
         (replaced(["streams", "hfd", "strides"], [10**9]), "strides"),
@@ -242,6 +245,45 @@ def test_spec_of_best_rejects(change, message):
     change(data)
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_dict(data)
+
+
+@pytest.mark.parametrize("name", ["hflf", "hflf/best", "hnerv", "nerv"])
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [(100_000_000, 2160, 4096), (6_000_000, 4320, 7680), (60_000, 1, 1)]
+)
+def test_layers_of_sensible_networks_fit(name, size, height, width):
+    spec = plan(name, size, 100, height, width)
+    assert ModelSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize(
+    ("frame", "stream", "most"),
+    [
+        ((64, 64), StreamSpec((64, 128), (1, 4096), (2,), (1,)), 2**26),
+        ((64, 64), StreamSpec((512, 512), (1, 1), (16,), (1,)), 2**26),  # the head has three channels
+        ((1024, 1024), StreamSpec((256, 256), (1, 513, 1), (4, 1), (1, 1)), 2**29),
+        ((8192, 8192), StreamSpec((8192, 8192), (1, 33, 1), (1, 1), (1, 1)), 2**31),
+        ((64, 64), StreamSpec((4096, 4096), (1, 1), (1,), (1,), detail=DetailSpec(1, 4096, 16)), 2**26),
+    ],
+)
+def test_a_layer_has_no_more_values_than_its_frame_needs(frame, stream, most):
+    data = ModelSpec("hnerv", 1, *frame, 1, {"decoder": stream}).to_dict()
+    with pytest.raises(ValueError, match=f"decoder must have layers of at most {most} values for frames of {frame[0]}"):
+        ModelSpec.from_dict(data)
+
+
+@pytest.mark.parametrize("name", ["hflf", "hflf/best", "hnerv", "nerv"])
+def test_the_largest_layer_is_that_of_the_network(name):
+    net = make(name, 48, 64)
+    values = {stream: [] for stream in net.spec.streams}
+    for stream, sizes in values.items():
+        module = net.get_submodule(stream)
+        for layer in (module.stem, *module.blocks, module.head):
+            layer.register_forward_hook(lambda module, given, out, sizes=sizes: sizes.append(out.numel()))
+    shape = net.spec.embedding_shape
+    net.decode(None if shape is None else torch.zeros(1, *shape), torch.tensor([0]))
+    for stream, spec in net.spec.streams.items():
+        assert max(values[stream]) == spec.largest_activation
 
 
 def test_a_low_frequency_stream_needs_knots_or_a_time():
