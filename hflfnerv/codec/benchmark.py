@@ -8,7 +8,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._device import training_precision
-from .._version import __version__
 from ..config import PRESETS
 from ..models import MODELS, VideoNetwork, build_model
 from ..models.convnext import DepthwiseConv
 from ..models.streams import use_implementation
 from ..train import TrainConfig, Trainer, prepare_clip
-from .bitstream import Header, write_bitstream
+from .bitstream import write_bitstream
 from .decoder import Decoder
+from .encoder import make_header
 from .engine import to_uint8
 from .engine_cuda import CudaEngine
 from .quantization import quantize, quantize_tensors
@@ -112,20 +111,11 @@ def measure(
 
 def _file(network: VideoNetwork) -> bytes:
     spec = network.spec
-    header = Header(
-        model=spec.to_dict(),
-        frames=spec.frames,
-        height=spec.height,
-        width=spec.width,
-        fps=Fraction(25),
-        preset="paper",
-        writer=f"hflfnerv {__version__}",
-    )
     weights = {name: p.detach().numpy() for name, p in network.coded_parameters().items()}
     shape = spec.embedding_shape
     values = None if shape is None else np.random.default_rng(0).normal(size=(spec.frames, *shape))
     embeddings = None if values is None else quantize(values.astype(np.float32), 6)
-    return write_bitstream(header, quantize_tensors(weights, 8), embeddings)
+    return write_bitstream(make_header(spec, preset="paper"), quantize_tensors(weights, 8), embeddings)
 
 
 def plain_network(network: VideoNetwork) -> VideoNetwork:

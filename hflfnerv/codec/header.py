@@ -31,8 +31,8 @@ class Color:
     """How the source stored its colours, for a player or encoder of the decoded frames, which are full-range R'G'B'.
 
     Attributes:
-        matrix: ``"rgb"``, or the YUV matrix, e.g. ``"bt709"``; None where the source does not say.
-        range: ``"full"`` or ``"limited"``; None where the source does not say.
+        matrix: ``"rgb"``, or the YUV matrix by which it was read, e.g. ``"bt709"``; None if unknown.
+        range: ``"full"`` or ``"limited"``, the one by which it was read; None if unknown.
         primaries: colour primaries, e.g. ``"bt709"``; None where the source does not say.
         transfer: transfer characteristics, e.g. ``"srgb"``; None where the source does not say.
     """
