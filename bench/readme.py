@@ -20,7 +20,7 @@ from .run import RESULTS, ROOT
 __all__ = ["PAGES", "filled"]
 
 Row = dict[str, Any]
-README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+README, BENCHMARKS, DEMO = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "demo.json"
 
 
 def rows_of(suite: str) -> list[Row]:
@@ -258,6 +258,18 @@ def summary_table() -> str:
     return "\n".join(lines)
 
 
+def demo_line() -> str:
+    """What ``make demo`` gives, from the report that it wrote."""
+    report = json.loads(DEMO.read_text())
+    machine, seconds = report["machine"], round(report["total_seconds"])
+    return (
+        f"{report['frames']} frames of {report['height']} x {report['width']} in {report['bytes']:,} bytes, "
+        f"{report['psnr_db']:.2f} dB, after {report['seconds']['train']:.0f} s of training and {seconds // 60} min "
+        f"{seconds % 60} s in all, on {machine['threads']} threads of {machine['processor']} with {machine['simd']} "
+        f"([demo.json](docs/demo.json), at commit {machine['commit'][:10]})."
+    )
+
+
 # What makes each table of the benchmarks' page from the rows of one processor, and the suites they are of.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "decode": (decode_table, ("decode_cpu",)),
@@ -281,7 +293,7 @@ def tables(name: str) -> str:
 
 #: The marked places of each page, and what makes them.
 PAGES: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
-    README: {"summary": summary_table},
+    README: {"demo": demo_line, "summary": summary_table},
     BENCHMARKS: {name: functools.partial(tables, name) for name in TABLES},
 }
 

@@ -79,7 +79,7 @@ class EncodeConfig:
         encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
             part of the file.
         batch_size: frames a step; None for the preset's.
-        crop: ``(height, width)`` of a centre crop, after resizing and high-pass filtering; None for the whole frame.
+        crop: ``(height, width)`` of a centre crop, after resizing and any filter; None for the whole frame.
         resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
         untagged_matrix: YUV matrix of a video that does not state its own, one of :data:`MATRICES`. The file tells

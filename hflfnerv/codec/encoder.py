@@ -97,9 +97,10 @@ def encode(
 ) -> EncodeResult:
     """Fit a network to a video and code it.
 
-    Whole frames are resized, high-pass filtered and cropped, in this order (the filter of the paper runs before the
-    crop). The network is trained, its weights and all frames' embeddings are quantised and entropy coded, and the
-    bytes are decoded again: the quality in the report is that of the decoded file, in float32, whatever the machine.
+    Whole frames are resized, high-pass filtered where the encoder sees that, and cropped, in this order (the filter of
+    the paper runs before the crop). The network is trained, its weights and all frames' embeddings are quantised and
+    entropy coded, and the bytes are decoded again: the quality in the report is that of the decoded file, in float32,
+    whatever the machine.
 
     Args:
         source: a video file, a folder of images (sorted naturally), or uint8 frames ``[T, H, W, 3]``.

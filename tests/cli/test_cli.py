@@ -408,6 +408,8 @@ def test_demo(tmp_path, capsys):
     report = json.loads((output / "report.json").read_text())
     assert f"{report['bits_per_pixel']:.4f} bits per pixel" in printed
     assert f"{report['psnr_db']:.2f} dB" in printed
+    assert report["total_seconds"] > sum(report["seconds"].values())
+    assert report["machine"].keys() == {"processor", "simd", "threads", "gpu", "commit"}
     assert report["bytes"] == (output / "bunny.hflf").stat().st_size
     assert load_video(output / "decoded.mp4").frames.shape == (24, 48, 96, 3)
     with Image.open(output / "comparison.png") as picture:
