@@ -93,7 +93,7 @@ def prepare_clip(
     available = psutil.virtual_memory().available
     if needed > available:
         raise MediaError(
-            f"the high-pass frames need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free: "
+            f"the high-pass frames and the crop need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: "
             "encode fewer frames (--frames) or smaller ones (--resize, --crop)"
         )
     filtered = torch.empty(cropped.shape, dtype=torch.float16)
