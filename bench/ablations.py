@@ -206,6 +206,11 @@ def _shuffled(block: Any, x: Tensor) -> Tensor:
     return F.pixel_shuffle(F.conv2d(x, conv.weight, conv.bias, padding=conv.padding), block.upscale_factor)
 
 
+def without_quantization(settings: TrainingDefaults) -> TrainingDefaults:
+    """Return the settings of a training with float weights: what quantisation does is the matter of bench.rate."""
+    return settings._replace(quantization_share=0.0, rate_weight=0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One row of the table.
@@ -228,7 +233,7 @@ class Variant:
     def settings(self) -> TrainingDefaults:
         """The settings of its training."""
         model, preset = self.network.split("/")
-        return PRESETS[preset][model]._replace(**self.changes)
+        return without_quantization(PRESETS[preset][model])._replace(**self.changes)
 
     def model(self, frames: int) -> VideoNetwork:
         """Build the network."""

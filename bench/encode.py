@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hflfnerv.config import PRESETS, EncodeConfig
+from hflfnerv.config import EncodeConfig
 
 from .device import Machine
 from .run import ROOT
@@ -61,7 +61,7 @@ def _encode(machine: Machine, model: str, source: Any, data: str, options: dict[
     report = encode(source, config).report
     seconds = time.perf_counter() - began
     print(f"{data}: {seconds:.1f} s, {report['psnr_db']:.2f} dB", file=sys.stderr, flush=True)
-    steps = len(source) // PRESETS["paper"][model].batch_size * options["epochs"]
+    steps = len(source) // report["config"]["batch_size"] * options["epochs"]
     speed = round(steps / report["seconds"]["train"], 4)
     facts = {name: report[name] for name in ("psnr_db", "psnr_db_before_quantization", "bits_per_pixel", "bytes")}
     row = {"what": "encode", "implementation": "hflfnerv", "baseline": "hflfnerv", "data": data, "metric": "throughput"}

@@ -4,8 +4,8 @@ For a bare machine with a GPU, PyTorch, Triton, a C++ compiler and nothing to do
 without installation (checkout.py), the extension is built in place, and what is missing is said. Each part runs in a
 process of its own and ends within its time (``--minutes``), so that one that fails or hangs leaves the others alone;
 within it a contender or a point that fails leaves the others alone, and makes the part a failed one at its end. Each
-writes ``bench/results/gpu-<part>.jsonl``, row by row, and prints its table; one line for each point is printed last.
-The exit code is the number of parts that failed.
+writes ``bench/results/gpu-<part>.jsonl``, row by row, in the place of what the same device gave for the same contender
+before, and prints its table; one line for each point is printed last. The exit code is the number of parts that failed.
 
 Every result is compared with its float64 reference before it is timed. Contenders run in turn in one process, each
 replayed from a CUDA graph with cold L2, unless a row says otherwise; times are CUDA events, medians with p20 and p80.
@@ -27,9 +27,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .run import RESULTS, ROOT
+from .run import RESULTS, ROOT, environment
 
 Row = dict[str, Any]
+#: Two rows with these in common measure the same.
+IDENTITY = ("what", "data", "implementation", "dtype", "device")
 
 
 class PartFailed(Exception):
@@ -138,11 +140,9 @@ def run_part(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
         dry=arguments.dry_run, seconds=arguments.seconds, deadline=deadline, only=arguments.only, clip=arguments.clip
     )
     module, attribute = function.split(":")
-    with results_path(name, arguments).open("w") as file:
-        for row in getattr(importlib.import_module(module), attribute)(machine):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    for row in getattr(importlib.import_module(module), attribute)(machine):
+        rows.append(row)
+        keep(results_path(name, arguments), row)
     for point in machine.left_out:
         print(f"{name}: no time left for {point}; repeat with --parts {name} --only '{point}'")
     if machine.failures:
@@ -154,6 +154,23 @@ def results_path(name: str, arguments: argparse.Namespace) -> pathlib.Path:
     folder = arguments.results or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     return pathlib.Path(folder, f"gpu-{name}.jsonl")
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """Return the rows of a file, none where there is none."""
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(path: pathlib.Path, row: Row) -> None:
+    """Write a row in the place of the one it repeats; a file is never without the rows that it had.
+
+    Time on a GPU is scarce: rows of other points, of other devices, and of contenders that fail this time stay.
+    """
+    from hflfnerv._atomic import atomic_path
+
+    rows = [other for other in read(path) if any(other.get(key) != row.get(key) for key in IDENTITY)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in [*rows, row]))
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -286,9 +303,9 @@ def run(arguments: argparse.Namespace) -> int:
         signal.alarm(int(60 * arguments.minutes) + 60)
     failed: dict[str, str] = {}
     rows: list[Row] = []
+    started = environment()["time"]
     for name in arguments.chosen:
         begin = time.monotonic()
-        results_path(name, arguments).unlink(missing_ok=True)  # rows of another run are not this one's
         if arguments.here:
             try:
                 run_part(name, arguments, rows)
@@ -304,7 +321,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(table(rows)))
     else:
         paths = [results_path(name, arguments) for name in arguments.chosen]
-        rows = [json.loads(text) for path in paths if path.exists() for text in path.read_text().splitlines()]
+        # Those of other runs in the same files are not this one's to report.
+        rows = [row for path in paths for row in read(path) if row["time"] >= started]
         print("\n" + "\n".join(summary(rows)))
     for name, reason in failed.items():
         print(f"{name}: FAILED: {reason}")

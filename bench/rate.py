@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from hflfnerv._memory import keep_freed_memory
-from hflfnerv.codec import Bitstream, Decoder, bjontegaard, evaluate
-from hflfnerv.codec.encoder import code, embed_all, quantization_config
+from hflfnerv.codec import Bitstream, Decoder, Header, bjontegaard, evaluate
+from hflfnerv.codec.encoder import code, encoding_header, quantization_config
 from hflfnerv.config import EncodeConfig, parse_size
 from hflfnerv.data import Video, load_video
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.models import MODELS, build_model
-from hflfnerv.train import QuantizationConfig, StepChooser, TrainConfig, Trainer, prepare_clip
+from hflfnerv.train import QuantizationConfig, StepChooser, TrainConfig, Trainer, embed_all, prepare_clip
 
 from .ablations import CLIPS, CROP, DOCUMENT, EPOCHS, FRAMES, RESIZE, check_variants, variants_parser
 from .reproduce import append_row, is_done, read_rows, results_path
@@ -149,7 +149,8 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
     if levels is None and quantization is not None:
         levels = StepChooser(trainer.model, trainer.clip, seed=seed).choose(quantization)
     embeddings = embed_all(trainer.model, trainer.clip)
-    file = code(trainer.model, embeddings, video, config, levels)
+    header = encoding_header(trainer.model.spec, video, config)
+    file = code(trainer.model, embeddings, header, config, levels)
     quality = evaluate(Decoder(file, device="cpu", precision="fp32"), trainer.clip.frames)
     parameters = trainer.model.parameter_counts()
     return {
@@ -159,7 +160,7 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
         "bytes": len(file),
         "bits_per_pixel": quality["bits_per_pixel"],
         "bits_per_value": 8 * Bitstream.open(file).accounting().symbol_bytes / parameters["total"],
-        "range_coder_bytes": _range_coded(trainer, embeddings, video, config, levels),
+        "range_coder_bytes": _range_coded(trainer, embeddings, header, config, levels),
         "psnr_db": quality["psnr_db"],
         "epochs_psnr_db": [round(result.psnr_db, 3) for result in trainer.history],
         "training_seconds": seconds,
@@ -201,10 +202,10 @@ def _trained(config: EncodeConfig, variant: Variant, clip: str, data: pathlib.Pa
     return _last[key]
 
 
-def _range_coded(trainer: Trainer, embeddings: Any, video: Video, config: EncodeConfig, levels: Any) -> int | None:
+def _range_coded(trainer: Trainer, embeddings: Any, header: Header, config: EncodeConfig, levels: Any) -> int | None:
     """Return the size of the same file by the range coder; None where its package is missing."""
     try:
-        return len(code(trainer.model, embeddings, video, dataclasses.replace(config, entropy="range"), levels))
+        return len(code(trainer.model, embeddings, header, dataclasses.replace(config, entropy="range"), levels))
     except BackendUnavailable:
         return None
 

@@ -17,10 +17,11 @@ import pathlib
 import pkgutil
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
+
+from hflfnerv import _machine
 
 from . import ops
 from .registry import SUITES, Contender, Point, Skipped
@@ -32,40 +33,6 @@ FAST_RUNS = 8
 PACKAGES = ("numpy", "torch", "av", "triton", "zstandard", "dahuffman", "constriction")
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    if "model name" not in named:
-        return platform.processor()
-    return f"{named['model name']} (family {named.get('cpu family')}, model {named.get('model')})"
-
-
-def vector_extensions() -> str | None:
-    """Return the widest of AVX2, AVX-512 and AMX that the processor has, or None."""
-    try:
-        flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return None
-    names = (("amx_bf16", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
-    return next((name for flag, name in names if flag in flags), None)
-
-
-def git(*arguments: str) -> str | None:
-    """Return the output of a git command in the checkout, or None where there is no git or no commit."""
-    # A copy of the checkout may belong to someone else, which git must be told to accept.
-    command = ["git", "-c", f"safe.directory={ROOT}", *arguments]
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def environment() -> dict[str, Any]:
     """Return what a figure depends on besides the code under test."""
     versions = {"python": platform.python_version()}
@@ -75,14 +42,13 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     # Results that a run before this one wrote do not change what is measured.
-    status = git("status", "--porcelain", "--", ".", ":!bench/results")
+    status = _machine.git(ROOT, "status", "--porcelain", "--", ".", ":!bench/results")
     return {
-        "device": processor(),
-        "simd": vector_extensions(),
+        "device": _machine.processor(),
+        "simd": _machine.vector_extensions(),
         "driver": None,  # of a GPU
         "versions": versions,
-        # Of a copy without the history, whoever made it knows the commit.
-        "commit": git("rev-parse", "HEAD") or os.environ.get("HFLFNERV_COMMIT"),
+        "commit": _machine.commit_of(ROOT),
         "dirty": None if status is None else bool(status),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": round(os.getloadavg()[0], 2),

@@ -27,7 +27,7 @@ from hflfnerv.models import MODELS, VideoNetwork, build_model
 from hflfnerv.models.streams import DecoderStream
 from hflfnerv.train import Clip, TrainConfig, Trainer, prepare_clip
 
-from .ablations import CROP, FRAMES, RESIZE, SIZE, variance_preserving
+from .ablations import CROP, FRAMES, RESIZE, SIZE, variance_preserving, without_quantization
 from .reproduce import append_row, is_done, read_rows
 from .run import RESULTS, ROOT, environment
 
@@ -80,7 +80,7 @@ def contrasts(model: VideoNetwork, clip: Clip) -> dict[str, Any]:
 def run(network: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: int = EPOCHS) -> Row:
     """Train one network and return its row."""
     name, preset, change = NETWORKS[network]
-    settings = PRESETS[preset][name]
+    settings = without_quantization(PRESETS[preset][name])
     video = load_video(data / "davis480p" / clip_name, frames=FRAMES, resize=RESIZE)
     torch.manual_seed(seed)
     model = build_model(MODELS[name].plan(SIZE, len(video), *CROP, preset=preset))

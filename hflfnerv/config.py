@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["PRESETS", "EncodeConfig", "EncoderInput", "TrainingDefaults", "parse_size"]
+__all__ = ["MATRICES", "PRESETS", "EncodeConfig", "EncoderInput", "TrainingDefaults", "parse_size"]
 
 EncoderInput = Literal["frame", "highpass"]
 
+#: YUV matrices that a clip without a tag can be read by.
+MATRICES = ("bt601", "bt709", "smpte240m", "fcc")
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -77,9 +79,11 @@ class EncodeConfig:
         encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
             part of the file.
         batch_size: frames a step; None for the preset's.
-        crop: ``(height, width)`` of a centre crop, after resizing and high-pass filtering; None for the whole frame.
+        crop: ``(height, width)`` of a centre crop, after resizing and any filter; None for the whole frame.
         resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
+        untagged_matrix: YUV matrix of a video that does not state its own, one of :data:`MATRICES`. The file tells
+            by which one it was read.
         highpass_removed: fraction of the bandwidth that the high-pass filter removes on each axis.
         quantization_share: the last part of the epochs, in [0, 1], in which the network is trained with its weights
             and embeddings quantised as in the file; None for the preset's. It should have learned
@@ -110,6 +114,7 @@ class EncodeConfig:
     crop: tuple[int, int] | None = None
     resize: tuple[int, int] | None = None
     frames: slice | tuple[int | None, int | None] | str | None = None
+    untagged_matrix: str = "bt601"
     highpass_removed: float = 0.8
     quantization_share: float | None = None
     rate_weight: float | None = None
@@ -126,6 +131,7 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         _choice("preset", self.preset, PRESETS)
         _choice("model", self.model, PRESETS[self.preset])
+        _choice("untagged_matrix", self.untagged_matrix, MATRICES)
         _choice("entropy", self.entropy, ("huffman", "range"))
         _choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         if self.optimizer is not None:

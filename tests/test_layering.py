@@ -19,6 +19,7 @@ LAYERS = [
         "_impl",
         "_ext",
         "_device",
+        "_machine",
         "_atomic",
         "_memory",
         "_log_step",

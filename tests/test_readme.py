@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -54,6 +55,12 @@ def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (REPOSITORY / target).exists(), target
+
+
+def test_the_demo_takes_as_long_as_make_says():
+    minutes = round(json.loads((REPOSITORY / "docs" / "demo.json").read_text())["total_seconds"] / 60)
+    named = {2: "two", 3: "three", 4: "four", 5: "five"}
+    assert f"(about {named[minutes]} minutes on two cores)" in (REPOSITORY / "Makefile").read_text()
 
 
 def test_tables_are_what_the_results_say(monkeypatch):

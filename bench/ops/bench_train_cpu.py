@@ -1,4 +1,7 @@
-"""A training step on the CPU, from frames to updated weights: the trainer against the same network in plain PyTorch."""
+"""A training step on the CPU, from frames to updated weights: the trainer against the same network in plain PyTorch.
+
+With the optimiser and the batch of each preset; that of ``best`` is a step before its quantised epochs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from hflfnerv._device import training_precision
 from hflfnerv._memory import keep_freed_memory
 from hflfnerv.codec.benchmark import eager_step
-from hflfnerv.config import PRESETS
+from hflfnerv.config import PRESETS, TrainingDefaults
 from hflfnerv.models import MODELS, VideoNetwork, build_model
 from hflfnerv.train import Clip, TrainConfig, Trainer
 
@@ -29,24 +32,28 @@ def points() -> Iterable[Point]:
     keep_freed_memory()  # as the command line does
     for size, height, width in SIZES:
         for name, network in MODELS.items():
-            torch.manual_seed(0)
-            yield _point(name, build_model(network.plan(size, FRAMES, height, width)), size)
+            for preset in PRESETS:
+                torch.manual_seed(0)
+                spec = network.plan(size, FRAMES, height, width, preset=preset)
+                yield _point(name, build_model(spec), size, preset)
 
 
-def _trainer(network: VideoNetwork, batch: int, precision: str) -> Trainer:
+def _trainer(network: VideoNetwork, used: TrainingDefaults, precision: str) -> Trainer:
     spec = network.spec
     shape = (FRAMES, spec.height, spec.width, 3)
-    highpass = torch.randn(shape).half() if network.encoder_input == "highpass" else None
-    clip = Clip(torch.randint(0, 256, shape, dtype=torch.uint8), highpass, network.encoder_input)
+    highpass = torch.randn(shape).half() if used.encoder_input == "highpass" else None
+    clip = Clip(torch.randint(0, 256, shape, dtype=torch.uint8), highpass, used.encoder_input)
     model = build_model(spec)
     model.load_state_dict(network.state_dict())
-    return Trainer(model, clip, TrainConfig(EPOCHS, 1e-3, batch, 0, precision), device=CPU)
+    config = TrainConfig(EPOCHS, used.lr, used.batch_size, 0, precision, used.optimizer)
+    return Trainer(model, clip, config, device=CPU)
 
 
-def _point(name: str, network: VideoNetwork, size: int) -> Point:
-    batch = PRESETS["paper"][name].batch_size
+def _point(name: str, network: VideoNetwork, size: int, preset: str) -> Point:
+    used = PRESETS[preset][name]
+    batch = used.batch_size
     auto = training_precision("auto", CPU)
-    trainers = {precision: _trainer(network, batch, precision) for precision in dict.fromkeys((auto, "fp32"))}
+    trainers = {precision: _trainer(network, used, precision) for precision in dict.fromkeys((auto, "fp32"))}
     spec, threads = network.spec, torch.get_num_threads()
 
     def check() -> None:
@@ -58,7 +65,7 @@ def _point(name: str, network: VideoNetwork, size: int) -> Point:
 
     return Point(
         what="train",
-        data=f"{name} {size / 1e6:g}M, {spec.height} x {spec.width}, batch {batch}",
+        data=f"{name} {size / 1e6:g}M {preset}, {spec.height} x {spec.width}, batch {batch}",
         dtype=auto,
         shape=(batch, 3, spec.height, spec.width),
         unit="steps/s",
@@ -68,9 +75,9 @@ def _point(name: str, network: VideoNetwork, size: int) -> Point:
                 Contender(f"hflfnerv {precision}", trainer.training_step, 1, f"{threads} threads")
                 for precision, trainer in trainers.items()
             ),
-            Contender(BASELINE, eager_step(network, CPU, batch), 1, f"{threads} threads"),
+            Contender(BASELINE, eager_step(network, CPU, preset), 1, f"{threads} threads"),
         ],
         baseline=BASELINE,
         check=check,
-        facts={"threads": threads},
+        facts={"preset": preset, "optimizer": used.optimizer, "threads": threads},
     )

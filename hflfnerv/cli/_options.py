@@ -7,11 +7,15 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..config import MATRICES
+
 __all__ = [
     "add_device",
+    "add_fps",
     "add_frames",
     "add_selection",
     "argument",
@@ -44,6 +48,12 @@ def _frames(text: str) -> slice:
     return parse_frames(text)
 
 
+def _fps(text: str) -> Fraction:
+    from ..data import parse_fps
+
+    return parse_fps(text)
+
+
 def size_hw(text: str) -> tuple[int, int]:
     """Read HxW as ``(height, width)``."""
     from ..data import parse_size_hw
@@ -59,12 +69,28 @@ def add_frames(parser: argparse.ArgumentParser) -> None:
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Add --frames, --resize and --crop."""
+    """Add --frames, --resize, --crop and --untagged-matrix: what decides which frames are read of an input."""
     add_frames(parser)
     parser.add_argument(
         "--resize", metavar="HxW", type=argument(size_hw), help="resize whole frames to HxW first (bicubic)"
     )
     parser.add_argument("--crop", metavar="HxW", type=argument(size_hw), help="centre crop to HxW, after --resize")
+    parser.add_argument(
+        "--untagged-matrix",
+        choices=MATRICES,
+        help="YUV matrix of a video that does not state its own (default: that of the .hflf file, or bt601 as FFmpeg "
+        "takes it; players take bt709 from 720 rows on)",
+    )
+
+
+def add_fps(parser: argparse.ArgumentParser) -> None:
+    """Add --fps."""
+    parser.add_argument(
+        "--fps",
+        metavar="RATE",
+        type=argument(_fps),
+        help="frame rate such as 29.97 or 30000/1001, instead of the input's own (default: 25 where it has none)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser, precisions: tuple[str, ...], default: str) -> None:

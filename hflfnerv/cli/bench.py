@@ -53,6 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "on a GPU torch.compile in bf16. Seconds on a CPU; minutes on a GPU, for the compiler.",
     )
     parser.add_argument("--models", type=argument(_models), default=",".join(_MODELS), help="(default: all)")
+    parser.add_argument("--preset", choices=("best", "paper"), default="best", help="(default: best)")
     parser.add_argument("--size", help="parameters (default: 1.5M on a GPU, 0.3M on a CPU)")
     parser.add_argument(
         "--resolution", metavar="HxW", type=argument(size_hw), help="(default: 640x1280 on a GPU, 320x640 on a CPU)"
@@ -94,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             height,
             width,
             device=device,
+            preset=arguments.preset,
             precision=arguments.precision,
             batches=arguments.batches,
             seconds=arguments.seconds,
@@ -101,9 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             rows.append(row)
             if not arguments.json:
-                name = f"{row['model']}, {row['what']}, batch {row['batch']}"
+                name = f"{row['model']} {row['preset']}, {row['what']}, batch {row['batch']}"
                 kind = f"{row['implementation']} ({row['precision']})"
-                print(f"{name:<32} {kind:<40} {row['value']:10.4g} {row['unit']:<9} {row['peak_memory_mb']:7.0f} MB")
+                print(f"{name:<38} {kind:<40} {row['value']:10.4g} {row['unit']:<9} {row['peak_memory_mb']:7.0f} MB")
     if arguments.json:
         print_json(rows)
     return 0

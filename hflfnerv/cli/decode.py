@@ -21,6 +21,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help=".mp4, .mkv, .y4m, .npy, or a folder for PNG"
     )
+    parser.add_argument(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        help="replace what is there, in a folder its frame_NNNNN.png; or nothing at all (default: a file is replaced, "
+        "a folder that is not empty is refused)",
+    )
     add_frames(parser)
     add_device(parser, ("auto", "fp32", "bf16", "fp16", "int8"), "auto")
     parser.set_defaults(run=run)
@@ -28,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Decode."""
-    from ..codec import Decoder
+    from ..codec import Color, Decoder
     from ..data import VideoWriter
     from ..data.selection import format_frames
 
@@ -46,7 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
     opened = time.perf_counter()
     frames = Ahead(decoder.iter_frames(start, stop), _FRAMES_AHEAD)
     writing = 0.0
-    with VideoWriter(arguments.output, decoder.fps, (height, width), sample_aspect_ratio=aspect) as writer:
+    color = decoder.header.color or Color()
+    with VideoWriter(
+        arguments.output,
+        decoder.fps,
+        (height, width),
+        overwrite=arguments.overwrite,
+        sample_aspect_ratio=aspect,
+        primaries=color.primaries,
+        transfer=color.transfer,
+    ) as writer:
         for frame in frames:
             before = time.perf_counter()
             writer.write(frame)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,11 +36,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Encode the bundled clip, decode the file, and show what came of it."""
+    import torch
+
+    from .. import _machine
     from ..codec import Decoder, encode
     from ..config import EncodeConfig
     from ..data import VideoWriter, load_video
     from ._progress import progress_observer
 
+    began = time.perf_counter()
     folder: Path = arguments.output
     check_folder("--output", folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
             result = encode(clip, config, observer=observer)
     coded, decoded, picture = folder / "bunny.hflf", folder / "decoded.mp4", folder / "comparison.png"
     result.save(coded)
-    write_json(folder / "report.json", result.report)
 
     decoder = Decoder(coded, device=arguments.device)
     with VideoWriter(decoded, decoder.fps, decoder.shape[1:3]) as writer:
@@ -66,6 +70,15 @@ def run(arguments: argparse.Namespace) -> int:
     _comparison(decoder, original.frames[middle], middle, config.highpass_removed).save(picture)
 
     report = result.report
+    report["total_seconds"] = time.perf_counter() - began
+    report["machine"] = {
+        "processor": _machine.processor(),
+        "simd": _machine.vector_extensions(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(decoder.device) if decoder.device.type == "cuda" else None,
+        "commit": _machine.commit_of(Path(__file__).resolve().parents[2]),
+    }
+    write_json(folder / "report.json", report)
     seconds = report["seconds"]
     raw_bytes = original.frames.numel()
     print(f"parameters  {report['parameters']['total']:,}")
@@ -75,12 +88,13 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"quality     PSNR {report['psnr_db']:.2f} dB, MS-SSIM {ssim}")
     print(f"training    {seconds['train']:.1f} s, {len(report['epochs'])} epochs on {report['device']}")
     print(f"decoding    {len(decoder) / seconds['check']:.1f} frames per second, metrics included")
+    print(f"in all      {report['total_seconds']:.0f} s, on {report['machine']['threads']} threads")
     print(f"wrote       {coded}, {decoded}, {picture}")
     return 0
 
 
 def _comparison(decoder: Decoder, original: Tensor, index: int, removed: float) -> Image.Image:
-    """Original, decoded frame, high-pass input, high- and low-frequency image, and error of one frame, side by side."""
+    """Original, decoded frame, high-pass frame, high- and low-frequency image, and error of one frame, side by side."""
     import torch
     from PIL import Image, ImageDraw
 
@@ -98,7 +112,7 @@ def _comparison(decoder: Decoder, original: Tensor, index: int, removed: float) 
     panels = {
         "original": original,
         f"decoded, frame {index}": decoded,
-        f"high-pass input, x{_HIGHPASS_GAIN}": _to_image(0.5 + _HIGHPASS_GAIN / 2 * filtered),
+        f"high-pass frame, x{_HIGHPASS_GAIN}": _to_image(0.5 + _HIGHPASS_GAIN / 2 * filtered),
         "high-frequency image": _to_image(0.5 + 0.5 * high),
         "low-frequency image": _to_image(0.5 + 0.5 * low),
         f"error, x{_ERROR_GAIN}": (original.int() - decoded.int()).abs().mul(_ERROR_GAIN).clamp(max=255).byte(),

@@ -6,7 +6,16 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
-from ._options import add_device, add_selection, argument, check_folder, check_outputs, check_suffix, write_json
+from ._options import (
+    add_device,
+    add_fps,
+    add_selection,
+    argument,
+    check_folder,
+    check_outputs,
+    check_suffix,
+    write_json,
+)
 
 __all__ = ["add_parser", "run"]
 
@@ -35,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--encoder-input", choices=("highpass", "frame"), help="what the encoder sees (default: the preset's)"
     )
     add_selection(parser)
+    add_fps(parser)
     parser.add_argument(
         "--quantization-share",
         type=float,
@@ -96,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         crop=arguments.crop,
         resize=arguments.resize,
         frames=arguments.frames,
+        untagged_matrix=arguments.untagged_matrix or EncodeConfig.untagged_matrix,
         quantization_share=arguments.quantization_share,
         rate_weight=arguments.rate_weight,
         weight_bits=arguments.weight_bits,
@@ -110,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     try:
         with progress_observer(quiet=arguments.quiet) as observer:
-            result = encode(arguments.input, config, observer=observer)
+            result = encode(arguments.input, config, fps=arguments.fps, observer=observer)
         result.save(output)
     except TrainingInterrupted as error:
         raise TrainingInterrupted(f"{error}; the same command goes on from there") from None

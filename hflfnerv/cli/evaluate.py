@@ -23,12 +23,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate a file; crop, resize and frames default to those it was encoded with."""
+    """Evaluate a file; crop, resize, frames and matrix default to those it was encoded with."""
     from ..codec import Decoder, evaluate, load_reference
 
     decoder = Decoder(arguments.input, device=arguments.device, precision=arguments.precision)
     reference = load_reference(
-        decoder, arguments.reference, frames=arguments.frames, resize=arguments.resize, crop=arguments.crop
+        decoder,
+        arguments.reference,
+        frames=arguments.frames,
+        resize=arguments.resize,
+        crop=arguments.crop,
+        untagged_matrix=arguments.untagged_matrix,
     )
     report = {"file": str(arguments.input), "bytes": decoder.bitstream.size}
     report.update(evaluate(decoder, reference, with_lpips=True))

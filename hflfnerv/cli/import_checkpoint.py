@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._options import add_selection, check_outputs, check_suffix
+from ._options import add_fps, add_selection, check_outputs, check_suffix
 
 __all__ = ["add_parser", "run"]
 
@@ -16,10 +16,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("input", type=Path, metavar="CKPT", help="quant_vid.pth, or a training checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.hflf")
     parser.add_argument(
-        "--reference", type=Path, metavar="INPUT", help="the original; a training checkpoint needs it for its encoder"
+        "--reference",
+        type=Path,
+        metavar="INPUT",
+        help="the original, whose frame rate, colours and crop the file keeps for eval and players; a training "
+        "checkpoint needs it for its encoder",
     )
     add_selection(parser)
-    parser.add_argument("--fps", type=float, help="frame rate to store (default: the reference's, or 25)")
+    add_fps(parser)
     parser.add_argument("--weight-bits", type=int, default=8, help="for a training checkpoint (default: 8)")
     parser.add_argument("--embedding-bits", type=int, default=6, help="for a training checkpoint (default: 6)")
     parser.add_argument("--entropy", choices=("huffman", "range"), default="huffman", help="(default: huffman)")
@@ -30,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Import a checkpoint."""
     from .._atomic import atomic_path, check_writable
     from ..codec import convert_checkpoint
+    from ..config import EncodeConfig
 
     check_outputs({"--output": arguments.output}, [arguments.input, arguments.reference])
     check_suffix("--output", arguments.output)
@@ -41,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         resize=arguments.resize,
         crop=arguments.crop,
         fps=arguments.fps,
+        untagged_matrix=arguments.untagged_matrix or EncodeConfig.untagged_matrix,
         weight_bits=arguments.weight_bits,
         embedding_bits=arguments.embedding_bits,
         entropy=arguments.entropy,

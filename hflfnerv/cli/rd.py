@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_device, add_selection, argument, check_folder, check_outputs, write_json
+from ._options import add_device, add_fps, add_selection, argument, check_folder, check_outputs, write_json
 
 if TYPE_CHECKING:
     from ..codec import Decoder
@@ -55,6 +55,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("input", type=Path, nargs="+", metavar="INPUT", help="video files, or folders of images")
     add_selection(parser)
+    add_fps(parser)
     parser.add_argument(
         "--codecs", type=argument(_codecs), default=",".join(_CODECS), help="comma separated, or none (default: all)"
     )
@@ -169,6 +170,7 @@ def _networks(arguments: argparse.Namespace) -> list[EncodeConfig]:
             frames=arguments.frames,
             resize=arguments.resize,
             crop=arguments.crop,
+            untagged_matrix=arguments.untagged_matrix or EncodeConfig.untagged_matrix,
         )
         for model in arguments.model
         for preset in arguments.preset
@@ -201,13 +203,28 @@ def _measure(
     arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Yield the points of one input."""
-    from ..codec import Decoder, conventional_point, file_point
+    from ..codec import Decoder, conventional_point, file_matrix, file_point
+    from ..config import EncodeConfig
     from ..data import load_video
 
-    video = load_video(source, frames=arguments.frames, resize=arguments.resize, crop=arguments.crop)
+    decoders = [Decoder(path, device=arguments.device, precision="fp32") for path in files]
+    assumed = [arguments.untagged_matrix] if arguments.untagged_matrix else [*map(file_matrix, decoders)]
+    video = load_video(
+        source,
+        frames=arguments.frames,
+        resize=arguments.resize,
+        crop=arguments.crop,
+        fps=arguments.fps,
+        untagged_matrix=next(iter(assumed), EncodeConfig.untagged_matrix),
+    )
     ranks: dict[tuple[str, str], int] = {}
-    for path in files:
-        decoder = Decoder(path, device=arguments.device, precision="fp32")
+    for path, decoder in zip(files, decoders, strict=True):
+        color = decoder.header.color
+        if color is not None and color.matrix != video.color.matrix:
+            raise ValueError(
+                f"--hflf must be made of the frames that are measured, got {path}, whose input was read by the matrix "
+                f"{color.matrix} and not {video.color.matrix}: --untagged-matrix chooses that of an input without a tag"
+            )
         curve = (decoder.header.model["model"], decoder.header.preset)
         ranks[curve] = ranks.get(curve, 0) + 1
         yield file_point(video, decoder, setting=f"file {ranks[curve]}")
@@ -229,7 +246,7 @@ def _train(source: Path, video: Video, config: EncodeConfig, arguments: argparse
     if arguments.workdir is not None:
         config = replace(config, workdir=arguments.workdir / f"{name}.work")
     with progress_observer(quiet=arguments.quiet) as observer:
-        result = encode(source, config, observer=observer)
+        result = encode(source, config, fps=arguments.fps, observer=observer)
     if arguments.workdir is not None:
         result.save(arguments.workdir / f"{name}.hflf")
     return Decoder(result.bitstream, device=arguments.device, precision="fp32")

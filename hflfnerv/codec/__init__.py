@@ -6,7 +6,7 @@ from .bitstream import Accounting, Bitstream, Color, Header, Source, write_bitst
 from .convert import convert_checkpoint
 from .decoder import Decoder, load_model
 from .encoder import EncodeObserver, EncodeResult, encode
-from .evaluation import compare, evaluate, load_reference
+from .evaluation import compare, evaluate, file_matrix, load_reference
 from .rate_distortion import bjontegaard, check_plot, conventional_point, file_point, mean_points, plot_points
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "convert_checkpoint",
     "encode",
     "evaluate",
+    "file_matrix",
     "file_point",
     "load_model",
     "load_reference",

@@ -7,8 +7,7 @@ import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._device import training_precision
-from .._version import __version__
 from ..config import PRESETS
 from ..models import MODELS, VideoNetwork, build_model
 from ..models.convnext import DepthwiseConv
 from ..models.streams import use_implementation
 from ..train import TrainConfig, Trainer, prepare_clip
-from .bitstream import Header, write_bitstream
+from .bitstream import write_bitstream
 from .decoder import Decoder
+from .encoder import make_header
 from .engine import to_uint8
 from .engine_cuda import CudaEngine
 from .quantization import quantize, quantize_tensors
 
-__all__ = ["eager_step", "measure", "plain_network"]
+__all__ = ["PlainMuon", "eager_step", "measure", "plain_network"]
 
 Row = dict[str, Any]
 OURS, EAGER, COMPILED = "hflfnerv", "eager fp32", "torch.compile max-autotune bf16"
@@ -43,6 +42,7 @@ def measure(
     width: int,
     *,
     device: torch.device,
+    preset: str = "best",
     precision: str = "auto",
     batches: Sequence[int] = (1, 8, 32),
     seconds: float = 1.0,
@@ -60,20 +60,23 @@ def measure(
         height: of a frame.
         width: of a frame.
         device: where to run.
+        preset: ``"best"`` or ``"paper"``: the architecture, the optimiser and the batch of a training step. That of
+            ``"best"`` is one of the epochs before those with quantised weights.
         precision: ours, of decoding and of training.
         batches: numbers of frames decoded at once.
         seconds: time for each figure.
         compiled: measure torch.compile too, which takes minutes to compile.
 
     Yields:
-        One JSON-ready row for each figure: ``what``, ``model``, ``implementation``, ``precision``, ``batch``,
-        ``value``, ``unit`` and ``peak_memory_mb``, the process's own on a CPU and the device's on a GPU.
+        One JSON-ready row for each figure: ``what``, ``model``, ``preset``, ``implementation``, ``precision``,
+        ``batch``, ``value``, ``unit`` and ``peak_memory_mb``, the process's own on a CPU and the device's on a GPU.
     """
-    spec = MODELS[model].plan(size, frames, height, width)
+    spec = MODELS[model].plan(size, frames, height, width, preset=preset)
     torch.manual_seed(0)
     network = build_model(spec)
-    data = _file(network)
-    row = {"model": model, "parameters": network.parameter_counts()["total"], "shape": [frames, height, width]}
+    data = _file(network, preset)
+    row = {"model": model, "preset": preset, "parameters": network.parameter_counts()["total"]}
+    row |= {"shape": [frames, height, width]}
     row |= {"device": str(device), "threads": torch.get_num_threads()}
 
     def figure(what: str, implementation: str, used: str, batch: int, value: float, unit: str) -> Row:
@@ -102,30 +105,21 @@ def measure(
             yield figure("decode", name, used, batch, value, "frames/s")
     del decoder, rivals
 
-    batch = PRESETS["paper"][model].batch_size
+    batch = PRESETS[preset][model].batch_size
     used = training_precision(precision, device)
-    step_seconds = _training_step_seconds(network, device, used, batch, seconds)
+    step_seconds = _training_step_seconds(network, device, used, preset, seconds)
     yield figure("training step", OURS, used, batch, 1 / step_seconds, "steps/s")
-    eager = eager_step(network, device, batch)
+    eager = eager_step(network, device, preset)
     yield figure("training step", EAGER, "fp32", batch, 1 / _seconds(eager, device, seconds), "steps/s")
 
 
-def _file(network: VideoNetwork) -> bytes:
+def _file(network: VideoNetwork, preset: str) -> bytes:
     spec = network.spec
-    header = Header(
-        model=spec.to_dict(),
-        frames=spec.frames,
-        height=spec.height,
-        width=spec.width,
-        fps=Fraction(25),
-        preset="paper",
-        writer=f"hflfnerv {__version__}",
-    )
     weights = {name: p.detach().numpy() for name, p in network.coded_parameters().items()}
     shape = spec.embedding_shape
     values = None if shape is None else np.random.default_rng(0).normal(size=(spec.frames, *shape))
     embeddings = None if values is None else quantize(values.astype(np.float32), 6)
-    return write_bitstream(header, quantize_tensors(weights, 8), embeddings)
+    return write_bitstream(make_header(spec, preset=preset), quantize_tensors(weights, 8), embeddings)
 
 
 def plain_network(network: VideoNetwork) -> VideoNetwork:
@@ -171,13 +165,14 @@ def _random_frames(network: VideoNetwork, count: int) -> Tensor:
 
 
 def _training_step_seconds(
-    network: VideoNetwork, device: torch.device, precision: str, batch: int, seconds: float
+    network: VideoNetwork, device: torch.device, precision: str, preset: str, seconds: float
 ) -> float:
     steps = 4
     model = build_model(network.spec)
-    count = min(steps * batch, network.spec.frames)
-    clip = prepare_clip(_random_frames(network, count), network.encoder_input, crop=None, removed=0.8)
-    config = TrainConfig(epochs=1000, lr=1e-3, batch_size=batch, seed=0, precision=precision)
+    used = PRESETS[preset][network.spec.model]
+    count = min(steps * used.batch_size, network.spec.frames)
+    clip = prepare_clip(_random_frames(network, count), used.encoder_input, crop=None, removed=0.8)
+    config = TrainConfig(1000, used.lr, used.batch_size, seed=0, precision=precision, optimizer=used.optimizer)
     trainer = Trainer(model, clip, config, device=device)
     began = time.perf_counter()
 
@@ -194,20 +189,66 @@ def _training_step_seconds(
     return statistics.median(epoch.seconds for epoch in trainer.history[2:]) / trainer.steps_per_epoch
 
 
-def eager_step(network: VideoNetwork, device: torch.device, batch: int) -> Callable[[], object]:
-    """Return a training step of a plain copy in float32, as one would write it down, always of the same frames."""
+def eager_step(network: VideoNetwork, device: torch.device, preset: str) -> Callable[[], object]:
+    """Return a training step of a plain copy in float32, as one would write it down, always of the same frames.
+
+    The optimiser and the batch are those of the preset.
+    """
     model = plain_network(network).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    used = PRESETS[preset][network.spec.model]
+    hidden = model.hidden_weights() if used.optimizer == "muon" else []
+    others = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in hidden)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=1e-3)]
+    if hidden:
+        optimizers.append(PlainMuon(hidden, lr=used.lr))
+    batch = used.batch_size
     frames = _random_frames(network, batch).permute(0, 3, 1, 2).contiguous().to(device).float() / 255
     x = None if network.encoder_input is None else frames
     index = torch.arange(batch, device=device) % network.spec.frames
 
     def step() -> None:
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         F.mse_loss(model(x, index), frames).backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """Muon as its authors write it down, five Newton-Schulz steps in full: the rival of :class:`~hflfnerv.train.Muon`.
+
+    In bfloat16 on a GPU, as theirs, and in float32 on a CPU, most of which would take longer in bfloat16.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                matrix = parameter.grad.lerp(average, group["momentum"]).flatten(1)
+                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                parameter.add_(_newton_schulz(matrix).view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def _newton_schulz(matrix: Tensor) -> Tensor:
+    x: Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
 
 
 def _seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:

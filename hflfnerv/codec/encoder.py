@@ -22,13 +22,13 @@ from .._device import resolve_device, training_precision
 from .._log_step import Levels
 from .._version import __version__
 from ..config import EncodeConfig
-from ..data import Video, centre_crop, centre_offset, load_video
+from ..data import DEFAULT_FPS, Video, centre_crop, centre_offset, load_video
 from ..data.selection import as_frame_slice, format_frames
 from ..errors import BackendUnavailable
 from ..metrics import psnr
 from ..models import MODELS, ModelSpec, VideoNetwork, build_model
 from ..models.budget import parameter_count
-from ..train import EMBEDDINGS, Clip, QuantizationConfig, TrainConfig, Trainer, prepare_clip
+from ..train import EMBEDDINGS, Clip, QuantizationConfig, TrainConfig, Trainer, embed_all, prepare_clip
 from .bitstream import Bitstream, Color, Header, Source, write_bitstream
 from .decoder import Decoder
 from .engine import to_uint8
@@ -37,7 +37,7 @@ from .evaluation import evaluate
 from .quantization import quantize, quantize_tensors, quantize_to_levels
 from .sections import MAX_ELEMENTS
 
-__all__ = ["EncodeObserver", "EncodeResult", "code", "embed_all", "encode", "quantization_config"]
+__all__ = ["EncodeObserver", "EncodeResult", "code", "encode", "encoding_header", "make_header", "quantization_config"]
 
 
 class EncodeObserver(Protocol):
@@ -95,19 +95,20 @@ def encode(
     source: str | os.PathLike[str] | NDArray[np.uint8] | Tensor,
     config: EncodeConfig | None = None,
     *,
-    fps: Fraction | float | None = None,
+    fps: str | Fraction | float | None = None,
     observer: EncodeObserver | None = None,
 ) -> EncodeResult:
     """Fit a network to a video and code it.
 
-    Whole frames are resized, high-pass filtered and cropped, in this order (the filter of the paper runs before the
-    crop). The network is trained, its weights and all frames' embeddings are quantised and entropy coded, and the
-    bytes are decoded again: the quality in the report is that of the decoded file, in float32, whatever the machine.
+    Whole frames are resized, high-pass filtered where the encoder sees that, and cropped, in this order (the filter of
+    the paper runs before the crop). The network is trained, its weights and all frames' embeddings are quantised and
+    entropy coded, and the bytes are decoded again: the quality in the report is that of the decoded file, in float32,
+    whatever the machine.
 
     Args:
         source: a video file, a folder of images (sorted naturally), or uint8 frames ``[T, H, W, 3]``.
         config: everything that can be chosen; None for the defaults.
-        fps: frame rate for a source that has none of its own, instead of 25.
+        fps: frame rate, instead of the source's own, or of 25 for a source that has none.
         observer: told of every stage and training step.
 
     Raises:
@@ -127,13 +128,25 @@ def encode(
 
     with stages("load"):
         network = MODELS[config.model]
-        video = load_video(source, frames=config.frames, resize=config.resize, fps=fps)
-        count = len(video)
-        height, width = config.crop or video.frames.shape[1:3]
-        centre_crop(video.frames[:1], height, width)  # a crop that does not fit is no question of the network's size
+        # The filter needs whole frames; nothing else does, and they may be many times larger than what is coded.
+        late_crop = config.crop if config.encoder_input == "highpass" else None
+        video = load_video(
+            source,
+            frames=config.frames,
+            resize=config.resize,
+            crop=None if late_crop else config.crop,
+            fps=fps,
+            untagged_matrix=config.untagged_matrix,
+        )
+        count, height, width = video.shape
+        if late_crop is not None:
+            height, width = late_crop
+            centre_crop(video.frames[:1], *late_crop)  # one that does not fit is no question of the network's size
         spec = network.plan(config.parameters, count, height, width, preset=config.preset)
-        _check_limits(video, config, spec)
-        clip = prepare_clip(video.frames, config.encoder_input, crop=config.crop, removed=config.highpass_removed)
+        header = encoding_header(spec, video, config)
+        _check_limits(spec)
+        clip = prepare_clip(video.frames, config.encoder_input, crop=late_crop, removed=config.highpass_removed)
+        del video  # and whole frames with it
 
     with stages("train"):
         with torch.random.fork_rng([]):
@@ -146,7 +159,7 @@ def encode(
     with stages("code"):
         embeddings = embed_all(model, trainer.clip)
         psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip, embeddings)]
-        data = code(model, embeddings, video, config, trainer.levels)
+        data = code(model, embeddings, header, config, trainer.levels)
 
     with stages("check"):
         quality = evaluate(Decoder(data, device=device, precision="fp32"), trainer.clip.frames)
@@ -157,7 +170,7 @@ def encode(
         "frames": count,
         "height": height,
         "width": width,
-        "fps": float(video.fps),
+        "fps": float(header.fps),
         "parameters": model.parameter_counts(),
         "bytes": len(data),
         "section_bytes": Bitstream.open(data).section_bytes,
@@ -208,7 +221,7 @@ def _train(
 def code(
     model: VideoNetwork,
     embeddings: Tensor | None,
-    video: Video,
+    header: Header,
     config: EncodeConfig,
     levels: Mapping[str, Levels] | None = None,
 ) -> bytes:
@@ -216,8 +229,8 @@ def code(
 
     Args:
         model: the network.
-        embeddings: of all frames, from :func:`embed_all`.
-        video: what was loaded, for the header.
+        embeddings: of all frames, from :func:`~hflfnerv.train.embed_all`.
+        header: from :func:`encoding_header`.
         config: what was asked for, resolved.
         levels: of each tensor, as :attr:`hflfnerv.train.Trainer.levels` has them; None to quantise to
             ``config.weight_bits`` and ``config.embedding_bits`` between the extremes.
@@ -230,7 +243,7 @@ def code(
     else:
         weights = {name: quantize_to_levels(tensor, levels[name]) for name, tensor in tensors.items()}
         quantised = None if values is None else quantize_to_levels(values, levels[EMBEDDINGS])
-    return write_bitstream(_header(video, config, model.spec), weights, quantised, entropy=config.entropy)
+    return write_bitstream(header, weights, quantised, entropy=config.entropy)
 
 
 def quantization_config(config: EncodeConfig) -> QuantizationConfig | None:
@@ -248,20 +261,6 @@ def quantization_config(config: EncodeConfig) -> QuantizationConfig | None:
 
 
 @torch.inference_mode()
-def embed_all(model: VideoNetwork, clip: Clip) -> Tensor | None:
-    """Embeddings of all frames, float32 ``[T, C, h, w]`` on the CPU, or None."""
-    if model.encoder is None:
-        return None
-    device = clip.frames.device
-    rows = []
-    for index in torch.arange(len(clip), device=device).split(1):
-        inputs = clip.inputs(index)
-        assert inputs is not None
-        rows.append(model.embed(inputs).float().cpu())
-    return torch.cat(rows).contiguous()
-
-
-@torch.inference_mode()
 def _predictions(model: VideoNetwork, clip: Clip, embeddings: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each frame as the network makes it before quantisation, and the original, both uint8 on the CPU."""
     device = clip.frames.device
@@ -270,9 +269,8 @@ def _predictions(model: VideoNetwork, clip: Clip, embeddings: Tensor | None) -> 
         yield to_uint8(model.decode(embedding, index))[0].cpu(), clip.frames[index][0].cpu()
 
 
-def _check_limits(video: Video, config: EncodeConfig, spec: ModelSpec) -> None:
+def _check_limits(spec: ModelSpec) -> None:
     """Raise before training what :func:`code` or a decoder would raise after it: a limit of the format is exceeded."""
-    _header(video, config, spec)
     ModelSpec.from_dict(spec.to_dict())
     embedding_values = spec.frames * math.prod(spec.embedding_shape or (0,))
     weights = parameter_count(spec) - embedding_values
@@ -283,27 +281,66 @@ def _check_limits(video: Video, config: EncodeConfig, spec: ModelSpec) -> None:
         )
 
 
-def _header(video: Video, config: EncodeConfig, spec: ModelSpec) -> Header:
-    color, size = video.color, (spec.height, spec.width)
-    full_height, full_width = video.shape[1:3]
-    crop = None
-    if config.crop is not None:
-        crop = (centre_offset(full_height, size[0]), centre_offset(full_width, size[1]), *size)
+def encoding_header(spec: ModelSpec, video: Video, config: EncodeConfig) -> Header:
+    """Return the header of an encode.
+
+    Args:
+        spec: the network's.
+        video: what was loaded, cropped or not.
+        config: what was asked for, resolved.
+    """
+    training = {
+        **{name: getattr(config, name) for name in ("epochs", "seed", "lr", "batch_size")},
+        **({"rate_weight": config.rate_weight} if config.rate_weight else {}),
+    }
+    return make_header(
+        spec, preset=config.preset, video=video, resize=config.resize, crop=config.crop, training=training
+    )
+
+
+def make_header(
+    spec: ModelSpec,
+    *,
+    preset: str,
+    fps: Fraction = DEFAULT_FPS,
+    video: Video | None = None,
+    resize: tuple[int, int] | None = None,
+    crop: tuple[int, int] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Header:
+    """Return the header of a file that this program writes.
+
+    Args:
+        spec: the network's.
+        preset: name of the settings it was made with.
+        fps: frame rate where there is no ``video``.
+        video: the original; None if it is unknown. Of its frames nothing is used, not even their size and number.
+        resize: ``(height, width)`` to which whole frames of the original were resized, or None.
+        crop: ``(height, width)`` of the centre crop that followed, or None.
+        training: how the network was trained, None if not told.
+    """
+    known: dict[str, Any] = {"fps": fps}
+    if video is not None:
+        window = None
+        if crop is not None:
+            height, width = resize or video.source_size
+            window = (centre_offset(height, crop[0]), centre_offset(width, crop[1]), *crop)
+        color = video.color
+        known = {
+            "fps": video.fps,
+            "sample_aspect_ratio": video.sample_aspect_ratio,
+            "color": Color(color.matrix, color.range, color.primaries, color.transfer),
+            "source": Source(*video.source_size, first_frame=video.first_frame, resize=resize, crop=window),
+        }
     return Header(
         model=spec.to_dict(),
-        frames=len(video),
-        height=size[0],
-        width=size[1],
-        fps=video.fps,
-        preset=config.preset,
+        frames=spec.frames,
+        height=spec.height,
+        width=spec.width,
+        preset=preset,
         writer=f"hflfnerv {__version__}",
-        sample_aspect_ratio=video.sample_aspect_ratio,
-        color=Color(color.matrix, color.range, color.primaries, color.transfer),
-        source=Source(*video.source_size, first_frame=video.first_frame, resize=config.resize, crop=crop),
-        training={
-            **{name: getattr(config, name) for name in ("epochs", "seed", "lr", "batch_size")},
-            **({"rate_weight": config.rate_weight} if config.rate_weight else {}),
-        },
+        training=training,
+        **known,
     )
 
 

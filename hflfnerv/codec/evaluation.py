@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..config import MATRICES, EncodeConfig
 from ..data import load_video, probe_video
 from ..errors import BackendUnavailable
 from ..metrics import MS_SSIM_MIN_SIDE, bits_per_pixel, lpips, ms_ssim, psnr
 from .decoder import Decoder
 
-__all__ = ["compare", "evaluate", "load_reference"]
+__all__ = ["compare", "evaluate", "file_matrix", "load_reference"]
 
 
 def evaluate(decoder: Decoder, reference: Tensor, *, with_lpips: bool = False) -> dict[str, Any]:
@@ -88,12 +89,13 @@ def load_reference(
     frames: slice | None = None,
     resize: tuple[int, int] | None = None,
     crop: tuple[int, int] | None = None,
+    untagged_matrix: str | None = None,
 ) -> Tensor:
     """Read the original of a coded video, prepared as it was for coding.
 
-    What is not given is taken from the file, which knows the frames, the resize and the crop it was made with. A source
-    that has the coded size, and not the original's, is neither resized nor cropped, and one of the coded length is
-    taken whole.
+    What is not given is taken from the file, which knows frames, resize, crop and YUV matrix that it was made with. A
+    source that has the coded size, and not the original's, is neither resized nor cropped, and one of the coded length
+    is taken whole.
 
     Returns:
         uint8 ``[T, H, W, 3]``.
@@ -113,4 +115,11 @@ def load_reference(
         crop = made.crop[2:] if crop is None and made.crop is not None else crop
     if frames is None and made is not None and info.num_frames != count:
         frames = slice(made.first_frame, made.first_frame + count)
-    return load_video(source, frames=frames, resize=resize, crop=crop).frames
+    matrix = file_matrix(decoder) if untagged_matrix is None else untagged_matrix
+    return load_video(source, frames=frames, resize=resize, crop=crop, untagged_matrix=matrix).frames
+
+
+def file_matrix(decoder: Decoder) -> str:
+    """Return the YUV matrix by which an untagged original of a coded video is to be read."""
+    color = decoder.header.color
+    return color.matrix if color is not None and color.matrix in MATRICES else EncodeConfig.untagged_matrix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ _MAX_STRING = 1024
 _MAX_INTEGER = 2**53
 
 _REQUIRED = ("fps", "frames", "height", "model", "preset", "width", "writer")
-_OPTIONAL = ("color", "sample_aspect_ratio", "source", "training")
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Color:
     """How the source stored its colours, for a player or encoder of the decoded frames, which are full-range R'G'B'.
 
     Attributes:
-        matrix: ``"rgb"``, or the YUV matrix, e.g. ``"bt709"``; None where the source does not say.
-        range: ``"full"`` or ``"limited"``; None where the source does not say.
+        matrix: ``"rgb"``, or the YUV matrix by which it was read, e.g. ``"bt709"``; None if unknown.
+        range: ``"full"`` or ``"limited"``, the one by which it was read; None if unknown.
         primaries: colour primaries, e.g. ``"bt709"``; None where the source does not say.
         transfer: transfer characteristics, e.g. ``"srgb"``; None where the source does not say.
     """
@@ -95,7 +94,6 @@ class Header:
         color: the source's colour description, None if unknown.
         source: what was done to the original before coding, None if unknown.
         training: how the network was trained, any small JSON object, None if not told.
-        extra: fields that this version does not know. They are ignored, and kept when a header is written again.
     """
 
     model: Mapping[str, Any]
@@ -109,7 +107,6 @@ class Header:
     color: Color | None = None
     source: Source | None = None
     training: Mapping[str, Any] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _integer("frames", self.frames, 1, MAX_FRAMES)
@@ -128,15 +125,10 @@ class Header:
             raise ValueError(f"model must be an object with a string 'model', got {self.model.get('model')!r:.60}")
         if self.training is not None:
             _object("training", self.training)
-        _object("extra", self.extra)
-        clash = sorted(set(self.extra) & {*_REQUIRED, *_OPTIONAL})
-        if clash:
-            raise ValueError(f"extra must not hold the known fields {clash}")
 
     def to_json(self) -> bytes:
         """Return the canonical form: keys sorted, no spaces, ASCII; fields that are None or default left out."""
         data: dict[str, Any] = {
-            **self.extra,
             "fps": [self.fps.numerator, self.fps.denominator],
             "frames": self.frames,
             "height": self.height,
@@ -203,7 +195,6 @@ class Header:
         return cls(
             **known,
             fps=_ratio("fps", fields["fps"]),
-            extra={name: value for name, value in fields.items() if name not in (*_REQUIRED, *_OPTIONAL)},
         )
 
 

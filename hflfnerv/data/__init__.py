@@ -2,8 +2,8 @@
 
 from .color import ColorDescription
 from .conventional import CONVENTIONAL_CODECS, ConventionalCodec, ConventionalResult, code_conventionally
-from .reader import DEFAULT_FPS, Video, VideoInfo, load_video, probe_video
-from .selection import parse_frames, parse_size_hw
+from .reader import DEFAULT_FPS, Video, VideoInfo, count_frames, load_video, probe_video
+from .selection import parse_fps, parse_frames, parse_size_hw
 from .transforms import centre_crop, centre_offset, resize
 from .writer import WRITABLE_SUFFIXES, VideoWriter, write_frames
 
@@ -20,7 +20,9 @@ __all__ = [
     "centre_crop",
     "centre_offset",
     "code_conventionally",
+    "count_frames",
     "load_video",
+    "parse_fps",
     "parse_frames",
     "parse_size_hw",
     "probe_video",

@@ -3,7 +3,8 @@
 Every conversion names the matrix and the range of both sides; nothing is left to a library's default. A stream's own
 tags decide. Where it has none, the range is limited (full for JPEG-like formats and grey) and the matrix is BT.601 at
 every size, as FFmpeg assumes: "Bunny", on which NeRV variants report results, is an untagged 720p clip, and its
-published frames were made in this way. ``untagged_matrix`` says otherwise for one clip.
+published frames were made in this way. Players take BT.709 for untagged clips from 720 rows on; ``untagged_matrix``
+says so, or otherwise, for one clip.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ __all__ = [
     "ColorDescription",
     "RGBConverter",
     "YUVConverter",
+    "primaries_code",
+    "transfer_code",
 ]
 
 #: AVCOL_RANGE_*
@@ -86,6 +89,7 @@ _TRANSFERS = {
     17: "smpte428",
     18: "hlg",
 }
+_UNSPECIFIED = 2
 _FULL_RANGE_FORMATS = ("yuvj", "gray", "ya", "mono")
 
 
@@ -108,6 +112,16 @@ class ColorDescription:
     transfer: str | None = None
     matrix_tagged: bool = True
     range_tagged: bool = True
+
+
+def primaries_code(name: str | None) -> int:
+    """Return AVCOL_PRI_* of the primaries of this name; "unspecified" for None and for a name that is not known."""
+    return next((code for code, known in _PRIMARIES.items() if known == name), _UNSPECIFIED)
+
+
+def transfer_code(name: str | None) -> int:
+    """Return AVCOL_TRC_* of the transfer characteristics of this name, likewise."""
+    return next((code for code, known in _TRANSFERS.items() if known == name), _UNSPECIFIED)
 
 
 class RGBConverter:

@@ -19,7 +19,7 @@ from .._optional import Lazy
 from ..errors import MediaError
 from .color import ColorDescription, RGBConverter
 from .images import IMAGE_SUFFIXES, list_images, read_image
-from .selection import FrameRange, as_frame_slice, format_frames
+from .selection import FrameRange, as_frame_slice, format_frames, parse_fps
 from .transforms import centre_crop, centre_offset
 from .transforms import resize as resize_frames
 
@@ -32,7 +32,7 @@ else:
     av = Lazy("av", "video files")
     psutil = Lazy("psutil", "frames without a limit on their memory")
 
-__all__ = ["DEFAULT_FPS", "Source", "Video", "VideoInfo", "load_video", "probe_video"]
+__all__ = ["DEFAULT_FPS", "Source", "Video", "VideoInfo", "count_frames", "load_video", "probe_video"]
 
 Source: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Tensor"
 
@@ -106,12 +106,22 @@ class Video:
         return count, height, width
 
 
-def probe_video(source: Source, *, fps: Fraction | float | None = None, untagged_matrix: str = "bt601") -> VideoInfo:
+def probe_video(
+    source: Source, *, fps: str | Fraction | float | None = None, untagged_matrix: str = "bt601"
+) -> VideoInfo:
     """Describe a source without reading more than its first frame.
 
     Args and errors are those of :func:`load_video`.
     """
     return _open_source(source, fps, untagged_matrix).info
+
+
+def count_frames(source: Source) -> int:
+    """Return the exact number of frames; those of a video file are decoded for that, one after the other.
+
+    Errors are those of :func:`load_video`.
+    """
+    return _open_source(source, None, "bt601").count()
 
 
 def load_video(
@@ -120,7 +130,7 @@ def load_video(
     frames: FrameRange = None,
     resize: tuple[int, int] | None = None,
     crop: tuple[int, int] | None = None,
-    fps: Fraction | float | None = None,
+    fps: str | Fraction | float | None = None,
     max_bytes: int | None = None,
     untagged_matrix: str = "bt601",
 ) -> Video:
@@ -138,7 +148,7 @@ def load_video(
             because containers do not always state the exact count.
         resize: ``(height, width)`` to resize to, bicubic and antialiased.
         crop: ``(height, width)`` of the centre crop that follows.
-        fps: frame rate, instead of the source's own or of 25 for images and arrays.
+        fps: frame rate, as :func:`parse_fps` takes it, instead of the source's own or of 25 for images and arrays.
         max_bytes: the most the frames may take; None for 80 % of the memory that is free.
         untagged_matrix: YUV matrix of a stream that does not state its own: ``"bt601"`` (what FFmpeg assumes, at every
             size), ``"bt709"``, ``"smpte240m"`` or ``"fcc"``.
@@ -248,7 +258,7 @@ class _FileSource:
         self._path = path
         self._convert = RGBConverter(str(path), untagged_matrix)
         with _opened(path) as (container, stream):
-            rate = fps or stream.average_rate or stream.guessed_rate or DEFAULT_FPS
+            rate = fps if fps is not None else stream.average_rate or stream.guessed_rate or DEFAULT_FPS
             aspect = stream.sample_aspect_ratio
             count = _stated_count(container, stream, rate)
             frame = next(_decode(path, container, stream), None)
@@ -286,19 +296,20 @@ class _FileSource:
                 yield frame
 
 
-def _open_source(source: Source, fps: Fraction | float | None, untagged_matrix: str) -> _Source:
-    rate = None if fps is None else _checked_fps(fps)
+def _open_source(source: Source, fps: str | Fraction | float | None, untagged_matrix: str) -> _Source:
+    given = None if fps is None else parse_fps(fps)
+    rate = DEFAULT_FPS if given is None else given
     if isinstance(source, Tensor):
-        return _ArraySource(source.detach().cpu().numpy(), "array", rate or DEFAULT_FPS, on_disk=False)
+        return _ArraySource(source.detach().cpu().numpy(), "array", rate, on_disk=False)
     if isinstance(source, np.ndarray):
         # torch takes neither read-only arrays nor negative strides.
         usable = source if source.flags.writeable and min(source.strides, default=0) >= 0 else source.copy()
-        return _ArraySource(usable, "array", rate or DEFAULT_FPS, on_disk=False)
+        return _ArraySource(usable, "array", rate, on_disk=False)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path, a uint8 array or a tensor, got {type(source).__name__}")
     path = Path(source)
     if path.is_dir():
-        return _ImageSource(list_images(path), path.resolve().name, rate or DEFAULT_FPS)
+        return _ImageSource(list_images(path), path.resolve().name, rate)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if not path.is_file():
@@ -306,10 +317,10 @@ def _open_source(source: Source, fps: Fraction | float | None, untagged_matrix: 
     if not os.access(path, os.R_OK):
         raise MediaError(f"{path} cannot be read: permission denied")
     if path.suffix.lower() == ".npy":
-        return _open_npy(path, rate or DEFAULT_FPS)
+        return _open_npy(path, rate)
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _ImageSource([path], path.stem, rate or DEFAULT_FPS)
-    return _FileSource(path, rate, untagged_matrix)
+        return _ImageSource([path], path.stem, rate)
+    return _FileSource(path, given, untagged_matrix)
 
 
 def _open_npy(path: Path, fps: Fraction) -> _ArraySource:
@@ -502,12 +513,6 @@ def _checked_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise ValueError(f"{name} must be (height, width), both at least 1, got {pair!r}")
     return pair
-
-
-def _checked_fps(fps: Fraction | float) -> Fraction:
-    if not 0 < fps < 1_000_000:
-        raise ValueError(f"fps must be positive and less than a million, got {fps}")
-    return _limited(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
 
 
 def _limited(ratio: Fraction) -> Fraction:

@@ -1,15 +1,21 @@
-"""Which frames, and which size: what ``--frames``, ``--resize`` and ``--crop`` are given."""
+"""Which frames, which size and which rate: what ``--frames``, ``--resize``, ``--crop`` and ``--fps`` are given."""
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 from typing import TypeAlias
 
-__all__ = ["FrameRange", "as_frame_slice", "format_frames", "parse_frames", "parse_size_hw"]
+__all__ = ["FrameRange", "as_frame_slice", "format_frames", "parse_fps", "parse_frames", "parse_size_hw"]
 
 FrameRange: TypeAlias = "slice | tuple[int | None, int | None] | str | None"
 
 _MAX_SIDE = 65536
+_MAX_FPS = 1_000_000
+_MAX_DENOMINATOR = 100_000
+#: What a .hflf file and FFmpeg hold.
+_MAX_TERM = 2**31 - 1
 
 
 def parse_frames(text: str) -> slice:
@@ -64,6 +70,40 @@ def as_frame_slice(frames: FrameRange) -> slice:
 def format_frames(frames: slice) -> str:
     """Return the ``A:B`` that :func:`parse_frames` reads as this slice."""
     return f"{'' if frames.start is None else frames.start}:{'' if frames.stop is None else frames.stop}"
+
+
+def parse_fps(fps: str | Fraction | float) -> Fraction:
+    """Read a frame rate.
+
+    Args:
+        fps: a number, or text such as ``"25"``, ``"29.97"`` or ``"30000/1001"``; from 1/100000 to a million.
+
+    Returns:
+        The rate itself where its terms are less than 2**31, else, as for most floating-point numbers, the nearest with
+        a denominator of at most 100,000.
+
+    Raises:
+        ValueError: it is none of these.
+
+    Example:
+        >>> parse_fps("1/3600")
+        Fraction(1, 3600)
+    """
+    rate: Fraction | None = None
+    if isinstance(fps, str):
+        # Fraction itself would compute what 1e999999999 is.
+        if re.fullmatch(r"\s*\d{1,10}(\.\d{1,10}|\s*/\s*0*[1-9]\d{0,9})?\s*", fps, flags=re.ASCII):
+            rate = Fraction("".join(fps.split()))
+    elif math.isfinite(fps):
+        rate = Fraction(fps)
+    if rate is None or not Fraction(1, _MAX_DENOMINATOR) <= rate <= _MAX_FPS:
+        raise ValueError(
+            f"fps must be positive, from 1/{_MAX_DENOMINATOR} to {_MAX_FPS}, such as 25, 29.97 or 30000/1001, "
+            f"got {fps!r}"
+        )
+    if max(rate.numerator, rate.denominator) <= _MAX_TERM and isinstance(fps, (str, Fraction)):
+        return rate
+    return rate.limit_denominator(min(_MAX_DENOMINATOR, _MAX_TERM // math.ceil(rate)))
 
 
 def parse_size_hw(text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, ClassVar, TypeAlias
+from typing import IO, TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from torch import Tensor
 from .._atomic import atomic_path, resolve_target
 from .._optional import Lazy
 from ..errors import BackendUnavailable, MediaError
-from .color import LIMITED_RANGE, YUVConverter
+from .color import LIMITED_RANGE, YUVConverter, primaries_code, transfer_code
+from .selection import parse_fps
 
 if TYPE_CHECKING:
     import av
@@ -55,8 +56,9 @@ class VideoWriter:
 
     The path decides the format:
 
-    - ``.mp4``, ``.m4v``, ``.mov``, ``.mkv``: H.264 by libx264 at constant quality (``crf``), BT.709 at limited range,
-      and tagged so. 4:2:0 where both sides are even, else 4:4:4 (4:2:0 cannot have odd sides); never padded.
+    - ``.mp4``, ``.m4v``, ``.mov``, ``.mkv``: H.264 by libx264 at constant quality (``crf``), by BT.709's matrix at
+      limited range, and tagged so. 4:2:0 where both sides are even, else 4:4:4 (4:2:0 cannot have odd sides); never
+      padded.
     - ``.y4m``: uncompressed 4:4:4, BT.601 at limited range: what FFmpeg takes a .y4m for, which cannot state its
       matrix.
     - ``.npy``: uint8 ``[T, H, W, 3]``, lossless, and without a frame rate.
@@ -76,6 +78,9 @@ class VideoWriter:
             last frame, and never touches another file.
         crf: quality of H.264, 0 (best) to 51; 12 is visually lossless.
         sample_aspect_ratio: width of a pixel divided by its height; stored in videos.
+        primaries: the frames' primaries, by a name of :class:`ColorDescription`; H.264 is tagged so, and left untagged
+            for None and for a name that is not known.
+        transfer: their transfer characteristics, likewise.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -91,15 +96,16 @@ class VideoWriter:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        fps: Fraction | float,
+        fps: str | Fraction | float,
         size: tuple[int, int],
         *,
         overwrite: bool | None = None,
         crf: float = 12,
         sample_aspect_ratio: Fraction = Fraction(1),
+        primaries: str | None = "bt709",
+        transfer: str | None = "bt709",
     ) -> None:
-        if not 0 < fps < 1_000_000:
-            raise ValueError(f"fps must be positive and less than a million, got {fps}")
+        rate = parse_fps(fps)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be (height, width), both at least 1, got {size!r}")
         if not 0 <= crf <= 51:
@@ -108,10 +114,10 @@ class VideoWriter:
         self._shape = (*size, 3)
         self._count = 0
         self._finished = False
-        rate = Fraction(fps).limit_denominator(100_000)
         aspect = sample_aspect_ratio.limit_denominator(10_000)
         try:
-            self._sink = _open_sink(os.fspath(path), overwrite, _Format(rate, aspect, *size, crf))
+            format_ = _Format(rate, aspect, *size, crf, primaries, transfer)
+            self._sink = _open_sink(os.fspath(path), overwrite, format_)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -189,7 +195,7 @@ class VideoWriter:
 def write_frames(
     path: str | os.PathLike[str],
     frames: Frames | Iterable[Frames],
-    fps: Fraction | float,
+    fps: str | Fraction | float,
     *,
     overwrite: bool | None = None,
     crf: float = 12,
@@ -223,13 +229,14 @@ def write_frames(
             writer.write(batch)
 
 
-class _Format:
-    def __init__(self, fps: Fraction, aspect: Fraction, height: int, width: int, crf: float) -> None:
-        self.fps = fps
-        self.aspect = aspect
-        self.height = height
-        self.width = width
-        self.crf = crf
+class _Format(NamedTuple):
+    fps: Fraction
+    aspect: Fraction
+    height: int
+    width: int
+    crf: float
+    primaries: str | None
+    transfer: str | None
 
 
 class _Sink:
@@ -347,8 +354,9 @@ class _H264Sink(_FileSink):
         context.time_base = 1 / f.fps
         context.sample_aspect_ratio = f.aspect
         context.color_range = LIMITED_RANGE
-        # AVCOL_SPC_BT709, AVCOL_PRI_BT709, AVCOL_TRC_BT709
-        context.colorspace = context.color_primaries = context.color_trc = 1
+        context.colorspace = 1  # AVCOL_SPC_BT709
+        context.color_primaries = primaries_code(f.primaries)
+        context.color_trc = transfer_code(f.transfer)
         self._stream = stream
 
     def add(self, frame: NDArray[np.uint8], index: int) -> None:
@@ -396,7 +404,7 @@ class _FolderSink(_Sink):
             if not target.is_dir():
                 raise MediaError(f"{path} exists and is not a folder")
             if not overwrite and any(target.iterdir()):
-                raise MediaError(f"{path} is a folder that is not empty; empty it, or choose another")
+                raise MediaError(f"{path} is a folder that is not empty; empty it, choose another, or give --overwrite")
         # A folder that is there may be where somebody works, or a mount point: it is filled, not replaced.
         parent = target if target.exists() else target.parent
         self._temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=parent))

@@ -16,7 +16,7 @@ __all__ = ["Layout", "choose_layout"]
 
 _STRIDES = (5, 4, 3, 2)
 # The papers' strides multiply to 320 in five stages. Of equal products the number of stages nearest to that pace is
-# taken: at 160 x 320, 5-4-2-2 ends 0.9 dB above 5-2-2-2-2 (soapbox, 24 frames, 0.15 M, 50 epochs).
+# taken: at 160 x 320, 5-4-2-2 rather than 5-2-2-2-2.
 _PACE = math.log(320) / 5
 # How many octaves of grid size are worth how much padded area. At 1080 x 1920 it takes 2 x 4 cells and 12 % of padding
 # rather than 9 x 16 cells (18 times the embedding) and none.

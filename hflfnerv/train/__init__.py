@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .clip import Clip, prepare_clip
+from .clip import Clip, embed_all, prepare_clip
 from .graph import CapturedStep
 from .muon import Muon
 from .quantization import EMBEDDINGS, Quantization, QuantizationConfig, StepChooser, fake_quantize
@@ -22,6 +22,7 @@ __all__ = [
     "StepChooser",
     "TrainConfig",
     "Trainer",
+    "embed_all",
     "fake_quantize",
     "learning_rate_factor",
     "load_checkpoint",

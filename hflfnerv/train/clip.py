@@ -12,7 +12,7 @@ from torch import Tensor
 from .._optional import Lazy
 from ..data import centre_crop
 from ..errors import MediaError
-from ..models import EncoderInput
+from ..models import EncoderInput, VideoNetwork
 from ..ops import highpass
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     psutil = Lazy("psutil", "clips with high-pass frames")
 
-__all__ = ["Clip", "prepare_clip"]
+__all__ = ["Clip", "embed_all", "prepare_clip"]
 
 _BATCH_PIXELS = 4_000_000
 
@@ -89,11 +89,11 @@ def prepare_clip(
     if encoder_input != "highpass":
         return Clip(cropped.contiguous(), None, encoder_input)
     count, height, width, _ = frames.shape
-    needed = cropped.numel() * 2
+    needed = cropped.numel() * (2 if crop is None else 3)  # float16, and a copy of what the crop leaves
     available = psutil.virtual_memory().available
     if needed > available:
         raise MediaError(
-            f"the high-pass frames need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free: "
+            f"the high-pass frames and the crop need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: "
             "encode fewer frames (--frames) or smaller ones (--resize, --crop)"
         )
     filtered = torch.empty(cropped.shape, dtype=torch.float16, device=frames.device)
@@ -103,3 +103,16 @@ def prepare_clip(
         part = highpass(part, removed).permute(0, 2, 3, 1)
         filtered[start : start + batch] = part if crop is None else centre_crop(part, *crop)
     return Clip(cropped.contiguous(), filtered, encoder_input)
+
+
+@torch.inference_mode()
+def embed_all(model: VideoNetwork, clip: Clip) -> Tensor | None:
+    """Embeddings of all frames, float32 ``[T, C, h, w]`` on the CPU, or None."""
+    if model.encoder is None:
+        return None
+    rows = []
+    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
+        inputs = clip.inputs(index)
+        assert inputs is not None
+        rows.append(model.embed(inputs).float().cpu())
+    return torch.cat(rows).contiguous()

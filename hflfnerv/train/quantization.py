@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
 from ..models import VideoNetwork
-from .clip import Clip
+from .clip import Clip, embed_all
 
 __all__ = ["EMBEDDINGS", "Quantization", "QuantizationConfig", "StepChooser", "fake_quantize"]
 
@@ -121,8 +121,9 @@ class StepChooser:
             name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()
         }
         self.curvatures = {name: scale * square for name, square in squares.items()}
-        if model.encoder is not None:
-            self.values[EMBEDDINGS] = np.concatenate([*_embeddings(model, clip)])
+        made = embed_all(model, clip)
+        if made is not None:
+            self.values[EMBEDDINGS] = made.numpy()
             # One frame's embedding changes the error of that frame alone.
             self.curvatures[EMBEDDINGS] = scale * embedding_square / len(clip)
 
@@ -190,14 +191,6 @@ def _levels(values: NDArray[np.float32], exponent: int, bits: int) -> Levels:
 def _extremes(values: NDArray[np.float32], exponent: int) -> tuple[int, int]:
     step = log_steps(np.array(exponent))
     return round(float(np.rint(values.min() / step))), round(float(np.rint(values.max() / step)))
-
-
-@torch.no_grad()
-def _embeddings(model: VideoNetwork, clip: Clip) -> Iterator[NDArray[np.float32]]:
-    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
-        inputs = clip.inputs(index)
-        assert inputs is not None
-        yield model.embed(inputs).float().cpu().numpy()
 
 
 class Quantization:

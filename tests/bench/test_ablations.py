@@ -29,18 +29,41 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "SIZE", 60_000)
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations of what was trained."""
+    configs = []
+    for module in (ablations, stability):
+
+        def trainer(model, clip, config, trainer=module.Trainer, **options):
+            configs.append((config, clip))
+            return trainer(model, clip, config, **options)
+
+        monkeypatch.setattr(module, "Trainer", trainer)
+    return configs
+
+
+def used(config, clip):
+    """Return the settings of a row that was made with these."""
+    assert config.quantization is None
+    names = ("optimizer", "lr", "batch_size")
+    settings = {name: getattr(config, name) for name in names} | {"encoder_input": clip.encoder_input}
+    return settings | {"quantization_share": 0.0, "rate_weight": 0.0}
+
+
 @pytest.mark.parametrize("name", ablations.VARIANTS)
-def test_every_variant_trains(name, data):
+def test_every_variant_trains(name, data, trained):
     row = ablations.run(name, "clip", 1, data, epochs=2)
-    assert row["settings"] == ablations.VARIANTS[name].settings._asdict()
+    assert row["settings"] == used(*trained[0])
     assert 5 < row["psnr_db"] < 60
     assert row["parameters"] > 20_000
     torch.manual_seed(1)
     assert ablations.run(name, "clip", 1, data, epochs=2)["psnr_db"] == row["psnr_db"]
 
 
-def test_a_stability_run(data):
+def test_a_stability_run(data, trained):
     row = stability.run("dual stream, best", "clip", 1, data, epochs=2)
+    assert row["settings"] == used(*trained[0])
     assert len(row["contrast_frame"]) == len(row["contrast_layers"]) == 3
     # Embedding, stem, which has the first block in it, blocks, head.
     assert {len(layers) for layers in row["contrast_layers"]} == {1 + 1 + 2 + 1}

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from bench import check, gpu, networks
+from bench import check, encode, gpu, networks
 from bench.device import Machine, require_close
 from bench.registry import Contender, Point
 from hflfnerv.models.hflf import HFLFNeRV
@@ -60,8 +60,15 @@ def test_functions_are_there():
             assert callable(getattr(importlib.import_module(module), name))
 
 
-def test_dry_run(tmp_path, capsys):
+def test_dry_run(tmp_path, capsys, monkeypatch):
     parts = [name for name, part in gpu.PARTS.items() if isinstance(part.function, str)]
+    made = dict.fromkeys(parts, 0)
+
+    def keep(path: Path, row: dict, keep: Callable[[Path, dict], None] = gpu.keep) -> None:
+        made[path.stem.removeprefix("gpu-")] += 1
+        keep(path, row)
+
+    monkeypatch.setattr(gpu, "keep", keep)
     # The settings that the suite changes are the process's.
     benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     try:
@@ -71,8 +78,9 @@ def test_dry_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert failed == 0, printed
     for name in parts:
-        rows = [json.loads(text) for text in (tmp_path / f"gpu-{name}.jsonl").read_text().splitlines()]
+        rows = rows_of(tmp_path / f"gpu-{name}.jsonl")
         assert rows, name
+        assert len(rows) == made[name], "a row took the place of another of the same run"
         for row in rows:
             assert row["dry_run"] is True
             assert {"what", "implementation", "dtype", "data", "metric", "unit", "p50"} <= row.keys()
@@ -99,6 +107,49 @@ def test_a_failing_part_leaves_the_others(monkeypatch, tmp_path, capsys):
     assert "1.00 x  copy  50.0 %" in printed
     # What was measured before the failure is kept.
     assert json.loads((tmp_path / "gpu-limits.jsonl").read_text())["what"] == "first"
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def fake_row(device: str, data: str, implementation: str, p50: float) -> dict:
+    row = {"metric": "throughput", "unit": "GB/s", "baseline": "a", "what": "w", "dtype": "float32", "time": "9999"}
+    row |= {"p20": p50, "p80": p50, "milliseconds": 0.5}
+    return row | {"device": device, "data": data, "implementation": implementation, "p50": p50}
+
+
+def test_a_run_replaces_what_it_measures_again_and_nothing_else(monkeypatch, tmp_path):
+    path = tmp_path / "gpu-limits.jsonl"
+    old = [fake_row(device, data, name, 1.0) for device in ("A", "B") for data in ("d", "e") for name in ("a", "b")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+
+    def points(machine):
+        # Nothing is gone before there is something to put in its place.
+        assert rows_of(path) == old
+        yield fake_row("A", "d", "a", 2.0)
+        assert len(rows_of(path)) == len(old)
+        raise KeyboardInterrupt  # whatever ends the run
+
+    monkeypatch.setattr("bench.limits.points", points)
+    arguments = ["--dry-run", "--here", "--parts", "limits", "--only", "d", "--results", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(arguments)
+    assert rows_of(path) == [*old[1:], fake_row("A", "d", "a", 2.0)]
+
+
+def test_a_part_that_cannot_begin_leaves_the_rows(monkeypatch, tmp_path):
+    path = tmp_path / "gpu-limits.jsonl"
+    path.write_text(json.dumps(fake_row("A", "d", "a", 1.0)) + "\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--here", "--parts", "limits", "--results", str(tmp_path)]) == 1
+    assert rows_of(path) == [fake_row("A", "d", "a", 1.0)]
+
+
+def test_the_steps_of_an_encode_are_those_it_took():
+    (hnerv,) = encode.points(machine(only="hnerv"))
+    # 2 epochs of 6 frames, one a step.
+    assert hnerv["p50"] == pytest.approx(12 / hnerv["seconds"]["train"], rel=1e-3)
 
 
 def test_summary_has_one_line_for_each_point():

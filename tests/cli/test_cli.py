@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from published_checkpoints import published_names
 
 from hflfnerv import Decoder
 from hflfnerv.cli import main
-from hflfnerv.data import load_video, write_frames
+from hflfnerv.data import VideoWriter, load_video, write_frames
 from hflfnerv.models import MODELS, build_model
 
 SMALL = ["--size", "60k", "--epochs", "3", "--quiet"]
@@ -238,6 +240,76 @@ def test_bad_input(folder, tmp_path, capsys):
     assert left == {"empty", "text.mp4", "mixed", "mixed2", "other"}
 
 
+def test_a_frame_rate_can_be_given(folder, tmp_path, capsys):
+    coded = tmp_path / "clip.hflf"
+    assert run("encode", folder / "images", "-o", coded, "--fps", "24000/1001", *SMALL) == 0
+    assert Decoder(coded).fps == Fraction(24000, 1001)
+    assert run("encode", folder / "images", "-o", coded, "--fps", "1/3600", *SMALL) == 0
+    assert Decoder(coded).fps == Fraction(1, 3600)
+    for command in (["encode", "images", "-o", "x.hflf"], ["import", "x.pth", "-o", "x.hflf"], ["rd", "images"]):
+        with pytest.raises(SystemExit):
+            run(*command, "--fps", "inf")
+        assert "argument --fps: fps must be positive" in capsys.readouterr().err
+
+
+@pytest.fixture
+def untagged(tmp_path, moving_frames):
+    """The clip as a video that does not state its matrix."""
+    path = tmp_path / "untagged.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        for planes in moving_frames.transpose(0, 3, 1, 2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), format="yuv444p")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_the_matrix_of_an_untagged_clip_is_kept_with_the_file(untagged, tmp_path, capsys):
+    coded, report = tmp_path / "untagged.hflf", tmp_path / "report.json"
+    assert run("encode", untagged, "-o", coded, "--untagged-matrix", "bt709", "--json", report, *SMALL) == 0
+    made = json.loads(report.read_text())
+    assert made["config"]["untagged_matrix"] == "bt709"
+    assert Decoder(coded).header.color.matrix == "bt709"
+    capsys.readouterr()
+    assert run("eval", coded, "--reference", untagged, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["psnr_db"] == pytest.approx(made["psnr_db"], abs=1e-9)
+    assert run("eval", coded, "--reference", untagged, "--json", "--untagged-matrix", "bt601") == 0
+    assert json.loads(capsys.readouterr().out)["psnr_db"] != pytest.approx(made["psnr_db"], abs=1e-3)
+    files = ["--hflf", coded, "--codecs", "none", "--json", report, "--quiet"]
+    assert run("rd", untagged, *files) == 0
+    assert json.loads(report.read_text())["rows"][0]["psnr_db"] == pytest.approx(made["psnr_db"], abs=1e-9)
+    error = fails(capsys, "rd", untagged, *files, "--untagged-matrix", "bt601")
+    assert "read by the matrix bt709 and not bt601" in error
+
+
+def test_decoded_video_has_the_colours_of_its_source(folder, tmp_path, moving_frames):
+    clip, coded = tmp_path / "clip.mkv", tmp_path / "clip.hflf"
+    with VideoWriter(clip, 25, (48, 64), primaries="smpte170m", transfer="smpte170m") as writer:
+        writer.write(moving_frames)
+    assert run("encode", clip, "-o", coded, *SMALL) == 0
+    assert run("decode", coded, "-o", tmp_path / "out.mp4") == 0
+    color = load_video(tmp_path / "out.mp4").color
+    assert (color.primaries, color.transfer) == ("smpte170m", "smpte170m")
+    # What a source does not say is not made up.
+    assert run("decode", folder / "clip.hflf", "-o", tmp_path / "out.mp4") == 0
+    color = load_video(tmp_path / "out.mp4").color
+    assert (color.matrix, color.primaries, color.transfer) == ("bt709", None, None)
+
+
+def test_decode_can_be_told_what_to_replace(folder, tmp_path, capsys):
+    coded, video, images = folder / "clip.hflf", tmp_path / "out.npy", tmp_path / "out"
+    for target in (video, images):
+        assert run("decode", coded, "-o", target, "--no-overwrite") == 0
+        assert "exists already" in fails(capsys, "decode", coded, "-o", target, "--no-overwrite") or target == images
+    assert run("decode", coded, "-o", video, "--frames", "1:3") == 0
+    assert len(np.load(video)) == 2
+    assert "--overwrite" in fails(capsys, "decode", coded, "-o", images)
+    (images / "notes.txt").write_text("mine")
+    assert run("decode", coded, "-o", images, "--overwrite", "--frames", "1:3") == 0
+    assert sorted(path.name for path in images.iterdir()) == ["frame_00000.png", "frame_00001.png", "notes.txt"]
+
+
 def test_no_file_is_both_read_and_written(folder, tmp_path, moving_frames, capsys):
     clip, coded, report = tmp_path / "clip.mkv", tmp_path / "clip.hflf", tmp_path / "report.json"
     write_frames(clip, moving_frames, fps=25)
@@ -422,6 +494,8 @@ def test_demo(tmp_path, capsys):
     report = json.loads((output / "report.json").read_text())
     assert f"{report['bits_per_pixel']:.4f} bits per pixel" in printed
     assert f"{report['psnr_db']:.2f} dB" in printed
+    assert report["total_seconds"] > sum(report["seconds"].values())
+    assert report["machine"].keys() == {"processor", "simd", "threads", "gpu", "commit"}
     assert report["bytes"] == (output / "bunny.hflf").stat().st_size
     assert load_video(output / "decoded.mp4").frames.shape == (24, 48, 96, 3)
     with Image.open(output / "comparison.png") as picture:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -15,10 +17,12 @@ import pytest
 import torch
 
 from hflfnerv import Decoder, EncodeConfig, encode
-from hflfnerv.codec import Bitstream, evaluate, write_bitstream
+from hflfnerv.codec import Bitstream, encoder, evaluate, write_bitstream
+from hflfnerv.data import load_video
 from hflfnerv.errors import BackendUnavailable, CheckpointError, InvalidBitstream
 from hflfnerv.models import MODELS, ModelSpec, hflf
 from hflfnerv.models.budget import parameter_count
+from hflfnerv.train import Trainer
 
 CONFIG = EncodeConfig(size="60k", epochs=2)
 
@@ -329,6 +333,7 @@ def test_any_frame_rate_is_stored(moving_frames):
         ({"seed": -1}, "seed must be"),
         ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"encoder_input": "x"}, "encoder_input must be one of"),
+        ({"untagged_matrix": "bt2020"}, "untagged_matrix must be one of bt601, bt709"),
         ({"model": "nerv", "encoder_input": "frame"}, "encoder_input must be None for model 'nerv'"),
     ],
 )
@@ -406,3 +411,41 @@ def test_a_file_with_one_embedding_is_the_dual_stream_s_too(moving_frames, monke
     assert b"detail" not in stream.header.to_json()
     assert stream.embedding_shape[0] == 16
     assert Decoder(result.bitstream)[:].shape == moving_frames.shape
+
+
+@pytest.mark.parametrize("encoder_input", ["frame", "highpass"])
+def test_a_crop_is_of_the_frames_that_an_uncropped_clip_has(encoder_input, moving_frames, monkeypatch):
+    cropped = moving_frames[:, 10:39, 12:53]
+    loaded, seen = [], []
+    config = dataclasses.replace(CONFIG, epochs=1, crop=(29, 41), encoder_input=encoder_input)
+
+    def load(*arguments, **options):
+        loaded.append(load_video(*arguments, **options))
+        return loaded[-1]
+
+    def trainer(model, clip, *arguments, **options):
+        # What was loaded is gone but for the clip.
+        loaded[:] = [weakref.ref(loaded[0]), loaded[0].shape]
+        gc.collect()
+        seen.append(clip)
+        return Trainer(model, clip, *arguments, **options)
+
+    monkeypatch.setattr(encoder, "load_video", load)
+    monkeypatch.setattr(encoder, "Trainer", trainer)
+    data = encode(moving_frames, config).bitstream
+    assert torch.equal(seen[0].frames, torch.from_numpy(cropped))
+    assert loaded[0]() is None
+    assert loaded[1] == ((6, 29, 41) if encoder_input == "frame" else (6, 48, 64))
+    if encoder_input == "frame":
+        # Bit for bit the network of the clip that was cropped before.
+        monkeypatch.undo()
+        other = encode(cropped, dataclasses.replace(config, crop=None)).bitstream
+        assert np.array_equal(Decoder(data)[:], Decoder(other)[:])
+    source = Bitstream.open(data).header.source
+    assert (source.height, source.width, source.crop) == (48, 64, (10, 12, 29, 41))
+
+
+@pytest.mark.parametrize("encoder_input", ["frame", "highpass"])
+def test_a_crop_that_does_not_fit_is_named(encoder_input, moving_frames):
+    with pytest.raises(ValueError, match=r"crop must be .* fit into the frames of 48x64"):
+        encode(moving_frames, dataclasses.replace(CONFIG, crop=(49, 64), encoder_input=encoder_input))

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hflfnerv.config import MATRICES
 from hflfnerv.data import load_video
+from hflfnerv.data.color import SWS_MATRICES
 from hflfnerv.errors import MediaError
 
 UNSPECIFIED, LIMITED, FULL = 0, 1, 2
@@ -84,6 +86,10 @@ def test_untagged_video_is_bt601_limited_at_every_size(
     other = load_video(path, untagged_matrix="bt709")
     assert other.color.matrix == "bt709"
     assert np.abs(other.frames[0].numpy() - colorimetry.to_rgb(yuv, "bt709", False, 8)).max() <= 0.52
+
+
+def test_the_matrices_that_can_be_asked_for() -> None:
+    assert set(MATRICES) == set(SWS_MATRICES)
 
 
 def test_the_assumed_matrix_gives_way_to_a_tag(tmp_path: Path, colorimetry: Any, write_clip: Any) -> None:

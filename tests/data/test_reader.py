@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hflfnerv.data import Video, load_video, probe_video, reader, write_frames
+from hflfnerv.data import Video, count_frames, load_video, probe_video, reader, write_frames
 from hflfnerv.errors import MediaError
 
 
@@ -118,12 +118,18 @@ def test_small_and_odd_videos(tmp_path: Path, write_rgb_clip: Any, shape: tuple[
     assert np.array_equal(video.frames.numpy(), frames)
 
 
+def test_frames_are_counted(tmp_path: Path, write_rgb_clip: Any) -> None:
+    assert count_frames(write_rgb_clip(tmp_path / "clip.mov", staircase(4))) == count_frames(staircase(4)) == 4
+
+
 def test_frame_rates(tmp_path: Path, write_rgb_clip: Any, write_grey_clip: Any) -> None:
     ntsc = Fraction(30000, 1001)
     path = write_rgb_clip(tmp_path / "ntsc.mov", staircase(4), fps=ntsc)
     assert load_video(path).fps == ntsc
     assert load_video(path, fps=12.5).fps == Fraction(25, 2)
     assert load_video(staircase(2), fps=ntsc).fps == ntsc
+    # One frame an hour; what it means is not for a default to say.
+    assert load_video(staircase(2), fps=1 / 3600).fps == load_video(path, fps="1/3600").fps == Fraction(1, 3600)
     with pytest.raises(ValueError, match="fps must be positive"):
         load_video(path, fps=0)
     # 1 s at 10 frames per second, then 1 s at 20.

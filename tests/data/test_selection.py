@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
-from hflfnerv.data import parse_frames, parse_size_hw
+from hflfnerv.data import parse_fps, parse_frames, parse_size_hw
 from hflfnerv.data.selection import as_frame_slice, format_frames
 
 
@@ -50,3 +53,52 @@ def test_parse_size_hw() -> None:
 def test_parse_size_hw_rejects(text: str) -> None:
     with pytest.raises(ValueError, match="size must"):
         parse_size_hw(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ("25", Fraction(25)),
+        (" 29.97 ", Fraction(2997, 100)),
+        ("30000/1001", Fraction(30000, 1001)),
+        ("24000 / 1001", Fraction(24000, 1001)),
+        ("1/3600", Fraction(1, 3600)),
+        (30000 / 1001, Fraction(30000, 1001)),
+        (23.976, Fraction(2997, 125)),
+        (1 / 3600, Fraction(1, 3600)),
+        (25, Fraction(25)),
+        (Fraction(2147483647, 90000), Fraction(2147483647, 90000)),
+        # Terms that a file cannot hold.
+        (Fraction(2**40 + 1, 2**40), Fraction(1)),
+        (999_999.999_99, Fraction(1_000_000)),
+    ],
+)
+def test_frame_rates(given: str | float | Fraction, rate: Fraction) -> None:
+    assert parse_fps(given) == rate
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "a",
+        "inf",
+        "nan",
+        "0",
+        "-1",
+        "1/0",
+        "1e999999999",
+        "25/",
+        "1 2",
+        "2000000",
+        0,
+        -25,
+        1e-6,
+        1e7,
+        np.nan,
+        np.inf,
+    ],
+)
+def test_what_is_no_frame_rate(given: str | float) -> None:
+    with pytest.raises(ValueError, match=r"fps must be positive, from 1/100000 to 1000000, such as 25, .*, got "):
+        parse_fps(given)

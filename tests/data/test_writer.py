@@ -110,6 +110,30 @@ def test_h264_is_tagged_and_right(
             assert np.abs(plane[:, :width].astype(int) - code).max() <= 1 + 4 // 2
 
 
+@pytest.mark.parametrize("target", ["clip.mp4", "clip.mkv"])
+@pytest.mark.parametrize(
+    ("primaries", "transfer", "codes"),
+    [("smpte170m", "smpte170m", (6, 6)), ("bt470bg", "srgb", (5, 13)), (None, "no such", (2, 2))],
+)
+def test_h264_is_tagged_with_the_frames_own_colours(
+    tmp_path: Path, target: str, primaries: str | None, transfer: str | None, codes: tuple[int, int]
+) -> None:
+    with VideoWriter(tmp_path / target, 25, (48, 64), primaries=primaries, transfer=transfer) as writer:
+        writer.write(noise(2))
+    with av.open(str(tmp_path / target)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.color_range, frame.colorspace) == (1, 1)
+        assert (frame.color_primaries, frame.color_trc) == codes
+    color = load_video(tmp_path / target).color
+    assert (color.primaries, color.transfer) == (primaries, transfer if codes[1] != 2 else None)
+
+
+@pytest.mark.parametrize("target", ["clip.mp4", "clip.mkv", "clip.y4m"])
+def test_slow_videos_keep_their_rate(tmp_path: Path, target: str) -> None:
+    write_frames(tmp_path / target, noise(3), "1/60")
+    assert load_video(tmp_path / target).fps == Fraction(1, 60)
+
+
 def test_y4m_reads_back_as_written(tmp_path: Path, colorimetry: Any) -> None:
     frames = noise(4, 17, 31)
     write_frames(tmp_path / "clip.y4m", frames, 25)
