@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import runpy
 import sys
@@ -17,12 +18,21 @@ from fuse_models import Attributes, sequential
 from torch import fx, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
+from winograd_method import magnitudes
 
 import hflfnerv
 import hflfnerv.fusion
 from bench.published import NVRRRCP, Block, CustomConv, DNeRV, ENeRV, HNeRV, NeRV, UpConv
 from hflfnerv.fusion import Fused, FusedConv2d, FusedGELU, FusedPixelShuffle
-from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, make_tensor, requires
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
+from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    convolution_magnitudes,
+    make_tensor,
+    requires,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BLOCKS = {
@@ -90,21 +100,73 @@ def test_results_and_gradients_are_the_same_bit_for_bit(name, training):
     assert_equal(fused.values(), grads.values())
 
 
-@every_model
-def test_auto_is_as_near_to_the_truth_as_the_plain_model(name):
-    exact, x = build(name, torch.float64)
-    plain = copy.deepcopy(exact).float()
-    fused = copy.deepcopy(plain)
-    hflfnerv.fuse(fused)
-    # float64 weights are those of float32, so that only the computation differs.
-    exact.load_state_dict(plain.state_dict())
-    x = x.float()
-    for actual, expected, same in zip(run(fused, x), run(exact, x.double()), run(plain, x), strict=True):
-        assert_close_to_reference(actual, expected, same)
-    expected_gradients, same_gradients = gradients(exact, x.double()), gradients(plain, x)
-    for key, actual in gradients(fused, x).items():
-        if actual is not None:
-            assert_gradient_close_to_reference(actual, expected_gradients[key], same_gradients[key])
+WINOGRAD = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "winograd")
+KERNELS = {
+    # name: (model, shape of its input, what "auto" runs for its blocks, in the order of their calls)
+    "hnerv": (HNeRV, (2, 4, 8, 16), ["reference", "reference", "winograd", "winograd"]),
+    "hnerv-tanh-gelu-no-bias": (
+        lambda: HNeRV(act="tanh-gelu", bias=False),
+        (1, 4, 16, 8),
+        ["reference", "reference", "winograd", "winograd"],
+    ),
+    "nerv": (lambda: NeRV(grid=(24, 40)), (2, 4, 2, 2), ["reference", "reference", "winograd"]),
+    "e-nerv": (lambda: ENeRV(grid=(32, 24)), (1, 4, 2, 3), ["reference", "winograd"]),
+    "sequential": (sequential, (1, 4, 64, 48), ["conv2d+cpp", "winograd"]),
+    "attributes": (Attributes, (1, 4, 48, 48), ["conv2d+cpp", "conv2d+cpp"]),
+}
+
+
+def with_gradients(function, tensors, dy):
+    y = function(*tensors)
+    return [y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
+
+
+def assert_block_close_to_reference(conv, x, entry):
+    """Compare a fused block and its gradients with the definition, by the sums of the implementation that ran."""
+    block = conv.fused_block
+    tensors = [x.requires_grad_(), *conv.parameters()]
+    actual = conv(x)
+    dy = make_tensor(*actual.shape, seed=3)
+
+    def definition(x, weight, bias=None):
+        return reference.conv_pixel_shuffle_gelu(
+            x, weight, bias, block.upscale_factor, padding=block.padding, approximate=block.approximate
+        )
+
+    ours = [actual, *torch.autograd.grad(actual, tensors, dy)]
+    exact = with_gradients(definition, [t.detach().double().requires_grad_() for t in tensors], dy)
+    plain = with_gradients(definition, tensors, dy)
+    if entry == "winograd":
+        sizes = magnitudes(x, conv.weight, conv.bias, dy, block.upscale_factor)
+    else:  # PyTorch's convolutions, as in the definition; the gradient of the bias is a sum in another order
+        *_, size = convolution_magnitudes(x, conv.weight, dy, block.upscale_factor, block.padding)
+        sizes = [None, None, None, size]
+    checks = [assert_close_to_reference, *[assert_gradient_close_to_reference] * (len(ours) - 1)]
+    for check, *values, size in zip(checks, ours, exact, plain, sizes[: len(ours)], strict=True):
+        check(*values, magnitude=size)
+
+
+@pytest.mark.skipif(WINOGRAD.unavailable() is not None, reason=f"winograd: {WINOGRAD.unavailable()}")
+@pytest.mark.parametrize("impl", ["auto", "conv2d+cpp"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_blocks_that_kernels_run_are_near_the_truth(name, impl, monkeypatch):
+    factory, shape, entries = KERNELS[name]
+    torch.manual_seed(1)
+    model, calls, ran = factory(), [], []
+
+    def recorded(entry):
+        return dataclasses.replace(entry, run=lambda call: (ran.append(entry.name), entry.run(call))[1])
+
+    monkeypatch.setattr(CONV_PIXEL_SHUFFLE_GELU, "entries", tuple(map(recorded, CONV_PIXEL_SHUFFLE_GELU)))
+    for row in hflfnerv.fuse(model, impl=impl).fused:
+        model.get_submodule(row.conv).register_forward_pre_hook(
+            lambda conv, args, kwargs: calls.append((conv, *args, *kwargs.values())), with_kwargs=True
+        )
+    with torch.no_grad():
+        run(model, make_tensor(*shape, seed=2))
+    assert ran == (entries if impl == "auto" else [impl] * len(entries))
+    for (conv, x), entry in zip(list(calls), list(ran), strict=True):
+        assert_block_close_to_reference(conv, x, entry)
 
 
 @every_model
