@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from .errors import BackendUnavailable
 from .nn import UpsampleBlock
+from .nn._attached import attached
 from .ops import CONV_PIXEL_SHUFFLE_GELU, conv_pixel_shuffle_gelu
 
 __all__ = ["FuseReport", "Fused", "Left", "fuse", "unfuse"]
@@ -343,25 +344,14 @@ def _shuffles_by_function(module: nn.Module) -> str | None:
     )
 
 
-_HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
-
-
-def _attached(module: nn.Module) -> str | None:
-    """Return what is attached to a module that would be lost or would see other values, in words, or None."""
+def _reason_of_part(module: nn.Module) -> str | None:
+    """Return what a module has that would be lost or would see other values, in words, or None."""
     if isinstance(module, LazyModuleMixin):
         return "has no parameters yet; run the model once, then fuse it"
-    for attribute, kind in _HOOKS.items():
-        for hook in getattr(module, attribute).values():
-            return f"has a {kind} ({getattr(hook, '__name__', type(hook).__name__)}); remove it to fuse"
+    if (what := attached(module)) is not None:
+        return f"{what}; remove it to fuse"
     if parametrize.is_parametrized(module):
         return f"has parametrizations (of {', '.join(module.parametrizations)}); remove them to fuse"  # type: ignore[arg-type]
-    if "forward" in vars(module):
-        return "has a forward of its own, set on the object"
     return None
 
 
@@ -627,7 +617,7 @@ class _Walk:
         touched = dict.fromkeys(".".join(path[:end]) for path in paths for end in range(len(path), 0, -1))
         for target in touched:  # the parts and the containers between them and ``outer``
             module = self.outer.get_submodule(target)
-            if (reason := _attached(module)) is not None:
+            if (reason := _reason_of_part(module)) is not None:
                 return f"{_describe(self.search.names[module], module)} {reason}"
         if type(conv) is not nn.Conv2d:
             return f"its input comes from {self._words(conv_node)}, a subclass of nn.Conv2d"

@@ -765,7 +765,11 @@ REFUSED = {
         "conv.upconv.1",
         "Sequential 'conv.upconv' has a forward hook (<lambda>); remove it to fuse",
     ),
-    "own forward": (lambda: own_forward("0.0"), "0.1", "Conv2d '0.0' has a forward of its own, set on the object"),
+    "own forward": (
+        lambda: own_forward("0.0"),
+        "0.1",
+        "Conv2d '0.0' has a forward of its own, set on the object; remove it to fuse",
+    ),
     "own forward around": (
         lambda: own_forward("0"),
         "0.1",
