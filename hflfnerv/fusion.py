@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -172,9 +173,10 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> FuseReport:
     could change; rewriting that ``forward`` from a trace would freeze its control flow.
 
     To see what follows what, the ``forward`` of the smallest enclosing module is run on symbolic values, for training
-    and for inference, with all optional arguments and with none, and the attributes it sets are restored. Two things
-    no trace can show, and are up to you: a branch on other attributes is followed as they are at the moment, and
-    nobody else (other methods, code outside the module) may call the parts of a block one by one.
+    and for inference, with all optional arguments and with none, and the attributes it sets are restored, with the
+    lists, dicts, sets and deques among them. Two things no trace can show, and are up to you: a branch on other
+    attributes is followed as they are at the moment, and nobody else (other methods, code outside the module) may call
+    the parts of a block one by one.
 
     Args:
         model: any module; names in the report are relative to it.
@@ -414,20 +416,37 @@ class _Tracer(fx.Tracer):
             raise
 
 
+def _containers(module: nn.Module) -> Iterator[Any]:
+    """Yield the table of a module's attributes, and every list, dict, set and deque in it, at any depth."""
+    found: dict[int, Any] = {}
+    inside: list[Any] = [vars(module)]
+    while inside:
+        value = inside.pop()
+        if id(value) in found or not isinstance(value, (list, dict, set, deque, tuple)):
+            continue
+        found[id(value)] = value
+        inside.extend(value.values() if isinstance(value, dict) else value)
+    return (value for value in found.values() if not isinstance(value, tuple))
+
+
 @contextlib.contextmanager
 def _set_training(module: nn.Module, training: bool) -> Iterator[None]:
     """Set the mode of a module for a trace; then restore all its attributes, and the CPU's random numbers."""
     modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables = [(t, dict(t)) for m in modules for t in (vars(m), m._parameters, m._buffers, m._modules)]
+    containers = [container for m in modules for container in _containers(m)]
+    saved = [(c, dict(c) if isinstance(c, dict) else list(c)) for c in containers]
     with torch.random.fork_rng(devices=[]):
         try:
             for m in modules:
                 m.training = training
             yield
         finally:
-            for table, saved in tables:
-                table.clear()
-                table.update(saved)
+            for container, before in saved:
+                container.clear()
+                if isinstance(container, (list, deque)):
+                    container.extend(before)
+                else:
+                    container.update(before)
 
 
 def _trace(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:

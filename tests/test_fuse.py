@@ -7,6 +7,7 @@ import dataclasses
 import doctest
 import runpy
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -833,6 +834,31 @@ def test_the_search_leaves_no_trace():
     assert {name: vars(m) for name, m in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert (model.up.training, model.act.training) == (True, False)
+
+
+class Remembering(Stateful):
+    def __init__(self):
+        super().__init__()
+        self.history, self.seen, self.latest = [0], {"outputs": deque([1], maxlen=4)}, ([2],)
+        self.names = {"first"}
+
+    def forward(self, x):
+        y = self.act(self.up(self.conv(x)))
+        self.history.append(y)
+        self.seen["outputs"].append(y)
+        self.seen["last"] = y
+        self.latest[0][0] = y
+        self.names.add("second")
+        return y
+
+
+def test_the_search_leaves_nothing_in_containers():
+    model = Remembering()
+    containers = model.history, model.seen, model.seen["outputs"], model.latest, model.names
+    assert len(hflfnerv.fuse(model).fused) == 1
+    assert containers == ([0], {"outputs": deque([1])}, deque([1]), ([2],), {"first"})
+    found = model.history, model.seen, model.seen["outputs"], model.latest, model.names
+    assert all(a is b for a, b in zip(found, containers, strict=True))
 
 
 class Counting(Stateful):
