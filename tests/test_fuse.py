@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from fuse_branches import HIDDEN, SAFE
 from fuse_models import Attributes, sequential
 from torch import fx, nn
 from torch.nn.utils import prune
@@ -715,7 +716,7 @@ REFUSED = {
     "asks for types": (
         TypeDependent,
         "up",
-        "the model (TypeDependent) around it cannot be traced (RuntimeError: its forward asks isinstance(), "
+        "the model (TypeDependent) around it cannot be traced (RuntimeError: forward() asks isinstance, "
         "which symbols answer in another way than tensors)",
     ),
     "training differs": (
@@ -806,6 +807,39 @@ def test_is_left_with_the_reason(case):
     assert repr(model) == shown
 
 
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_branch_that_a_trace_hides_is_left(case):
+    model, reason = HIDDEN[case]
+    report = hflfnerv.fuse(model())
+    assert report.fused == ()
+    assert reason in report.left[0].reason
+
+
+@pytest.mark.parametrize("case", SAFE)
+def test_a_branch_that_a_trace_shows_is_fused(case):
+    assert hflfnerv.fuse(SAFE[case]()).fused == (Fused("conv", "up", "act", 2),)
+
+
+def test_a_hidden_branch_beside_the_block_does_not_matter():
+    beside, _ = HIDDEN["grad_mode"]
+    model = nn.Sequential(beside(), nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.GELU())
+    assert hflfnerv.fuse(model).fused == (Fused("1", "2", "3", 2),)
+
+
+def test_an_argument_may_be_none_in_a_closed_module():
+    class Maybe(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else None
+
+    class Outer(Forward):
+        def forward(self, x):
+            y, gate = self.up(self.conv(x)), self.gate(x)
+            return self.act(y + 1 if gate is None else y)
+
+    report = hflfnerv.fuse(Outer(None, gate=Maybe()))
+    assert "asks whether 'gate' is None" in report.left[0].reason
+
+
 # What a search must not disturb, and where it must not stop
 
 
@@ -859,6 +893,19 @@ def test_the_search_leaves_nothing_in_containers():
     assert containers == ([0], {"outputs": deque([1])}, deque([1]), ([2],), {"first"})
     found = model.history, model.seen, model.seen["outputs"], model.latest, model.names
     assert all(a is b for a, b in zip(found, containers, strict=True))
+
+
+def test_the_search_gives_a_debugger_its_function_back():
+    def debugger(frame, event, argument):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(debugger)
+    try:
+        hflfnerv.fuse(sequential())
+        assert sys.gettrace() is debugger
+    finally:
+        sys.settrace(before)
 
 
 class Counting(Stateful):
