@@ -16,7 +16,6 @@ import dis
 import functools
 import inspect
 import itertools
-import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from .errors import BackendUnavailable
 from .nn import UpsampleBlock
@@ -182,11 +180,13 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> FuseReport:
 
     To see what follows what, the ``forward`` of the smallest enclosing module is run on symbolic values, for training
     and for inference, with every choice of its optional arguments (three at most). Attributes it sets are restored, and
-    so are the lists, dicts, sets and deques among them. Code that could take another way with tensors than with
-    symbols is not trusted, wherever ``forward`` calls it: ``isinstance``, ``type``, ``hasattr``, ``is`` other than with
-    None, ``match`` on types, ``try``, a branch on a random number, ``torch.is_grad_enabled()`` and the like. Two things
-    no trace can show, and are up to you: a branch on other attributes or globals is followed as they are at the moment,
-    and nobody else (other methods, code outside the module) may call the parts of a block one by one.
+    so are the lists, dicts, sets and deques among them. The run is not trusted where ``forward``, or a function that it
+    calls outside PyTorch and the standard library, has ``isinstance``, ``type``, ``callable`` or ``hasattr``, ``is``
+    other than with None, ``match`` on types, ``try``, ``random``, ``torch.rand``, ``torch.is_grad_enabled()`` or the
+    like. What no trace can show is up to you. A branch on other attributes, globals or random numbers is followed as
+    they are at the moment. A value that is compared with None inside ``forward``, other than an optional argument whose
+    default is None, is taken as it is in the trace; so is what is looked up in a set or a dict, or written out as text.
+    And nobody else (other methods, code outside the module) may call the parts of a block one by one.
 
     Args:
         model: any module; names in the report are relative to it.
@@ -394,8 +394,8 @@ def _check_traceable(module: nn.Module) -> None:
         raise RuntimeError("its forward was set on the object")
 
 
-# What Python answers without asking the symbol.
-_ABOUT_TYPES = {"callable", "hasattr", "isinstance", "issubclass", "type"}
+# What symbols answer in another way than tensors.
+_ABOUT_TYPES = {"__class__", "callable", "hasattr", "is_tensor", "isinstance", "issubclass", "type"}
 # What may answer in another way when the model is called.
 _ABOUT_THE_CALL = {
     "is_autocast_cpu_enabled",
@@ -409,106 +409,61 @@ _ABOUT_THE_CALL = {
     "is_in_onnx_export",
     "is_inference_mode_enabled",
     "is_tracing",
+    "rand",
+    "randint",
+    "randn",
     "random",
 }
-_READS_VALUES = {
-    "__bool__",
-    "__float__",
-    "__index__",
-    "__int__",
-    "allclose",
-    "equal",
-    "is_nonzero",
-    "item",
-    "numpy",
-    "tolist",
-}
-_MAY_BE_NONE = {"_base", "_grad", "_grad_fn", "grad", "grad_fn"}
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """What a piece of code asks that a trace cannot see.
-
-    Attributes:
-        untraceable: what makes the code unfit for a trace, in words, or None.
-        locals_or_none: names of the local variables that it compares with None, by the offset of the comparison.
-        others_or_none: whether it compares anything but local variables and attributes with None.
-    """
-
-    untraceable: str | None
-    locals_or_none: dict[int, str]
-    others_or_none: bool
-
-
-def _untraceable(steps: list[dis.Instruction], i: int) -> str | None:
-    """Return why code with the instruction ``steps[i]`` cannot be traced, or None."""
-    name, argument = steps[i].opname, steps[i].argval
-    called = name in ("LOAD_GLOBAL", "LOAD_NAME")
-    named = called or name in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")
-    if (called and argument in _ABOUT_TYPES) or (named and argument in ("is_tensor", "__class__")):
-        return f"asks {argument}, which symbols answer in another way than tensors"
-    if named and argument in _ABOUT_THE_CALL:
-        return f"asks {argument}, which may answer in another way in another call"
-    if name in ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"):
-        return "matches types, and symbols have another type than tensors"
-    if name == "IS_OP" and not (steps[i - 1].opname == "LOAD_CONST" and steps[i - 1].argval is None):
-        return "compares identities, and symbols have another identity than what they stand for"
-    # SETUP_FINALLY until Python 3.10; with statements are no danger.
-    if name == "SETUP_FINALLY" or (name == "PUSH_EXC_INFO" and steps[i + 1].opname != "WITH_EXCEPT_START"):
-        return "has a try statement, which may catch what symbols raise"
-    if named and argument == "suppress":
-        return "suppresses exceptions, and may suppress what symbols raise"
-    return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _questions(code: CodeType) -> _Questions:
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "NOP")]
-    names: dict[int, str] = {}
-    others = False
-    for i, step in enumerate(steps):
-        if (reason := _untraceable(steps, i)) is not None:
-            return _Questions(f"{code.co_name}() {reason}", {}, False)
-        if step.opname == "IS_OP":
-            first = i - 1  # after the operand comes None
-        elif step.opname.startswith("POP_JUMP") and step.opname.endswith("_NONE"):
-            first = i
-        else:
-            continue
-        operand, merged = steps[first - 1], steps[first].is_jump_target
-        if not merged and ("_FAST" in operand.opname or operand.opname == "LOAD_DEREF"):
-            # One instruction of later Python versions loads two variables, of which the second is compared.
-            name = str(operand.argval[-1] if isinstance(operand.argval, tuple) else operand.argval)
-            # An instruction that is extended is one event, at the offset of its first extension.
-            names.update(dict.fromkeys(range(steps[i - 1].offset + 2, step.offset + 1, 2), name))
-        else:
-            others |= merged or operand.opname != "LOAD_ATTR"
-    return _Questions(None, names, others)
+def _doubt(code: CodeType) -> str | None:
+    """Return why the trace of a function cannot be trusted, in words, or None."""
+    steps = list(dis.get_instructions(code))
+    operations = [step.opname for step in steps]
+    names = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
+    names |= {*code.co_names} - {"type"}  # x.type(...) and self.type ask nothing
+    if asked := names & _ABOUT_TYPES:
+        return f"asks {min(asked)}, which symbols answer in another way than tensors"
+    if asked := names & _ABOUT_THE_CALL:
+        return f"asks {min(asked)}, which may answer in another way in another call"
+    if any(operation.startswith("MATCH_") for operation in operations):
+        return "matches types, and symbols have another type than tensors"
+    for before, step in itertools.pairwise(steps):
+        if step.opname == "IS_OP" and (before.opname, before.argval) != ("LOAD_CONST", None):
+            return "compares identities, and symbols have another identity than what they stand for"
+    # The first is Python 3.10; later a with statement has a handler, too.
+    handlers = operations.count("PUSH_EXC_INFO") - operations.count("WITH_EXCEPT_START")
+    if "SETUP_FINALLY" in operations or handlers > 0 or "suppress" in names:
+        return "may catch what symbols raise"
+    return None
 
 
-class _Opaque(fx.Proxy):
-    """Raises where a symbol would show itself instead of what it stands for: in a set, in a dict and in text."""
-
-    def __getattr__(self, k: str) -> fx.proxy.Attribute:
-        return _Attribute(self, k)
-
-    def __hash__(self) -> int:
-        raise RuntimeError("its forward looks up in a set or a dict what a symbol stands for")
-
-    def __repr__(self) -> str:
-        raise RuntimeError("its forward writes out what a symbol stands for")
-
-
-class _Symbol(_Opaque):
-    def __getattr__(self, k: str) -> fx.proxy.Attribute:
-        if not hasattr(Tensor, k) or k in _MAY_BE_NONE:
-            raise RuntimeError(f"its forward asks for .{k}, which tensors do not have, or not always")
-        return super().__getattr__(k)
+def _watch(frame: FrameType, _event: str, _argument: Any) -> None:
+    """For :func:`sys.settrace`: raise where a function is called whose trace cannot be trusted."""
+    package = str(frame.f_globals.get("__name__")).split(".")[0]
+    if package in _LIBRARY or package in sys.stdlib_module_names:
+        return
+    if (reason := _doubt(frame.f_code)) is None:
+        return
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code is not _trace.__code__:
+        if caller.f_globals.get("__name__") == "importlib._bootstrap":
+            return  # the code of a module that a forward imports is not that of the forward
+        caller = caller.f_back
+    raise RuntimeError(f"{frame.f_code.co_name}() {reason}")
 
 
-class _Attribute(_Opaque, fx.proxy.Attribute):
-    pass
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    before = sys.gettrace()
+    sys.settrace(_watch)
+    try:
+        yield
+        if sys.gettrace() is not _watch:  # Python takes it away when it raises
+            raise RuntimeError("what a function raised was caught on the way")
+    finally:
+        sys.settrace(before)
 
 
 class _Tracer(fx.Tracer):
@@ -521,15 +476,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.closed = closed
         self.failed: nn.Module | None = None
-        self.doubt: str | None = None
-        self.others_or_none = False
-        self.stepped: set[FrameType] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_library(m) or isinstance(m, _STEPS) or m in self.closed
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Symbol(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -537,86 +486,11 @@ class _Tracer(fx.Tracer):
         try:
             if not self.is_leaf_module(m, ""):
                 _check_traceable(m)
-            result = super().call_module(m, forward, args, kwargs)
-            self.check()
-            return result
+            return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None and not self.is_leaf_module(m, ""):
                 self.failed = m
             raise
-
-    def check(self) -> None:
-        """Raise where the trace so far may show something else than what a call does."""
-        if self.doubt is not None:
-            raise RuntimeError(self.doubt)
-
-    def may_be_none(self, node: fx.Node) -> bool:
-        """Return whether a symbol may stand for None, too; of optional arguments both are tried."""
-        if node.op == "placeholder":
-            return node.args != (None,)
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target)) in self.closed
-        if node.target is not operator.getitem or not isinstance(node.args[1], (int, str)):
-            return False
-        whole = node.all_input_nodes[0]
-        return whole.op in ("placeholder", "call_module") or self.may_be_none(whole)
-
-    def watch(self, frame: FrameType, event: str, _argument: Any) -> Any:
-        """Look at the code of every function that the trace calls, as :func:`sys.settrace` wants it."""
-        if event == "call":
-            package = str(frame.f_globals.get("__name__")).split(".")[0]
-            if package in _LIBRARY or package in sys.stdlib_module_names or _is_importing(frame):
-                return None
-            questions = _questions(frame.f_code)
-            self.doubt = self.doubt or questions.untraceable
-            self.others_or_none |= questions.others_or_none
-            if not questions.locals_or_none:
-                return None
-            # Python 3.13 wants the function before the flag.
-            frame.f_trace = self.watch
-            frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        elif event == "opcode":
-            self.stepped.add(frame)
-            name = _questions(frame.f_code).locals_or_none.get(frame.f_lasti)
-            value = None if name is None else frame.f_locals.get(name)
-            if type(value) is _Symbol and self.may_be_none(value.node):
-                self.doubt = self.doubt or f"{frame.f_code.co_name}() asks whether {name!r} is None, which symbols hide"
-        elif event == "return" and frame not in self.stepped:
-            self.doubt = self.doubt or "this Python does not tell what its forward compares with None"
-        return self.watch
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether the trace imports something, whose code on the way is not that of a forward."""
-    while frame is not None and frame.f_code is not _trace.__code__:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap":
-            return True
-        frame = frame.f_back
-    return False
-
-
-class _NoValues(TorchFunctionMode):
-    """Lets nothing ask for the values of the tensors that a forward makes, random ones among them."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", None) in _READS_VALUES:
-            raise RuntimeError(f"its forward reads the value of a tensor ({func.__name__})")
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _watched(tracer: _Tracer) -> Iterator[None]:
-    before = sys.gettrace()
-    # Without it Python 3.12 reports no instructions at all.
-    sys._getframe().f_trace_opcodes = True
-    sys.settrace(tracer.watch)
-    try:
-        with _NoValues():
-            yield
-    finally:
-        sys.settrace(before)
 
 
 def _containers(module: nn.Module) -> Iterator[Any]:
@@ -658,13 +532,8 @@ def _trace(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.G
     while True:
         tracer = _Tracer(closed)
         try:
-            with _set_training(module, training), _watched(tracer):
-                graph = tracer.trace(module, concrete_args=arguments or None)
-            tracer.check()
-            # The first node is what the forward is about, and hardly None.
-            if tracer.others_or_none and any(map(tracer.may_be_none, list(graph.nodes)[1:])):
-                raise RuntimeError("it asks whether something is None, which symbols hide")
-            return graph
+            with _set_training(module, training), _watched():
+                return tracer.trace(module, concrete_args=arguments or None)
         except Exception:
             if tracer.failed is None:
                 raise
