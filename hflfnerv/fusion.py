@@ -12,9 +12,15 @@ encloses them. What a trace cannot show to be safe is left alone, and the report
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
 import inspect
+import itertools
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,6 +30,7 @@ from torch.nn.utils import parametrize
 
 from .errors import BackendUnavailable
 from .nn import UpsampleBlock
+from .nn._attached import attached
 from .ops import CONV_PIXEL_SHUFFLE_GELU, conv_pixel_shuffle_gelu
 
 __all__ = ["FuseReport", "Fused", "Left", "fuse", "unfuse"]
@@ -95,6 +102,7 @@ _FUSED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _PLAIN_CLASS = {fused: plain for plain, fused in _FUSED_CLASS.items()}
 _STEPS = (*_FUSED_CLASS, nn.Identity)
+_LIBRARY = ("torch", "hflfnerv")
 
 
 @dataclass(frozen=True)
@@ -171,9 +179,14 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> FuseReport:
     could change; rewriting that ``forward`` from a trace would freeze its control flow.
 
     To see what follows what, the ``forward`` of the smallest enclosing module is run on symbolic values, for training
-    and for inference, with all optional arguments and with none, and the attributes it sets are restored. Two things
-    no trace can show, and are up to you: a branch on other attributes is followed as they are at the moment, and
-    nobody else (other methods, code outside the module) may call the parts of a block one by one.
+    and for inference, with every choice of its optional arguments (three at most). Attributes it sets are restored, and
+    so are the lists, dicts, sets and deques among them. The run is not trusted where ``forward``, or a function that it
+    calls outside PyTorch and the standard library, has ``isinstance``, ``type``, ``callable`` or ``hasattr``, ``is``
+    other than with None, ``match`` on types, ``try``, ``random``, ``torch.rand``, ``torch.is_grad_enabled()`` or the
+    like. What no trace can show is up to you. A branch on other attributes, globals or random numbers is followed as
+    they are at the moment. A value that is compared with None inside ``forward``, other than an optional argument whose
+    default is None, is taken as it is in the trace; so is what is looked up in a set or a dict, or written out as text.
+    And nobody else (other methods, code outside the module) may call the parts of a block one by one.
 
     Args:
         model: any module; names in the report are relative to it.
@@ -320,8 +333,7 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 def _is_library(module: nn.Module) -> bool:
     """Return whether a trace takes the module as one step: PyTorch's own and ours, but containers that only call."""
-    package = type(module).__module__.split(".")[0]
-    return package in ("torch", "hflfnerv") and not isinstance(module, (nn.Sequential, fx.GraphModule))
+    return type(module).__module__.split(".")[0] in _LIBRARY and not isinstance(module, (nn.Sequential, fx.GraphModule))
 
 
 def _describe(name: str, module: nn.Module) -> str:
@@ -343,25 +355,14 @@ def _shuffles_by_function(module: nn.Module) -> str | None:
     )
 
 
-_HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
-
-
-def _attached(module: nn.Module) -> str | None:
-    """Return what is attached to a module that would be lost or would see other values, in words, or None."""
+def _reason_of_part(module: nn.Module) -> str | None:
+    """Return what a module has that would be lost or would see other values, in words, or None."""
     if isinstance(module, LazyModuleMixin):
         return "has no parameters yet; run the model once, then fuse it"
-    for attribute, kind in _HOOKS.items():
-        for hook in getattr(module, attribute).values():
-            return f"has a {kind} ({getattr(hook, '__name__', type(hook).__name__)}); remove it to fuse"
+    if (what := attached(module)) is not None:
+        return f"{what}; remove it to fuse"
     if parametrize.is_parametrized(module):
         return f"has parametrizations (of {', '.join(module.parametrizations)}); remove them to fuse"  # type: ignore[arg-type]
-    if "forward" in vars(module):
-        return "has a forward of its own, set on the object"
     return None
 
 
@@ -389,12 +390,80 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _check_traceable(module: nn.Module) -> None:
-    """Raise where a trace would succeed, and show something else than what a call does."""
     if "forward" in vars(module):
         raise RuntimeError("its forward was set on the object")
-    for name in ("isinstance", "is_tensor", "hasattr"):
-        if name in _names_in_forward(module):
-            raise RuntimeError(f"its forward asks {name}(), which symbols answer in another way than tensors")
+
+
+# What symbols answer in another way than tensors.
+_ABOUT_TYPES = {"__class__", "callable", "hasattr", "is_tensor", "isinstance", "issubclass", "type"}
+# What may answer in another way when the model is called.
+_ABOUT_THE_CALL = {
+    "is_autocast_cpu_enabled",
+    "is_autocast_enabled",
+    "is_compiling",
+    "is_dynamo_compiling",
+    "is_exporting",
+    "is_fx_symbolic_tracing",
+    "is_fx_tracing",
+    "is_grad_enabled",
+    "is_in_onnx_export",
+    "is_inference_mode_enabled",
+    "is_tracing",
+    "rand",
+    "randint",
+    "randn",
+    "random",
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _doubt(code: CodeType) -> str | None:
+    """Return why the trace of a function cannot be trusted, in words, or None."""
+    steps = list(dis.get_instructions(code))
+    operations = [step.opname for step in steps]
+    names = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
+    names |= {*code.co_names} - {"type"}  # x.type(...) and self.type ask nothing
+    if asked := names & _ABOUT_TYPES:
+        return f"asks {min(asked)}, which symbols answer in another way than tensors"
+    if asked := names & _ABOUT_THE_CALL:
+        return f"asks {min(asked)}, which may answer in another way in another call"
+    if any(operation.startswith("MATCH_") for operation in operations):
+        return "matches types, and symbols have another type than tensors"
+    for before, step in itertools.pairwise(steps):
+        if step.opname == "IS_OP" and (before.opname, before.argval) != ("LOAD_CONST", None):
+            return "compares identities, and symbols have another identity than what they stand for"
+    # The first is Python 3.10; later a with statement has a handler, too.
+    handlers = operations.count("PUSH_EXC_INFO") - operations.count("WITH_EXCEPT_START")
+    if "SETUP_FINALLY" in operations or handlers > 0 or "suppress" in names:
+        return "may catch what symbols raise"
+    return None
+
+
+def _watch(frame: FrameType, _event: str, _argument: Any) -> None:
+    """For :func:`sys.settrace`: raise where a function is called whose trace cannot be trusted."""
+    package = str(frame.f_globals.get("__name__")).split(".")[0]
+    if package in _LIBRARY or package in sys.stdlib_module_names:
+        return
+    if (reason := _doubt(frame.f_code)) is None:
+        return
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code is not _trace.__code__:
+        if caller.f_globals.get("__name__") == "importlib._bootstrap":
+            return  # the code of a module that a forward imports is not that of the forward
+        caller = caller.f_back
+    raise RuntimeError(f"{frame.f_code.co_name}() {reason}")
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    before = sys.gettrace()
+    sys.settrace(_watch)
+    try:
+        yield
+        if sys.gettrace() is not _watch:  # Python takes it away when it raises
+            raise RuntimeError("what a function raised was caught on the way")
+    finally:
+        sys.settrace(before)
 
 
 class _Tracer(fx.Tracer):
@@ -424,20 +493,37 @@ class _Tracer(fx.Tracer):
             raise
 
 
+def _containers(module: nn.Module) -> Iterator[Any]:
+    """Yield the table of a module's attributes, and every list, dict, set and deque in it, at any depth."""
+    found: dict[int, Any] = {}
+    inside: list[Any] = [vars(module)]
+    while inside:
+        value = inside.pop()
+        if id(value) in found or not isinstance(value, (list, dict, set, deque, tuple)):
+            continue
+        found[id(value)] = value
+        inside.extend(value.values() if isinstance(value, dict) else value)
+    return (value for value in found.values() if not isinstance(value, tuple))
+
+
 @contextlib.contextmanager
 def _set_training(module: nn.Module, training: bool) -> Iterator[None]:
     """Set the mode of a module for a trace; then restore all its attributes, and the CPU's random numbers."""
     modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables = [(t, dict(t)) for m in modules for t in (vars(m), m._parameters, m._buffers, m._modules)]
+    containers = [container for m in modules for container in _containers(m)]
+    saved = [(c, dict(c) if isinstance(c, dict) else list(c)) for c in containers]
     with torch.random.fork_rng(devices=[]):
         try:
             for m in modules:
                 m.training = training
             yield
         finally:
-            for table, saved in tables:
-                table.clear()
-                table.update(saved)
+            for container, before in saved:
+                container.clear()
+                if isinstance(container, (list, deque)):
+                    container.extend(before)
+                else:
+                    container.update(before)
 
 
 def _trace(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:
@@ -446,12 +532,21 @@ def _trace(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.G
     while True:
         tracer = _Tracer(closed)
         try:
-            with _set_training(module, training):
+            with _set_training(module, training), _watched():
                 return tracer.trace(module, concrete_args=arguments or None)
         except Exception:
             if tracer.failed is None:
                 raise
             closed.add(tracer.failed)
+
+
+def _calls(module: nn.Module) -> list[dict[str, Any]]:
+    """Return every choice of optional arguments that a caller leaves out, with their defaults."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    optional = [(p.name, p.default) for p in parameters if p.default is not p.empty]
+    if len(optional) > 3:
+        raise RuntimeError(f"its forward has {len(optional)} optional arguments; 3 are tried, each with and without")
+    return [dict(left) for n in range(len(optional) + 1) for left in itertools.combinations(optional, n)]
 
 
 def _first_line(error: Exception) -> str:
@@ -497,12 +592,8 @@ class _Search:
         if outer not in self.traces:
             try:
                 _check_traceable(outer)
-                parameters = inspect.signature(type(outer).forward).parameters.values()
-                defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
                 self.traces[outer] = [
-                    _trace(outer, training, arguments)
-                    for training in (True, False)
-                    for arguments in ([{}, defaults] if defaults else [{}])
+                    _trace(outer, training, arguments) for training in (True, False) for arguments in _calls(outer)
                 ]
             except Exception as error:
                 self.traces[outer] = (
@@ -627,7 +718,7 @@ class _Walk:
         touched = dict.fromkeys(".".join(path[:end]) for path in paths for end in range(len(path), 0, -1))
         for target in touched:  # the parts and the containers between them and ``outer``
             module = self.outer.get_submodule(target)
-            if (reason := _attached(module)) is not None:
+            if (reason := _reason_of_part(module)) is not None:
                 return f"{_describe(self.search.names[module], module)} {reason}"
         if type(conv) is not nn.Conv2d:
             return f"its input comes from {self._words(conv_node)}, a subclass of nn.Conv2d"

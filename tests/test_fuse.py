@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import runpy
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +15,26 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from fuse_branches import HIDDEN, SAFE
 from fuse_models import Attributes, sequential
 from torch import fx, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
+from winograd_method import magnitudes
 
 import hflfnerv
 import hflfnerv.fusion
 from bench.published import NVRRRCP, Block, CustomConv, DNeRV, ENeRV, HNeRV, NeRV, UpConv
 from hflfnerv.fusion import Fused, FusedConv2d, FusedGELU, FusedPixelShuffle
-from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, make_tensor, requires
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
+from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    convolution_magnitudes,
+    make_tensor,
+    requires,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BLOCKS = {
@@ -90,21 +102,73 @@ def test_results_and_gradients_are_the_same_bit_for_bit(name, training):
     assert_equal(fused.values(), grads.values())
 
 
-@every_model
-def test_auto_is_as_near_to_the_truth_as_the_plain_model(name):
-    exact, x = build(name, torch.float64)
-    plain = copy.deepcopy(exact).float()
-    fused = copy.deepcopy(plain)
-    hflfnerv.fuse(fused)
-    # float64 weights are those of float32, so that only the computation differs.
-    exact.load_state_dict(plain.state_dict())
-    x = x.float()
-    for actual, expected, same in zip(run(fused, x), run(exact, x.double()), run(plain, x), strict=True):
-        assert_close_to_reference(actual, expected, same)
-    expected_gradients, same_gradients = gradients(exact, x.double()), gradients(plain, x)
-    for key, actual in gradients(fused, x).items():
-        if actual is not None:
-            assert_gradient_close_to_reference(actual, expected_gradients[key], same_gradients[key])
+WINOGRAD = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "winograd")
+KERNELS = {
+    # name: (model, shape of its input, what "auto" runs for its blocks, in the order of their calls)
+    "hnerv": (HNeRV, (2, 4, 8, 16), ["reference", "reference", "winograd", "winograd"]),
+    "hnerv-tanh-gelu-no-bias": (
+        lambda: HNeRV(act="tanh-gelu", bias=False),
+        (1, 4, 16, 8),
+        ["reference", "reference", "winograd", "winograd"],
+    ),
+    "nerv": (lambda: NeRV(grid=(24, 40)), (2, 4, 2, 2), ["reference", "reference", "winograd"]),
+    "e-nerv": (lambda: ENeRV(grid=(32, 24)), (1, 4, 2, 3), ["reference", "winograd"]),
+    "sequential": (sequential, (1, 4, 64, 48), ["conv2d+cpp", "winograd"]),
+    "attributes": (Attributes, (1, 4, 48, 48), ["conv2d+cpp", "conv2d+cpp"]),
+}
+
+
+def with_gradients(function, tensors, dy):
+    y = function(*tensors)
+    return [y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
+
+
+def assert_block_close_to_reference(conv, x, entry):
+    """Compare a fused block and its gradients with the definition, by the sums of the implementation that ran."""
+    block = conv.fused_block
+    tensors = [x.requires_grad_(), *conv.parameters()]
+    actual = conv(x)
+    dy = make_tensor(*actual.shape, seed=3)
+
+    def definition(x, weight, bias=None):
+        return reference.conv_pixel_shuffle_gelu(
+            x, weight, bias, block.upscale_factor, padding=block.padding, approximate=block.approximate
+        )
+
+    ours = [actual, *torch.autograd.grad(actual, tensors, dy)]
+    exact = with_gradients(definition, [t.detach().double().requires_grad_() for t in tensors], dy)
+    plain = with_gradients(definition, tensors, dy)
+    if entry == "winograd":
+        sizes = magnitudes(x, conv.weight, conv.bias, dy, block.upscale_factor)
+    else:  # PyTorch's convolutions, as in the definition; the gradient of the bias is a sum in another order
+        *_, size = convolution_magnitudes(x, conv.weight, dy, block.upscale_factor, block.padding)
+        sizes = [None, None, None, size]
+    checks = [assert_close_to_reference, *[assert_gradient_close_to_reference] * (len(ours) - 1)]
+    for check, *values, size in zip(checks, ours, exact, plain, sizes[: len(ours)], strict=True):
+        check(*values, magnitude=size)
+
+
+@pytest.mark.skipif(WINOGRAD.unavailable() is not None, reason=f"winograd: {WINOGRAD.unavailable()}")
+@pytest.mark.parametrize("impl", ["auto", "conv2d+cpp"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_blocks_that_kernels_run_are_near_the_truth(name, impl, monkeypatch):
+    factory, shape, entries = KERNELS[name]
+    torch.manual_seed(1)
+    model, calls, ran = factory(), [], []
+
+    def recorded(entry):
+        return dataclasses.replace(entry, run=lambda call: (ran.append(entry.name), entry.run(call))[1])
+
+    monkeypatch.setattr(CONV_PIXEL_SHUFFLE_GELU, "entries", tuple(map(recorded, CONV_PIXEL_SHUFFLE_GELU)))
+    for row in hflfnerv.fuse(model, impl=impl).fused:
+        model.get_submodule(row.conv).register_forward_pre_hook(
+            lambda conv, args, kwargs: calls.append((conv, *args, *kwargs.values())), with_kwargs=True
+        )
+    with torch.no_grad():
+        run(model, make_tensor(*shape, seed=2))
+    assert ran == (entries if impl == "auto" else [impl] * len(entries))
+    for (conv, x), entry in zip(list(calls), list(ran), strict=True):
+        assert_block_close_to_reference(conv, x, entry)
 
 
 @every_model
@@ -652,7 +716,7 @@ REFUSED = {
     "asks for types": (
         TypeDependent,
         "up",
-        "the model (TypeDependent) around it cannot be traced (RuntimeError: its forward asks isinstance(), "
+        "the model (TypeDependent) around it cannot be traced (RuntimeError: forward() asks isinstance, "
         "which symbols answer in another way than tensors)",
     ),
     "training differs": (
@@ -703,7 +767,11 @@ REFUSED = {
         "conv.upconv.1",
         "Sequential 'conv.upconv' has a forward hook (<lambda>); remove it to fuse",
     ),
-    "own forward": (lambda: own_forward("0.0"), "0.1", "Conv2d '0.0' has a forward of its own, set on the object"),
+    "own forward": (
+        lambda: own_forward("0.0"),
+        "0.1",
+        "Conv2d '0.0' has a forward of its own, set on the object; remove it to fuse",
+    ),
     "own forward around": (
         lambda: own_forward("0"),
         "0.1",
@@ -739,6 +807,37 @@ def test_is_left_with_the_reason(case):
     assert repr(model) == shown
 
 
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_branch_that_a_trace_hides_is_left(case):
+    model, reason = HIDDEN[case]
+    report = hflfnerv.fuse(model())
+    assert report.fused == ()
+    assert reason in report.left[0].reason
+
+
+@pytest.mark.parametrize("case", SAFE)
+def test_a_branch_that_a_trace_shows_is_fused(case):
+    assert hflfnerv.fuse(SAFE[case]()).fused == (Fused("conv", "up", "act", 2),)
+
+
+def test_a_hidden_branch_beside_the_block_does_not_matter():
+    beside, _ = HIDDEN["grad_mode"]
+    model = nn.Sequential(beside(), nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.GELU())
+    assert hflfnerv.fuse(model).fused == (Fused("1", "2", "3", 2),)
+
+
+def test_what_a_forward_imports_is_no_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "imported_by_a_forward.py").write_text("try:\n    a = type(1)\nexcept ImportError:\n    a = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def forward(m, x):
+        import imported_by_a_forward  # noqa: F401
+
+        return m.act(m.up(m.conv(x)))
+
+    assert len(hflfnerv.fuse(Forward(forward)).fused) == 1
+
+
 # What a search must not disturb, and where it must not stop
 
 
@@ -752,7 +851,7 @@ class Stateful(nn.Module):
 
     def forward(self, x, gain: float = 1.0):
         self.calls += 1
-        self.noise = torch.rand(1)
+        self.noise = torch.empty(1).uniform_()
         self.last = self.act(self.up(self.conv(x * gain + self.noise)))
         return self.last
 
@@ -767,6 +866,44 @@ def test_the_search_leaves_no_trace():
     assert {name: vars(m) for name, m in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert (model.up.training, model.act.training) == (True, False)
+
+
+class Remembering(Stateful):
+    def __init__(self):
+        super().__init__()
+        self.history, self.seen, self.latest = [0], {"outputs": deque([1], maxlen=4)}, ([2],)
+        self.names = {"first"}
+
+    def forward(self, x):
+        y = self.act(self.up(self.conv(x)))
+        self.history.append(y)
+        self.seen["outputs"].append(y)
+        self.seen["last"] = y
+        self.latest[0][0] = y
+        self.names.add("second")
+        return y
+
+
+def test_the_search_leaves_nothing_in_containers():
+    model = Remembering()
+    containers = model.history, model.seen, model.seen["outputs"], model.latest, model.names
+    assert len(hflfnerv.fuse(model).fused) == 1
+    assert containers == ([0], {"outputs": deque([1])}, deque([1]), ([2],), {"first"})
+    found = model.history, model.seen, model.seen["outputs"], model.latest, model.names
+    assert all(a is b for a, b in zip(found, containers, strict=True))
+
+
+def test_the_search_gives_a_debugger_its_function_back():
+    def debugger(frame, event, argument):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(debugger)
+    try:
+        hflfnerv.fuse(sequential())
+        assert sys.gettrace() is debugger
+    finally:
+        sys.settrace(before)
 
 
 class Counting(Stateful):

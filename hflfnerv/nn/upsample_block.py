@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops import conv_pixel_shuffle_gelu
+from ..errors import BackendUnavailable
+from ..ops import conv_pixel_shuffle_gelu, pixel_shuffle_gelu
+from ._attached import attached
 
 __all__ = ["UpsampleBlock"]
 
@@ -23,6 +25,10 @@ class UpsampleBlock(nn.Module):
 
     with the parameters ``conv.weight`` and ``conv.bias``, initialised as ``nn.Conv2d`` does.
 
+    One operation reads both, and ``conv`` is not called. Where something hangs on its call, it is, and the rest of the
+    block is an operation of its own: hooks (pruning, and weight and spectral norm of :mod:`torch.nn.utils`, are hooks),
+    a ``forward`` set on the object, or a module of another class in its place. Parametrizations need no call.
+
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
@@ -34,6 +40,8 @@ class UpsampleBlock(nn.Module):
 
     Raises:
         ValueError: kernel_size is not a positive odd number, or upscale_factor is under 1.
+        BackendUnavailable: on a call; the named implementation cannot run, or something hangs on the call of ``conv``
+            and ``impl`` is neither ``"auto"`` nor ``"reference"``.
 
     Example:
         >>> UpsampleBlock(33, 28, 2, 5)(torch.zeros(1, 33, 4, 6)).shape
@@ -65,6 +73,16 @@ class UpsampleBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[B, out_channels, H r, W r]`` for ``x`` of ``[B, in_channels, H, W]``."""
+        what = attached(self.conv)
+        if what is None and type(self.conv).forward is not nn.Conv2d.forward:
+            what = f"is a {type(self.conv).__name__}"
+        if what is not None:
+            if self.impl not in ("auto", "reference"):
+                raise BackendUnavailable(
+                    f"UpsampleBlock: impl={self.impl!r} cannot run: conv {what}, which needs a call of its own; "
+                    "take it off, or use impl='auto'"
+                )
+            return pixel_shuffle_gelu(self.conv(x), self.upscale_factor, approximate=self.approximate, impl=self.impl)
         return conv_pixel_shuffle_gelu(
             x,
             self.conv.weight,

@@ -9,7 +9,9 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+from hflfnerv.errors import BackendUnavailable
 from hflfnerv.nn import HighPass, PixelShuffleGELU, UpsampleBlock
 from hflfnerv.ops import highpass
 from hflfnerv.testing import make_tensor
@@ -59,6 +61,88 @@ def test_upsample_block_through_inductor():
     block = UpsampleBlock(2, 2, 2, 3)
     x = make_tensor(1, 2, 4, 4)
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+
+
+def called(block):
+    calls = []
+    block.conv.register_forward_hook(lambda *_: calls.append("forward"))
+    block.conv.register_forward_pre_hook(lambda *_: calls.append("before"))
+    block.conv.register_full_backward_hook(lambda *_: calls.append("backward"))
+    return calls
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_upsample_block_calls_the_hooks_of_its_convolution(impl):
+    block, x = UpsampleBlock(3, 4, 2, 3, impl=impl), make_tensor(1, 3, 5, 6, requires_grad=True)
+    expected = block(x)
+    calls = called(block)
+    y = block(x)
+    y.sum().backward()
+    assert calls == ["before", "forward", "backward"]
+    assert torch.equal(y, expected)
+
+
+def double(conv):
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+
+
+class Adapted(nn.Module):
+    """What stands in for a convolution that it holds, and hands on its weight."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.inner, self.weight, self.bias, self.kernel_size = conv, conv.weight, conv.bias, conv.kernel_size
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def adapt(block):
+    block.conv = Adapted(block.conv)
+
+
+ON_CONV = {
+    "pruning": lambda block: prune.l1_unstructured(block.conv, "weight", 0.5),
+    "spectral norm": lambda block: torch.nn.utils.spectral_norm(block.conv),
+    "parametrized": lambda block: torch.nn.utils.parametrizations.weight_norm(block.conv),
+    "own forward": lambda block: double(block.conv),
+    "another class": adapt,
+}
+
+
+@pytest.mark.parametrize("case", ON_CONV)
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+def test_upsample_block_trains_with_what_is_put_on_its_convolution(case):
+    def build():
+        torch.manual_seed(3)
+        block = UpsampleBlock(3, 4, 2, 3)
+        ON_CONV[case](block)
+        return block
+
+    block, plain, x = build(), nn.Sequential(build().conv, nn.PixelShuffle(2), nn.GELU()), make_tensor(2, 3, 5, 6)
+    optimisers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (block, plain)]
+    for _ in range(3):
+        outputs = [model(x) for model in (block, plain)]
+        assert torch.equal(*outputs)
+        for y, optimiser in zip(outputs, optimisers, strict=True):
+            optimiser.zero_grad()
+            y.square().mean().backward()
+            optimiser.step()
+    assert all(torch.equal(a, b) for a, b in zip(block.parameters(), plain.parameters(), strict=True))
+
+
+def test_upsample_block_does_not_skip_hooks_for_a_named_implementation():
+    block = UpsampleBlock(3, 4, 2, 3, impl="conv2d+cpp")
+    called(block)
+    with pytest.raises(BackendUnavailable, match=r"impl='conv2d\+cpp' cannot run: conv has a forward pre-hook"):
+        block(make_tensor(1, 3, 5, 6))
+
+
+def test_upsample_block_compiles_with_a_hook():
+    block, x = UpsampleBlock(3, 4, 2, 3), make_tensor(1, 3, 5, 6)
+    block.conv.register_forward_hook(lambda _module, _arguments, y: 2 * y)
+    torch.compiler.reset()  # hooks are nothing that torch.compile compiles again for
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from winograd_method import channels_last, gradient_sums, sums
+from winograd_method import channels_last, magnitudes, sums
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
@@ -53,25 +53,6 @@ def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"
         x, weight, bias, shape[3], padding=shape[6] // 2, impl=impl, approximate=approximate
     )
     return y, None if dy is None else torch.autograd.grad(y, leaves, dy.to(y.dtype))
-
-
-def magnitudes(x, weight, bias, dy, r):
-    """Return the sizes of what y, dx, dweight and dbias are sums of, in float64: see ``assert_close_to_reference``.
-
-    dz is dy times GELU's derivative, which is at most 1.13 and whose slope is at most 0.8: the error of z, a part of
-    its own size, makes one of dz. It goes through the convolutions once, as any value does; what their own rounding
-    makes of dz is another matter, and that alone grows with the sizes of the evaluated polynomials.
-    """
-    size, terms, slopes = (t.detach().double().abs() for t in (x, weight, F.pixel_unshuffle(dy, r)))
-    z = sums(size, terms, weight.shape[2]) + (0 if bias is None else bias.detach().double().abs()[:, None, None])
-    slopes, errors = 1.13 * slopes, 0.8 * z * slopes
-    padding = [weight.shape[2] // 2] * 2
-    passed_on = torch.ops.aten.convolution_backward(
-        errors, size, terms, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    rounded = gradient_sums(size, terms, slopes)
-    gradients = (a + b for a, b in zip(rounded, passed_on, strict=False))
-    return F.pixel_shuffle(z, r), *gradients, (slopes + errors).sum(dim=(0, 2, 3))
 
 
 @pytest.mark.parametrize("taps", [3, 5])

@@ -64,3 +64,22 @@ def gradient_sums(x, weight, dz):
     gradients = both_sides(at.T, tiles(dz, 9 - taps, 9 - taps, 0))
     dweight = both_sides(g.T, torch.einsum("bchwij,bnhwij->ncij", inputs, gradients))
     return sums(dz, weight.transpose(0, 1).flip(2, 3), taps), dweight
+
+
+def magnitudes(x, weight, bias, dy, r):
+    """Return the sizes of what y, dx, dweight and dbias are sums of, in float64: see ``assert_close_to_reference``.
+
+    dz is dy times GELU's derivative, which is at most 1.13 and whose slope is at most 0.8: the error of z, a part of
+    its own size, makes one of dz. It goes through the convolutions once, as any value does; what their own rounding
+    makes of dz is another matter, and that alone grows with the sizes of the evaluated polynomials.
+    """
+    size, terms, slopes = (t.detach().double().abs() for t in (x, weight, F.pixel_unshuffle(dy, r)))
+    z = sums(size, terms, weight.shape[2]) + (0 if bias is None else bias.detach().double().abs()[:, None, None])
+    slopes, errors = 1.13 * slopes, 0.8 * z * slopes
+    padding = [weight.shape[2] // 2] * 2
+    passed_on = torch.ops.aten.convolution_backward(
+        errors, size, terms, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    rounded = gradient_sums(size, terms, slopes)
+    gradients = (a + b for a, b in zip(rounded, passed_on, strict=False))
+    return F.pixel_shuffle(z, r), *gradients, (slopes + errors).sum(dim=(0, 2, 3))
