@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,17 +38,12 @@ def files(*patterns):
 
 
 SOURCES = ["csrc/bindings.cpp", *files("core/*.cpp", "cuda/*.cu")]
-HEADERS = files("core/*.h", "core/*.inl", "cuda/*.h")
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall"]
-# Sources named *_<key>.cpp get these flags, and are left out where the compiler does not take them. Which of them runs
-# is decided at run time, so the module stays portable.
-X86_FLAGS = {
-    "avx2": "-mavx2 -mbmi -mbmi2 -mlzcnt -mpclmul -mfma -mf16c",
-    "avx512": "-mavx2 -mbmi -mbmi2 -mlzcnt -mpclmul -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mavx512vbmi "
-    "-mavx512vbmi2 -mgfni -mvpclmulqdq -mprefer-vector-width=512",
-    "amx": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mamx-tile -mamx-bf16 "
-    "-mprefer-vector-width=512",
-}
+HEADERS = files("core/*.h", "core/*.inl", "cuda/*.h", "flags.mk")
+# Flags that the C++ tests are built with as well, by name in lower case. Sources named *_<name>.cpp get those of an
+# instruction set, and are left out where the compiler does not take them.
+NAMED_FLAGS = re.findall(r"^(\w+) := (.+)$", Path(ROOT, "csrc/flags.mk").read_text(), re.MULTILINE)
+X86_FLAGS = {name.lower(): flags for name, flags in NAMED_FLAGS}
+FLAGS = ["-O3", *X86_FLAGS.pop("base").split(), "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
 # Kernels for Hopper's matrix instructions, which no other architecture has, older or newer.
 CUDA_ARCHITECTURES = os.environ.get("HFLFNERV_CUDA_ARCHITECTURES", "90a").split(",")
 # With it the kernels use PyTorch's threads (both share libgomp); without it they run in the calling thread.

@@ -22,6 +22,7 @@ def checkout(tmp_path):
     (root / "hflfnerv").mkdir(parents=True)
     (root / "csrc" / "core").mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", root)
+    shutil.copy(ROOT / "csrc" / "flags.mk", root / "csrc")
     for name in ("__init__.py", "_version.py", "errors.py", "_ext.py"):
         shutil.copy(ROOT / "hflfnerv" / name, root / "hflfnerv")
     (root / "pyproject.toml").write_text(

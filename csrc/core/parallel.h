@@ -1,11 +1,16 @@
 // Threads, for code compiled without special flags. With OpenMP the threads are those that PyTorch uses, because both
-// share libgomp; without it everything runs in the calling thread.
+// share libgomp; without it everything runs in the calling thread. HFLFNERV_STD_THREADS is for ThreadSanitizer, which does
+// not see how OpenMP's threads wait for each other.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <vector>
+
+#if defined(HFLFNERV_STD_THREADS)
+#include <thread>
+#endif
 
 namespace hflfnerv {
 
@@ -17,12 +22,18 @@ void parallel_parts(std::int64_t count, int threads, const Run& run) {
     if (count > 0) run(0, std::int64_t{0}, count);
     return;
   }
+  const auto part = [&](int thread) { run(thread, count * thread / threads, count * (thread + 1) / threads); };
+#if defined(HFLFNERV_STD_THREADS)
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(part, thread);
+  part(0);
+  for (std::thread& other : others) other.join();
+#else
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
-  for (int thread = 0; thread < threads; ++thread) {
-    run(thread, count * thread / threads, count * (thread + 1) / threads);
-  }
+  for (int thread = 0; thread < threads; ++thread) part(thread);
+#endif
 }
 
 // Runs run(thread, item) on the items of [0, count). Each thread has a contiguous part and takes it from the front; one
