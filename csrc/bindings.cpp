@@ -261,20 +261,23 @@ void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uint
                                         pointer<hflfnerv::BFloat16>(y), threads);
 }
 
-// batch, input channels, height, width, channels of y, r, kernel.
-using Shape7 = std::array<std::int64_t, 7>;
+// batch, input channels, height, width, channels of y, r, kernel, points on each axis.
+using Shape8 = std::array<std::int64_t, 8>;
 
-hflfnerv::WinogradShape winograd_shape(const Shape7& n) {
+hflfnerv::WinogradShape winograd_shape(const Shape8& n) {
   if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
   if (n[6] != 3 && n[6] != 5) throw py::value_error("kernel must be 3 or 5, got " + std::to_string(n[6]));
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
+  if (n[7] != 8 && (n[7] != 10 || n[6] != 5)) {
+    throw py::value_error("points must be 8, or 10 with a kernel of 5, got " + std::to_string(n[7]));
+  }
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]};
 }
 
-std::int64_t winograd_weight_floats(const Shape7& sizes, bool data_gradient, const std::string& simd) {
+std::int64_t winograd_weight_floats(const Shape8& sizes, bool data_gradient, const std::string& simd) {
   return hflfnerv::winograd_weight_floats(winograd_shape(sizes), data_gradient, pixel_shuffle_gelu_level(simd));
 }
 
-void winograd_weight(const Shape7& sizes, bool data_gradient, std::uintptr_t weight, std::uintptr_t points, int threads,
+void winograd_weight(const Shape8& sizes, bool data_gradient, std::uintptr_t weight, std::uintptr_t points, int threads,
                      const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -289,7 +292,7 @@ hflfnerv::WinogradActivation winograd_activation(const std::string& name) {
   throw py::value_error("activation must be 'identity', 'gelu' or 'gelu_tanh', got '" + name + "'");
 }
 
-void winograd_fwd(const Shape7& sizes, const std::string& activation, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
+void winograd_fwd(const Shape8& sizes, const std::string& activation, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
                   std::uintptr_t y, std::uintptr_t z, int threads, const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const auto kind = winograd_activation(activation);
@@ -299,7 +302,7 @@ void winograd_fwd(const Shape7& sizes, const std::string& activation, std::uintp
                          pointer<float>(y), pointer<float>(z), threads, level);
 }
 
-void winograd_undo(const Shape7& sizes, bool tanh_form, std::uintptr_t dy, std::uintptr_t z, std::uintptr_t dz,
+void winograd_undo(const Shape8& sizes, bool tanh_form, std::uintptr_t dy, std::uintptr_t z, std::uintptr_t dz,
                    std::uintptr_t dbias, int threads, const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -308,7 +311,7 @@ void winograd_undo(const Shape7& sizes, bool tanh_form, std::uintptr_t dy, std::
                           pointer<float>(dbias), threads, level);
 }
 
-void winograd_dgrad(const Shape7& sizes, std::uintptr_t dz, std::uintptr_t points, std::uintptr_t dx, int threads,
+void winograd_dgrad(const Shape8& sizes, std::uintptr_t dz, std::uintptr_t points, std::uintptr_t dx, int threads,
                     const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -316,7 +319,7 @@ void winograd_dgrad(const Shape7& sizes, std::uintptr_t dz, std::uintptr_t point
   hflfnerv::winograd_dgrad(shape, pointer<float>(dz), pointer<float>(points), pointer<float>(dx), threads, level);
 }
 
-void winograd_wgrad(const Shape7& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight, int threads,
+void winograd_wgrad(const Shape8& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight, int threads,
                     const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);

@@ -22,10 +22,12 @@ const WinogradKernels& kernels_of(SimdLevel level) {
 
 std::int64_t lanes_of(SimdLevel level) { return level == SimdLevel::avx512 ? 16 : 8; }
 
-WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
+constexpr std::int64_t kGradientPoints = 8;
+
+WinogradPlan plan_of(const WinogradShape& shape, std::int64_t axis, bool data_gradient, SimdLevel level) {
   const std::int64_t in = shape.in_channels, out = shape.out_channels();
   return {shape.batch, shape.height, shape.width, data_gradient ? out : in, data_gradient ? in : out, shape.kernel,
-          lanes_of(level)};
+          lanes_of(level), axis};
 }
 
 // PixelShuffle's number of the n-th output channel in the order of y's rows.
@@ -65,6 +67,20 @@ struct Stores {
   std::vector<int> first;
 };
 
+// A bias for each column, and 0 for those of no output channel.
+std::vector<float> ordered_bias(const WinogradShape& shape, const WinogradPlan& plan, const float* bias) {
+  std::vector<float> ordered(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
+  for (std::int64_t n = 0; bias != nullptr && n < plan.out_channels; ++n) {
+    ordered[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape, n)];
+  }
+  return ordered;
+}
+
+const GeluTable* table_of(WinogradActivation activation) {
+  if (activation == WinogradActivation::identity) return nullptr;
+  return &gelu_table(activation == WinogradActivation::gelu_tanh, false);
+}
+
 void run_conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, int threads,
               SimdLevel level) {
   const std::int64_t floats = rounded(plan.scratch_floats());
@@ -81,13 +97,13 @@ void run_conv(const WinogradPlan& plan, const float* x, const float* points, con
 }  // namespace
 
 std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, data_gradient, level);
+  const WinogradPlan plan = plan_of(shape, data_gradient ? kGradientPoints : shape.points, data_gradient, level);
   return plan.chunks() * plan.chunk_floats();
 }
 
 void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
                      SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, data_gradient, level);
+  const WinogradPlan plan = plan_of(shape, data_gradient ? kGradientPoints : shape.points, data_gradient, level);
   const WeightOffsets offsets(shape);
   const WinogradWeight at{data_gradient ? offsets.in.data() : offsets.out.data(),
                           data_gradient ? offsets.out.data() : offsets.in.data(), shape.in_channels, data_gradient};
@@ -98,21 +114,16 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
 
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
                   float* y, float* z, int threads, SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, false, level);
-  std::vector<float> biases(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
-  for (std::int64_t n = 0; bias != nullptr && n < plan.out_channels; ++n) {
-    biases[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape, n)];
-  }
+  const WinogradPlan plan = plan_of(shape, shape.points, false, level);
+  const std::vector<float> biases = ordered_bias(shape, plan, bias);
   const std::int64_t run = shape.r * shape.channels, row = shape.width * run;
   const Stores stores(plan, run, row);
   if (z != nullptr) {
     advise_large_pages(z, static_cast<std::size_t>(plan.batch * plan.height * row * shape.r) * sizeof(float));
   }
-  const bool is_gelu = activation != WinogradActivation::identity;
-  const GeluTable* const gelu = is_gelu ? &gelu_table(activation == WinogradActivation::gelu_tanh, false) : nullptr;
   run_conv(plan, x, points,
-           {y, shape.height * shape.r * row, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(), z,
-            gelu},
+           {y, shape.height * shape.r * row, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
+            z, table_of(activation)},
            threads, level);
 }
 
@@ -138,7 +149,7 @@ void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, 
 
 void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* points, float* dx, int threads,
                     SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, true, level);
+  const WinogradPlan plan = plan_of(shape, kGradientPoints, true, level);
   const std::int64_t row = plan.width * plan.out_channels;
   const Stores stores(plan, plan.out_channels, plan.out_channels);
   run_conv(plan, dz, points,
@@ -149,7 +160,7 @@ void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* po
 
 void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz, float* dweight, int threads,
                     SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, false, level);
+  const WinogradPlan plan = plan_of(shape, kGradientPoints, false, level);
   const WinogradKernels& kernels = kernels_of(level);
   // Work is divided by the shape alone: blocks into parts with sums of their own, and chunks into groups, for each of
   // which the tiles of x are evaluated anew.

@@ -45,8 +45,9 @@ double error(const Floats& actual, const Doubles& expected) {
 
 struct Results {
   Floats y, z, dz, dbias, dx, dweight;
+  Floats large;  // y by larger tiles, or y again with a kernel of 3
   bool operator==(const Results& o) const {
-    return y == o.y && z == o.z && dz == o.dz && dbias == o.dbias && dx == o.dx && dweight == o.dweight;
+    return y == o.y && z == o.z && dz == o.dz && dbias == o.dbias && dx == o.dx && dweight == o.dweight && large == o.large;
   }
 };
 
@@ -55,7 +56,7 @@ Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const
   // What a kernel forgets to write stays NaN.
   const auto fresh = [](std::size_t n) { return Floats(n, std::nanf("")); };
   Results r{fresh(dy.size()), fresh(dy.size()), fresh(dy.size()), fresh(bias.size()), fresh(x.size()),
-            fresh(weight.size())};
+            fresh(weight.size()), fresh(dy.size())};
   Floats points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, false, level)));
   winograd_weight(s, false, weight.data(), points.data(), threads, level);
   winograd_fwd(s, WinogradActivation::gelu, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
@@ -67,6 +68,11 @@ Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const
                  level);
     CHECK(only_y == r.z);
   }
+  WinogradShape large = s;
+  large.points = s.kernel == 5 ? 10 : 8;
+  points = fresh(static_cast<std::size_t>(winograd_weight_floats(large, false, level)));
+  winograd_weight(large, false, weight.data(), points.data(), threads, level);
+  winograd_fwd(large, WinogradActivation::gelu, x.data(), points.data(), bias.data(), r.large.data(), nullptr, threads, level);
   winograd_undo(s, false, dy.data(), r.z.data(), r.dz.data(), r.dbias.data(), threads, level);
   points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
   winograd_weight(s, true, weight.data(), points.data(), threads, level);
@@ -122,6 +128,7 @@ void check(const WinogradShape& s, SimdLevel level) {
   // A wrong tap or channel is an error of 0.01 and more; tests/ops holds the results to their rounding errors.
   constexpr double kAllowed = 1e-4;
   CHECK(error(results.y, y) < kAllowed);
+  CHECK(error(results.large, y) < kAllowed);
   CHECK(error(results.z, z) < kAllowed);
   CHECK(error(results.dbias, dbias) < kAllowed);
   CHECK(error(results.dx, dx) < kAllowed);
@@ -138,9 +145,10 @@ int main() {
   for (int level = 1; level <= static_cast<int>(pixel_shuffle_gelu_level()); ++level) {
     for (const std::int64_t kernel : {3, 5}) {
       // batch, input channels, height, width, channels, r
-      for (const WinogradShape& s : {WinogradShape{1, 1, 1, 1, 1, 1, kernel}, {1, 33, 9, 14, 28, 2, kernel},
-                                     {2, 7, 5, 23, 3, 3, kernel}, {1, 40, 13, 8, 33, 2, kernel}, {3, 16, 4, 4, 1, 4, kernel},
-                                     {1, 5, 31, 29, 2, 1, kernel}, {1, 70, 6, 7, 8, 1, kernel}}) {
+      for (const WinogradShape& s : {WinogradShape{1, 1, 1, 1, 1, 1, kernel, 8}, {1, 33, 9, 14, 28, 2, kernel, 8},
+                                     {2, 7, 5, 23, 3, 3, kernel, 8}, {1, 40, 13, 8, 33, 2, kernel, 8},
+                                     {3, 16, 4, 4, 1, 4, kernel, 8}, {1, 5, 31, 29, 2, 1, kernel, 8},
+                                     {1, 70, 6, 7, 8, 1, kernel, 8}}) {
         check(s, static_cast<SimdLevel>(level));
       }
     }

@@ -40,7 +40,7 @@ class FusedEngine(Engine):
         super().__init__(model, embeddings, device, precision)
         self._model: VideoNetwork = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._streams = [cast(DecoderStream, model.get_submodule(name)) for name in model.spec.streams]
-        self._packed = PackedWeights()
+        self._packed = PackedWeights(large_tiles=True)
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         for index in indices:

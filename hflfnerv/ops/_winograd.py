@@ -8,8 +8,9 @@ import torch
 
 from . import _cpp
 from ._check import compute_dtype, half_padding, memory_format_of
+from .packed_weights import kept_weight
 
-__all__ = ["forward", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
+__all__ = ["forward", "gradients", "in_layout_of", "kept", "pack_weight", "pays", "rejects", "undo"]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -46,27 +47,40 @@ def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torc
     return y if torch.channels_last in (memory_format_of(x), memory_format_of(weight)) else y.contiguous()
 
 
-def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:
+def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int, large_tiles: bool = False) -> list[int]:
     batch, channels, height, width = x.shape
-    return [batch, channels, height, width, weight.shape[0] // (r * r), r, weight.shape[2]]
+    kernel = weight.shape[2]
+    points = 10 if large_tiles and kernel == 5 else 8
+    return [batch, channels, height, width, weight.shape[0] // (r * r), r, kernel, points]
 
 
-def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int, *, data_gradient: bool = False) -> torch.Tensor:
+def pack_weight(
+    x: torch.Tensor, weight: torch.Tensor, r: int, *, large_tiles: bool = False, data_gradient: bool = False
+) -> torch.Tensor:
     """Return the weight at the points at which tiles are multiplied, in the order in which the kernels read it.
 
     Args:
         x: any input of the convolution; only its number of channels matters.
         weight: float32 ``[C_out r², C_in, k, k]``.
         r: upscale factor.
+        large_tiles: whether it is for :func:`forward` with large tiles.
         data_gradient: whether it is for the gradient of x.
     """
-    module, sizes = _cpp.load(), _sizes(x, weight, r)
+    module, sizes = _cpp.load(), _sizes(x, weight, r, large_tiles)
     weight = weight.contiguous(memory_format=torch.channels_last)
     packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient))
     module.winograd_weight(
         sizes, data_gradient, _cpp.address(weight), _cpp.address(packed), threads=torch.get_num_threads()
     )
     return packed
+
+
+def kept(
+    x: torch.Tensor, weight: torch.Tensor, parameter: torch.Tensor, r: int, *, large_tiles: bool
+) -> torch.Tensor | None:
+    """Return what :func:`pack_weight` makes of a weight, where it is kept for the parameter that it was, or None."""
+    layout = ("winograd", r, large_tiles)
+    return kept_weight(parameter, layout, lambda: pack_weight(x, weight, r, large_tiles=large_tiles))
 
 
 def forward(
@@ -78,13 +92,15 @@ def forward(
     activation: str,
     *,
     keep_z: bool,
+    large_tiles: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept.
 
-    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``.
+    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``. Large tiles: 6 x 6 results of a 5x5 kernel, from
+    10 x 10 points.
     """
     if packed is None:
-        packed = pack_weight(x, weight, r)
+        packed = pack_weight(x, weight, r, large_tiles=large_tiles)
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     n = weight.shape[0]
@@ -92,7 +108,7 @@ def forward(
     z = _empty(batch, n, height, width) if keep_z else None
     biases = _cpp.float_bias(bias)
     _cpp.load().winograd_fwd(
-        _sizes(x, weight, r),
+        _sizes(x, weight, r, large_tiles),
         activation,
         *(_cpp.address(t) for t in (x, packed, biases, y, z)),
         threads=torch.get_num_threads(),

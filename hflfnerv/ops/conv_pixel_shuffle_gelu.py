@@ -17,7 +17,7 @@ from . import (
 )
 from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype, memory_format_of
 from ._triton import rejects_tensor, unavailable
-from .packed_weights import kept_weight
+from .packed_weights import kept_weight, large_tiles_allowed
 from .pixel_shuffle_gelu import image_is_small, pixel_shuffle_gelu, rejects_shape
 
 __all__ = ["CONV_PIXEL_SHUFFLE_GELU", "Call", "conv_pixel_shuffle_gelu"]
@@ -191,11 +191,13 @@ def _winograd_rejects(call: Call) -> str | None:
 def _run_winograd(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    packed = None
+    packed, impl = None, "winograd"
     if not keep_z:
-        packed = kept_weight(call.weight, ("winograd", call.r), lambda: _winograd.pack_weight(x, weight, call.r))
+        large = large_tiles_allowed()
+        impl = "winograd, large tiles" if large else impl
+        packed = _winograd.kept(x, weight, call.weight, call.r, large_tiles=large)
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
-        x, weight, bias, packed, call.r, call.approximate, keep_z, "winograd", "winograd", "winograd"
+        x, weight, bias, packed, call.r, call.approximate, keep_z, impl, "winograd", "winograd"
     )[0]
     return _winograd.in_layout_of(x, weight, out)
 
@@ -339,7 +341,8 @@ def conv_pixel_shuffle_gelu(
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
         about four times those of float32 sums by definition, far below those of TF32, and a NaN or an infinity spreads
-        to its tile of 4 x 4 or 6 x 6 pixels; ``"conv2d+cpp"`` avoids both.
+        to its tile of 4 x 4 or 6 x 6 pixels; ``"conv2d+cpp"`` avoids both. Without gradients,
+        ``PackedWeights(large_tiles=True)`` lets it take 10 x 10 points for 5 x 5 kernels.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)
