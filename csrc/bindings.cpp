@@ -20,6 +20,7 @@
 #include "core/huffman.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv_pixel_shuffle_gelu.h"
 #endif
@@ -416,6 +417,32 @@ void output_stage_fwd(const std::array<std::int64_t, 3>& sizes, const Link& link
                              level, amx);
 }
 
+// The sizes of the last block, its activation, addresses of x, points, bias and the head's weight, group.
+using LastBlock = std::tuple<Shape8, std::string, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
+
+void winograd_output_fwd(const std::array<std::int64_t, 2>& size, const Link& link, const std::vector<LastBlock>& streams,
+                         std::uintptr_t out, bool bytes, int threads, const std::string& simd) {
+  const auto shape = output_shape(1, size[0], size[1], link);
+  std::vector<hflfnerv::WinogradStream> all;
+  for (const auto& [sizes, activation, x, points, bias, head, group] : streams) {
+    const auto block = winograd_shape(sizes);
+    if (block.batch != 1) throw py::value_error("the batch must be 1");
+    if (block.height * block.r < shape.height || block.width * block.r < shape.width) {
+      throw py::value_error("features must be at least as large as the frame");
+    }
+    check_group(group, all.empty() ? 0 : all.back().group, shape);
+    all.push_back({block, winograd_activation(activation), pointer<float>(x), pointer<float>(points), pointer<float>(bias),
+                   pointer<float>(head), group});
+  }
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const int count = static_cast<int>(all.size());
+  if (count == 0 || !hflfnerv::winograd_output_fits(all.data(), count, level)) {
+    throw py::value_error("there must be streams, and their bands of one height");
+  }
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_output_fwd(shape, all.data(), count, pointer<void>(out), bytes, threads, level);
+}
+
 #if defined(HFLFNERV_HAVE_AMX)
 // Input and output channels, r, kernel; whether GELU is in its tanh form; addresses of weight and bias.
 using Block = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, std::uintptr_t, std::uintptr_t>;
@@ -509,6 +536,8 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
              py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_output_fwd", &winograd_output_fwd, py::arg("size"), py::arg("link"), py::arg("streams"),
+             py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");
 #if defined(HFLFNERV_HAVE_AMX)
   py::class_<hflfnerv::FrameDecoder>(module, "FrameDecoder")
       .def(py::init(&frame_decoder), py::arg("size"), py::arg("link"), py::arg("streams"), py::arg("threads"))

@@ -122,9 +122,50 @@ void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, con
     advise_large_pages(z, static_cast<std::size_t>(plan.batch * plan.height * row * shape.r) * sizeof(float));
   }
   run_conv(plan, x, points,
-           {y, shape.height * shape.r * row, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
+           {y, shape.height * shape.r * row, 0, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
             z, table_of(activation)},
            threads, level);
+}
+
+struct WinogradBands::Prepared {
+  Prepared(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
+           std::int64_t row, SimdLevel level)
+      : plan(plan_of(shape, shape.points, false, level)),
+        x(x),
+        points(points),
+        biases(ordered_bias(shape, plan, bias)),
+        stores(plan, shape.r * shape.channels, row),
+        out{nullptr, 0, 0, shape.r * row, shape.r * shape.channels, stores.stores.data(), stores.first.data(), biases.data(),
+            nullptr, table_of(activation)},
+        conv(kernels_of(level).conv) {}
+
+  WinogradPlan plan;
+  const float *x, *points;
+  std::vector<float> biases;
+  Stores stores;
+  WinogradOutput out;
+  decltype(WinogradKernels::conv) conv;
+};
+
+WinogradBands::WinogradBands(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+                             const float* bias, std::int64_t row, SimdLevel level)
+    : prepared_(std::make_unique<Prepared>(shape, activation, x, points, bias, row, level)) {}
+WinogradBands::~WinogradBands() = default;
+WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
+
+std::int64_t WinogradBands::count() const { return prepared_->plan.tile_rows(); }
+std::int64_t WinogradBands::scratch_floats() const { return rounded(prepared_->plan.scratch_floats()); }
+
+void WinogradBands::run(std::int64_t band, float* y, float* scratch) const {
+  const WinogradPlan& plan = prepared_->plan;
+  WinogradOutput out = prepared_->out;
+  out.y = y;
+  out.first_row = band * plan.outputs();
+  const std::int64_t columns = plan.tile_columns(), first = band * columns;
+  for (std::int64_t begin = 0; begin < columns; begin += plan.block()) {
+    prepared_->conv(plan, prepared_->x, prepared_->points, out, first + begin,
+                    first + std::min(begin + plan.block(), columns), scratch);
+  }
 }
 
 void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,
@@ -153,7 +194,7 @@ void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* po
   const std::int64_t row = plan.width * plan.out_channels;
   const Stores stores(plan, plan.out_channels, plan.out_channels);
   run_conv(plan, dz, points,
-           {dx, plan.height * row, row, plan.out_channels, stores.stores.data(), stores.first.data(), nullptr, nullptr,
+           {dx, plan.height * row, 0, row, plan.out_channels, stores.stores.data(), stores.first.data(), nullptr, nullptr,
             nullptr},
            threads, level);
 }
@@ -193,6 +234,15 @@ void winograd_fwd(const WinogradShape&, WinogradActivation, const float*, const 
 void winograd_undo(const WinogradShape&, bool, const float*, const float*, float*, float*, int, SimdLevel) {}
 void winograd_dgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
 void winograd_wgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
+
+struct WinogradBands::Prepared {};
+WinogradBands::WinogradBands(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,
+                             SimdLevel) {}
+WinogradBands::~WinogradBands() = default;
+WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
+std::int64_t WinogradBands::count() const { return 0; }
+std::int64_t WinogradBands::scratch_floats() const { return 0; }
+void WinogradBands::run(std::int64_t, float*, float*) const {}
 
 #endif
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "cpu.h"
 
@@ -36,6 +37,25 @@ enum class WinogradActivation { identity, gelu, gelu_tanh };
 // bias has one float per output channel of the convolution in PixelShuffle's order, or is null; z may be null.
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
                   float* y, float* z, int threads, SimdLevel level);
+
+// The forward pass of one image in bands: rows of y are made when they are wanted.
+class WinogradBands {
+ public:
+  // As for winograd_fwd; the batch is 1. `row` floats lie between rows of y.
+  WinogradBands(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+                const float* bias, std::int64_t row, SimdLevel level);
+  ~WinogradBands();
+  WinogradBands(WinogradBands&&) noexcept;
+
+  std::int64_t count() const;  // each of as many rows as the tiles' results make; the last one may have fewer
+  std::int64_t scratch_floats() const;
+  // y is the first pixel of the band; `scratch` is aligned to cache lines.
+  void run(std::int64_t band, float* y, float* scratch) const;
+
+ private:
+  struct Prepared;
+  std::unique_ptr<Prepared> prepared_;
+};
 
 // dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null.
 void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,

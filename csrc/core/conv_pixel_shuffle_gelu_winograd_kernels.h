@@ -64,10 +64,10 @@ struct WinogradStore {
   std::int64_t offset;
 };
 
-// Where results go: that of pixel (h, w) of an image begins at y + image * image_floats + h * row + w * pixel.
+// Where results go: that of pixel (h, w) of an image begins at y + image * image_floats + (h - first_row) * row + w * pixel.
 struct WinogradOutput {
   float* y;
-  std::int64_t image_floats, row, pixel;
+  std::int64_t image_floats, first_row, row, pixel;
   const WinogradStore* stores;  // of all vectors of output channels
   const int* first_store;       // of each vector, and the end of the last
   const float* bias;            // of all columns, or null

@@ -292,7 +292,7 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
     combine<kOutputs, kAxis>(half_way[i], y);
     for (F& value : y) value = Simd::add(value, bias);
     float* const to =
-        out.y + tile.image * out.image_floats + (tile.row + i) * out.row + tile.column * out.pixel;
+        out.y + tile.image * out.image_floats + (tile.row + i - out.first_row) * out.row + tile.column * out.pixel;
     if (out.z != nullptr) {
       const std::int64_t row = tile.image * plan.height + tile.row + i;
       float* z = out.z + (row * plan.width + tile.column) * plan.out_channels + first;

@@ -10,6 +10,7 @@
 
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "core/winograd_output.h"
 #include "tests/check.h"
 
 namespace {
@@ -135,6 +136,49 @@ void check(const WinogradShape& s, SimdLevel level) {
   CHECK(error(results.dweight, dweight) < kAllowed);
 }
 
+// In bands, frames are those of the blocks and the output stage one after the other, with rows and columns cut off or not.
+void check_frames(std::int64_t height, std::int64_t width, const std::vector<WinogradShape>& shapes, SimdLevel level) {
+  const int count = static_cast<int>(shapes.size()), groups = count > 1 ? 2 : 1;
+  std::vector<Floats> kept;
+  const auto keep = [&](std::int64_t floats, double scale) {
+    kept.push_back(random(floats, scale));
+    return kept.back().data();
+  };
+  std::vector<WinogradStream> streams;
+  std::vector<OutputFeature> features;
+  for (int i = 0; i < count; ++i) {
+    const WinogradShape& s = shapes[static_cast<std::size_t>(i)];
+    const std::int64_t pixels = s.height * s.width, inner = s.in_channels * s.kernel * s.kernel;
+    const float* const x = keep(pixels * s.in_channels, 1);
+    const float* const weight = keep(s.out_channels() * inner, 1 / std::sqrt(static_cast<double>(inner)));
+    const float* const bias = keep(s.out_channels(), 1);
+    const float* const head = keep(3 * s.channels * 9, 0.1);
+    float* const points = keep(winograd_weight_floats(s, false, level), 0);
+    winograd_weight(s, false, weight, points, 1, level);
+    float* const y = keep(pixels * s.out_channels(), 0);
+    winograd_fwd(s, WinogradActivation::gelu, x, points, bias, y, nullptr, 2, level);
+    const int group = i == 0 ? 0 : groups - 1;
+    streams.push_back({s, WinogradActivation::gelu, x, points, bias, head, group});
+    features.push_back({y, s.channels, s.height * s.r, s.width * s.r, head, group});
+  }
+  const Floats scales = random(groups, 1), biases = random(groups * 3, 0.1);
+  const OutputShape shape{1, height, width, groups, scales.data(), biases.data(), 0.5f};
+  CHECK(winograd_output_fits(streams.data(), count, level));
+  const auto size = static_cast<std::size_t>(height * width * 3);
+  Floats expected(size, std::nanf(""));
+  std::vector<std::uint8_t> expected_bytes(size, 7);
+  output_stage_fwd(shape, features.data(), count, FloatType::f32, expected.data(), false, 1, level, false);
+  output_stage_fwd(shape, features.data(), count, FloatType::f32, expected_bytes.data(), true, 1, level, false);
+  for (const int threads : {1, 2, 5}) {
+    Floats frame(size, std::nanf(""));
+    winograd_output_fwd(shape, streams.data(), count, frame.data(), false, threads, level);
+    CHECK(frame == expected);
+    std::vector<std::uint8_t> bytes(size, 9);
+    winograd_output_fwd(shape, streams.data(), count, bytes.data(), true, threads, level);
+    CHECK(bytes == expected_bytes);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -152,6 +196,11 @@ int main() {
         check(s, static_cast<SimdLevel>(level));
       }
     }
+    check_frames(1, 1, {{1, 1, 1, 1, 1, 1, 3, 8}}, static_cast<SimdLevel>(level));
+    check_frames(61, 47, {{1, 9, 32, 24, 7, 2, 5, 10}}, static_cast<SimdLevel>(level));
+    check_frames(48, 40, {{1, 5, 24, 20, 3, 2, 5, 8}}, static_cast<SimdLevel>(level));
+    check_frames(36, 19, {{1, 6, 18, 10, 12, 2, 3, 8}, {1, 4, 19, 12, 2, 2, 5, 10}, {1, 3, 25, 10, 5, 2, 3, 8}},
+                 static_cast<SimdLevel>(level));
   }
   std::puts("Winograd: ok");
   return 0;

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from . import _cpp
 from ._check import compute_dtype, half_padding, memory_format_of
-from .packed_weights import kept_weight
+from .packed_weights import kept_weight, large_tiles_allowed
+from .pixel_shuffle_gelu import image_is_small
 
-__all__ = ["forward", "gradients", "in_layout_of", "kept", "pack_weight", "pays", "rejects", "undo"]
+__all__ = [
+    "LastBlock",
+    "forward",
+    "gradients",
+    "in_layout_of",
+    "kept",
+    "last_blocks",
+    "pack_weight",
+    "pays",
+    "rejects",
+    "undo",
+]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -114,6 +127,62 @@ def forward(
         threads=torch.get_num_threads(),
     )
     return y, z
+
+
+class LastBlock(NamedTuple):
+    """What the last block of a stream takes, and the weight ``[3, C, 3, 3]`` and group of the head that follows it."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    r: int
+    approximate: str
+    head: torch.Tensor
+    group: int
+
+
+def last_blocks(
+    blocks: Sequence[LastBlock],
+    biases: torch.Tensor,
+    scales: Sequence[float],
+    offset: float,
+    crop: tuple[int, int],
+    *,
+    as_bytes: bool,
+) -> torch.Tensor | None:
+    """Return what ``output_stage`` makes of the blocks' results, ``[1, H, W, 3]``, without keeping those in memory.
+
+    Or None where the kernels cannot take the blocks, or another implementation would be chosen. ``biases`` are the
+    heads', float32 ``[G, 3]``. Gradients are not seen.
+    """
+    large = large_tiles_allowed()
+    for x, weight, *_ in blocks:
+        size = (x.shape[2], x.shape[3])
+        if x.shape[0] != 1 or rejects(x, weight, half_padding(weight)) is not None:
+            return None
+        if image_is_small(weight.shape[0], *size) or not pays(x, weight):
+            return None
+    heights = {(6 if large else 9 - block.weight.shape[2]) * block.r for block in blocks}
+    if _cpp.unavailable() is not None or len(heights) != 1:
+        return None
+    used, streams = [], []
+    for x, weight, bias, r, approximate, head, group in blocks:
+        packed = kept(x, weight, weight, r, large_tiles=large)
+        if packed is None:
+            packed = pack_weight(x, weight, r, large_tiles=large)
+        tensors = (
+            x.contiguous(memory_format=torch.channels_last),
+            packed,
+            _cpp.float_bias(bias),
+            head.float().contiguous(),
+        )
+        used.append(tensors)  # until the kernels have read them
+        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+        streams.append((_sizes(x, weight, r, large), activation, *(_cpp.address(t) for t in tensors), group))
+    out = torch.empty((1, *crop, 3), dtype=torch.uint8 if as_bytes else torch.float32)
+    link = (list(scales), biases.flatten().tolist(), offset)
+    _cpp.load().winograd_output_fwd(crop, link, streams, _cpp.address(out), as_bytes, torch.get_num_threads())
+    return out
 
 
 def undo(
