@@ -11,7 +11,7 @@ namespace hflfnerv {
 
 constexpr std::int64_t kWinogradVectors = 2;   // of a chunk
 constexpr std::int64_t kWinogradTiles = 24;    // at most, in a block: it shares one pass over the weight
-constexpr std::int64_t kWinogradCache = 131072;  // floats of the second cache
+constexpr std::int64_t kWinogradCache = 122880;  // floats that the second cache holds beside others
 
 // A convolution with stride 1 and half of the kernel as padding, and what depends on the number of lanes.
 struct WinogradPlan {
@@ -30,10 +30,11 @@ struct WinogradPlan {
   std::int64_t inner() const { return (in_channels + lanes - 1) / lanes * lanes; }  // channels in whole vectors
   // Tiles of a block are products' rows: one after the other, for one point after the other, so that the products read
   // memory in its order. The last one's vectors may end behind its channels.
-  std::int64_t point_floats() const { return block() * in_channels + lanes; }
-  std::int64_t gradient_floats() const { return block() * columns(); }
-  // Of results at the points for one chunk. The odd vector keeps tiles out of each other's cache lines.
-  std::int64_t product_floats() const { return points() * columns() + 16; }
+  std::int64_t point_floats() const { return odd_lines(block() * in_channels + lanes); }
+  std::int64_t gradient_floats() const { return odd_lines(block() * columns()); }
+  std::int64_t product_floats() const { return odd_lines(points() * columns()); }  // results at the points for one chunk
+  // In cache lines, an odd number of them: what lies that far apart is in different sets of the cache.
+  static std::int64_t odd_lines(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
   // Rows of a product in registers: a block is a multiple of it.
   std::int64_t rows() const { return lanes == 16 ? 12 : 6; }
   // Tiles of a block: as many as the second cache holds with their products.
@@ -45,7 +46,8 @@ struct WinogradPlan {
   // Tiles at the points, products or gradients, and a tile copied with the zeros around it.
   std::int64_t scratch_floats() const {
     const std::int64_t window = points() * (inner() > columns() ? inner() : columns());
-    return points() * point_floats() + block() * product_floats() + window + 16;
+    const std::int64_t products = block() * product_floats(), gradients = points() * gradient_floats();
+    return points() * point_floats() + (products > gradients ? products : gradients) + window + 16;
   }
 };
 
