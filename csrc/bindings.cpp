@@ -20,6 +20,7 @@
 #include "core/huffman.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv_pixel_shuffle_gelu.h"
 #endif
@@ -264,20 +265,23 @@ void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uint
                                         pointer<hflfnerv::BFloat16>(y), threads);
 }
 
-// batch, input channels, height, width, channels of y, r, kernel.
-using Shape7 = std::array<std::int64_t, 7>;
+// batch, input channels, height, width, channels of y, r, kernel, points on each axis.
+using Shape8 = std::array<std::int64_t, 8>;
 
-hflfnerv::WinogradShape winograd_shape(const Shape7& n) {
+hflfnerv::WinogradShape winograd_shape(const Shape8& n) {
   if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
   if (n[6] != 3 && n[6] != 5) throw py::value_error("kernel must be 3 or 5, got " + std::to_string(n[6]));
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
+  if (n[7] != 8 && (n[7] != 10 || n[6] != 5)) {
+    throw py::value_error("points must be 8, or 10 with a kernel of 5, got " + std::to_string(n[7]));
+  }
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]};
 }
 
-std::int64_t winograd_weight_floats(const Shape7& sizes, bool data_gradient, const std::string& simd) {
+std::int64_t winograd_weight_floats(const Shape8& sizes, bool data_gradient, const std::string& simd) {
   return hflfnerv::winograd_weight_floats(winograd_shape(sizes), data_gradient, pixel_shuffle_gelu_level(simd));
 }
 
-void winograd_weight(const Shape7& sizes, bool data_gradient, std::uintptr_t weight, std::uintptr_t points, int threads,
+void winograd_weight(const Shape8& sizes, bool data_gradient, std::uintptr_t weight, std::uintptr_t points, int threads,
                      const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -292,7 +296,7 @@ hflfnerv::WinogradActivation winograd_activation(const std::string& name) {
   throw py::value_error("activation must be 'identity', 'gelu' or 'gelu_tanh', got '" + name + "'");
 }
 
-void winograd_fwd(const Shape7& sizes, const std::string& activation, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
+void winograd_fwd(const Shape8& sizes, const std::string& activation, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
                   std::uintptr_t y, std::uintptr_t z, int threads, const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const auto kind = winograd_activation(activation);
@@ -302,7 +306,7 @@ void winograd_fwd(const Shape7& sizes, const std::string& activation, std::uintp
                          pointer<float>(y), pointer<float>(z), threads, level);
 }
 
-void winograd_undo(const Shape7& sizes, bool tanh_form, std::uintptr_t dy, std::uintptr_t z, std::uintptr_t dz,
+void winograd_undo(const Shape8& sizes, bool tanh_form, std::uintptr_t dy, std::uintptr_t z, std::uintptr_t dz,
                    std::uintptr_t dbias, int threads, const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -311,7 +315,7 @@ void winograd_undo(const Shape7& sizes, bool tanh_form, std::uintptr_t dy, std::
                           pointer<float>(dbias), threads, level);
 }
 
-void winograd_dgrad(const Shape7& sizes, std::uintptr_t dz, std::uintptr_t points, std::uintptr_t dx, int threads,
+void winograd_dgrad(const Shape8& sizes, std::uintptr_t dz, std::uintptr_t points, std::uintptr_t dx, int threads,
                     const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -319,7 +323,7 @@ void winograd_dgrad(const Shape7& sizes, std::uintptr_t dz, std::uintptr_t point
   hflfnerv::winograd_dgrad(shape, pointer<float>(dz), pointer<float>(points), pointer<float>(dx), threads, level);
 }
 
-void winograd_wgrad(const Shape7& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight, int threads,
+void winograd_wgrad(const Shape8& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight, int threads,
                     const std::string& simd) {
   const auto shape = winograd_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -414,6 +418,32 @@ void output_stage_fwd(const std::array<std::int64_t, 3>& sizes, const Link& link
   const py::gil_scoped_release release;
   hflfnerv::output_stage_fwd(shape, all.data(), static_cast<int>(all.size()), type, pointer<void>(out), bytes, threads,
                              level, amx);
+}
+
+// The sizes of the last block, its activation, addresses of x, points, bias and the head's weight, group.
+using LastBlock = std::tuple<Shape8, std::string, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int>;
+
+void winograd_output_fwd(const std::array<std::int64_t, 2>& size, const Link& link, const std::vector<LastBlock>& streams,
+                         std::uintptr_t out, bool bytes, int threads, const std::string& simd) {
+  const auto shape = output_shape(1, size[0], size[1], link);
+  std::vector<hflfnerv::WinogradStream> all;
+  for (const auto& [sizes, activation, x, points, bias, head, group] : streams) {
+    const auto block = winograd_shape(sizes);
+    if (block.batch != 1) throw py::value_error("the batch must be 1");
+    if (block.height * block.r < shape.height || block.width * block.r < shape.width) {
+      throw py::value_error("features must be at least as large as the frame");
+    }
+    check_group(group, all.empty() ? 0 : all.back().group, shape);
+    all.push_back({block, winograd_activation(activation), pointer<float>(x), pointer<float>(points), pointer<float>(bias),
+                   pointer<float>(head), group});
+  }
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const int count = static_cast<int>(all.size());
+  if (count == 0 || !hflfnerv::winograd_output_fits(all.data(), count, level)) {
+    throw py::value_error("there must be streams, and their bands of one height");
+  }
+  const py::gil_scoped_release release;
+  hflfnerv::winograd_output_fwd(shape, all.data(), count, pointer<void>(out), bytes, threads, level);
 }
 
 #if defined(HFLFNERV_HAVE_AMX)
@@ -513,6 +543,8 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
              py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_output_fwd", &winograd_output_fwd, py::arg("size"), py::arg("link"), py::arg("streams"),
+             py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");
 #if defined(HFLFNERV_HAVE_AMX)
   py::class_<hflfnerv::FrameDecoder>(module, "FrameDecoder")
       .def(py::init(&frame_decoder), py::arg("size"), py::arg("link"), py::arg("streams"), py::arg("threads"))

@@ -12,26 +12,30 @@ def channels_last(t):
     return torch.empty_strided(t.shape, (c * h * w, 1, w * c, c), dtype=t.dtype).copy_(t)
 
 
-def matrices(taps):
-    """Return A^T ``[9 - taps, 8]``, G ``[8, taps]`` and B^T ``[8, 8]`` in float64."""
-    points = torch.tensor([0, 1, -1, 2, -2, 0.5, -0.5], dtype=torch.float64)
+#: Those of an axis but infinity, by the number of all.
+POINTS = {8: [0, 1, -1, 2, -2, 0.5, -0.5], 10: [0, 0.4, -0.4, 2.5, -2.5, 0.8, -0.8, 1.25, -1.25]}
+
+
+def matrices(taps, size=8):
+    """Return A^T ``[size + 1 - taps, size]``, G ``[size, taps]`` and B^T ``[size, size]`` in float64."""
+    points, last = torch.tensor(POINTS[size], dtype=torch.float64), size - 1
 
     def powers(count):
-        table = torch.zeros(8, count, dtype=torch.float64)
-        table[:7] = points[:, None] ** torch.arange(count)
-        table[7, -1] = 1
+        table = torch.zeros(size, count, dtype=torch.float64)
+        table[:last] = points[:, None] ** torch.arange(count)
+        table[last, -1] = 1
         return table
 
-    weights, inputs = powers(taps), torch.zeros(8, 8, dtype=torch.float64)
-    for j in range(8):
-        others = points if j == 7 else torch.cat([points[:j], points[j + 1 :]])
+    weights, inputs = powers(taps), torch.zeros(size, size, dtype=torch.float64)
+    for j in range(size):
+        others = points if j == last else torch.cat([points[:j], points[j + 1 :]])
         polynomial = torch.ones(1, dtype=torch.float64)
         for p in others:
             polynomial = F.pad(polynomial, (1, 0)) - p * F.pad(polynomial, (0, 1))
         inputs[j, : len(polynomial)] = polynomial
-        if j < 7:
+        if j < last:
             weights[j] /= (points[j] - others).prod()
-    return powers(9 - taps).T, weights, inputs
+    return powers(size + 1 - taps).T, weights, inputs
 
 
 def tiles(x, size, step, before):
@@ -45,12 +49,12 @@ def both_sides(matrix, t):
     return matrix @ t @ matrix.T
 
 
-def sums(x, weight, taps):
+def sums(x, weight, taps, size=8):
     """Return what the convolution sums: of terms alone, or of their sizes where the operands and matrices are sizes."""
-    at, g, bt = matrices(taps)
+    at, g, bt = matrices(taps, size)
     absolute = bool((x >= 0).all() and (weight >= 0).all())
     at, g, bt = (m.abs() if absolute else m for m in (at, g, bt))
-    inputs = both_sides(bt, tiles(x, 8, 9 - taps, taps // 2))
+    inputs = both_sides(bt, tiles(x, size, size + 1 - taps, taps // 2))
     products = torch.einsum("bchwij,ncij->bnhwij", inputs, both_sides(g, weight))
     result = both_sides(at, products).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return result[..., : x.shape[2], : x.shape[3]]

@@ -22,10 +22,12 @@ const WinogradKernels& kernels_of(SimdLevel level) {
 
 std::int64_t lanes_of(SimdLevel level) { return level == SimdLevel::avx512 ? 16 : 8; }
 
-WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
+constexpr std::int64_t kGradientPoints = 8;
+
+WinogradPlan plan_of(const WinogradShape& shape, std::int64_t axis, bool data_gradient, SimdLevel level) {
   const std::int64_t in = shape.in_channels, out = shape.out_channels();
   return {shape.batch, shape.height, shape.width, data_gradient ? out : in, data_gradient ? in : out, shape.kernel,
-          lanes_of(level)};
+          lanes_of(level), axis};
 }
 
 // PixelShuffle's number of the n-th output channel in the order of y's rows.
@@ -65,6 +67,20 @@ struct Stores {
   std::vector<int> first;
 };
 
+// A bias for each column, and 0 for those of no output channel.
+std::vector<float> ordered_bias(const WinogradShape& shape, const WinogradPlan& plan, const float* bias) {
+  std::vector<float> ordered(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
+  for (std::int64_t n = 0; bias != nullptr && n < plan.out_channels; ++n) {
+    ordered[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape, n)];
+  }
+  return ordered;
+}
+
+const GeluTable* table_of(WinogradActivation activation) {
+  if (activation == WinogradActivation::identity) return nullptr;
+  return &gelu_table(activation == WinogradActivation::gelu_tanh, false);
+}
+
 void run_conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, int threads,
               SimdLevel level) {
   const std::int64_t floats = rounded(plan.scratch_floats());
@@ -81,13 +97,13 @@ void run_conv(const WinogradPlan& plan, const float* x, const float* points, con
 }  // namespace
 
 std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, data_gradient, level);
+  const WinogradPlan plan = plan_of(shape, data_gradient ? kGradientPoints : shape.points, data_gradient, level);
   return plan.chunks() * plan.chunk_floats();
 }
 
 void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
                      SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, data_gradient, level);
+  const WinogradPlan plan = plan_of(shape, data_gradient ? kGradientPoints : shape.points, data_gradient, level);
   const WeightOffsets offsets(shape);
   const WinogradWeight at{data_gradient ? offsets.in.data() : offsets.out.data(),
                           data_gradient ? offsets.out.data() : offsets.in.data(), shape.in_channels, data_gradient};
@@ -98,22 +114,58 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
 
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
                   float* y, float* z, int threads, SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, false, level);
-  std::vector<float> biases(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
-  for (std::int64_t n = 0; bias != nullptr && n < plan.out_channels; ++n) {
-    biases[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape, n)];
-  }
+  const WinogradPlan plan = plan_of(shape, shape.points, false, level);
+  const std::vector<float> biases = ordered_bias(shape, plan, bias);
   const std::int64_t run = shape.r * shape.channels, row = shape.width * run;
   const Stores stores(plan, run, row);
   if (z != nullptr) {
     advise_large_pages(z, static_cast<std::size_t>(plan.batch * plan.height * row * shape.r) * sizeof(float));
   }
-  const bool is_gelu = activation != WinogradActivation::identity;
-  const GeluTable* const gelu = is_gelu ? &gelu_table(activation == WinogradActivation::gelu_tanh, false) : nullptr;
   run_conv(plan, x, points,
-           {y, shape.height * shape.r * row, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(), z,
-            gelu},
+           {y, shape.height * shape.r * row, 0, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
+            z, table_of(activation)},
            threads, level);
+}
+
+struct WinogradBands::Prepared {
+  Prepared(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
+           std::int64_t row, SimdLevel level)
+      : plan(plan_of(shape, shape.points, false, level)),
+        x(x),
+        points(points),
+        biases(ordered_bias(shape, plan, bias)),
+        stores(plan, shape.r * shape.channels, row),
+        out{nullptr, 0, 0, shape.r * row, shape.r * shape.channels, stores.stores.data(), stores.first.data(), biases.data(),
+            nullptr, table_of(activation)},
+        conv(kernels_of(level).conv) {}
+
+  WinogradPlan plan;
+  const float *x, *points;
+  std::vector<float> biases;
+  Stores stores;
+  WinogradOutput out;
+  decltype(WinogradKernels::conv) conv;
+};
+
+WinogradBands::WinogradBands(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+                             const float* bias, std::int64_t row, SimdLevel level)
+    : prepared_(std::make_unique<Prepared>(shape, activation, x, points, bias, row, level)) {}
+WinogradBands::~WinogradBands() = default;
+WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
+
+std::int64_t WinogradBands::count() const { return prepared_->plan.tile_rows(); }
+std::int64_t WinogradBands::scratch_floats() const { return rounded(prepared_->plan.scratch_floats()); }
+
+void WinogradBands::run(std::int64_t band, float* y, float* scratch) const {
+  const WinogradPlan& plan = prepared_->plan;
+  WinogradOutput out = prepared_->out;
+  out.y = y;
+  out.first_row = band * plan.outputs();
+  const std::int64_t columns = plan.tile_columns(), first = band * columns;
+  for (std::int64_t begin = 0; begin < columns; begin += plan.block()) {
+    prepared_->conv(plan, prepared_->x, prepared_->points, out, first + begin,
+                    first + std::min(begin + plan.block(), columns), scratch);
+  }
 }
 
 void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,
@@ -138,18 +190,18 @@ void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, 
 
 void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* points, float* dx, int threads,
                     SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, true, level);
+  const WinogradPlan plan = plan_of(shape, kGradientPoints, true, level);
   const std::int64_t row = plan.width * plan.out_channels;
   const Stores stores(plan, plan.out_channels, plan.out_channels);
   run_conv(plan, dz, points,
-           {dx, plan.height * row, row, plan.out_channels, stores.stores.data(), stores.first.data(), nullptr, nullptr,
+           {dx, plan.height * row, 0, row, plan.out_channels, stores.stores.data(), stores.first.data(), nullptr, nullptr,
             nullptr},
            threads, level);
 }
 
 void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz, float* dweight, int threads,
                     SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, false, level);
+  const WinogradPlan plan = plan_of(shape, kGradientPoints, false, level);
   const WinogradKernels& kernels = kernels_of(level);
   // Work is divided by the shape alone: blocks into parts with sums of their own, and chunks into groups, for each of
   // which the tiles of x are evaluated anew.
@@ -182,6 +234,15 @@ void winograd_fwd(const WinogradShape&, WinogradActivation, const float*, const 
 void winograd_undo(const WinogradShape&, bool, const float*, const float*, float*, float*, int, SimdLevel) {}
 void winograd_dgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
 void winograd_wgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
+
+struct WinogradBands::Prepared {};
+WinogradBands::WinogradBands(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,
+                             SimdLevel) {}
+WinogradBands::~WinogradBands() = default;
+WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
+std::int64_t WinogradBands::count() const { return 0; }
+std::int64_t WinogradBands::scratch_floats() const { return 0; }
+void WinogradBands::run(std::int64_t, float*, float*) const {}
 
 #endif
 

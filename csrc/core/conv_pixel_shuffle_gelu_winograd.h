@@ -1,13 +1,16 @@
-// The upsampling block in float32, a plain convolution, and their gradients, by Winograd's method: tiles of the image and the weight are evaluated
-// at the 8 x 8 points {0, 1, -1, 2, -2, 1/2, -1/2, infinity}², where a convolution is a product, and results are
-// interpolated back. A product per point and tile makes 4 x 4 results of a 5 x 5 kernel, which take 25 products each by
-// definition, or 6 x 6 of a 3 x 3 kernel.
+// The upsampling block in float32, a plain convolution, and their gradients, by Winograd's method: tiles of the image and
+// the weight are evaluated at the 8 x 8 points {0, 1, -1, 2, -2, 1/2, -1/2, infinity}², where a convolution is a product, and
+// results are interpolated back. A product per point and tile makes 4 x 4 results of a 5 x 5 kernel, which take 25 products
+// each by definition, or 6 x 6 of a 3 x 3 kernel. With 10 x 10 points, of {0, 2/5, 4/5, 5/4, 5/2, their negatives, infinity}²,
+// 6 x 6 results of a 5 x 5 kernel take 2.8 products each instead of 4.
 //
 // Sums are in float32 in an order that depends on the shape alone; results do not depend on the number of threads, nor
-// those of an image on the batch. Errors are a few times those of the sums by definition: tests/ops has the bound.
+// those of an image on the batch. Errors are a few times those of the sums by definition, with 10 x 10 points five times
+// as large as with 8 x 8: tests/ops has the bounds.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "cpu.h"
 
@@ -16,9 +19,10 @@ namespace hflfnerv {
 // x is [batch, in_channels, height, width], the weight [channels r r, in_channels, kernel, kernel] with a kernel of 3 or 5,
 // half of which is the padding, y [batch, channels, height r, width r]; all of them channels-last. z, the convolution with
 // bias, and its gradient dz are [batch, channels r r, height, width], channels-last, with the channels in the order
-// (row of the shuffle, column of the shuffle, c), in which rows of y are contiguous. All sizes are at least 1.
+// (row of the shuffle, column of the shuffle, c), in which rows of y are contiguous. All sizes are at least 1. `points` on
+// each axis are 8, or 10 with a kernel of 5; gradients always take 8.
 struct WinogradShape {
-  std::int64_t batch, in_channels, height, width, channels, r, kernel;
+  std::int64_t batch, in_channels, height, width, channels, r, kernel, points;
   std::int64_t out_channels() const { return channels * r * r; }
 };
 
@@ -33,6 +37,25 @@ enum class WinogradActivation { identity, gelu, gelu_tanh };
 // bias has one float per output channel of the convolution in PixelShuffle's order, or is null; z may be null.
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
                   float* y, float* z, int threads, SimdLevel level);
+
+// The forward pass of one image in bands: rows of y are made when they are wanted.
+class WinogradBands {
+ public:
+  // As for winograd_fwd; the batch is 1. `row` floats lie between rows of y.
+  WinogradBands(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+                const float* bias, std::int64_t row, SimdLevel level);
+  ~WinogradBands();
+  WinogradBands(WinogradBands&&) noexcept;
+
+  std::int64_t count() const;  // each of as many rows as the tiles' results make; the last one may have fewer
+  std::int64_t scratch_floats() const;
+  // y is the first pixel of the band; `scratch` is aligned to cache lines.
+  void run(std::int64_t band, float* y, float* scratch) const;
+
+ private:
+  struct Prepared;
+  std::unique_ptr<Prepared> prepared_;
+};
 
 // dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null.
 void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,

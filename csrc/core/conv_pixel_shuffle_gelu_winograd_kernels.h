@@ -9,33 +9,45 @@
 
 namespace hflfnerv {
 
-constexpr std::int64_t kWinogradPoints = 64;
 constexpr std::int64_t kWinogradVectors = 2;   // of a chunk
 constexpr std::int64_t kWinogradTiles = 24;    // at most, in a block: it shares one pass over the weight
-constexpr std::int64_t kWinogradTileStep = 12; // blocks are multiples of it in memory
+constexpr std::int64_t kWinogradCache = 122880;  // floats that the second cache holds beside others
 
 // A convolution with stride 1 and half of the kernel as padding, and what depends on the number of lanes.
 struct WinogradPlan {
   std::int64_t batch, height, width, in_channels, out_channels, kernel, lanes;
+  std::int64_t axis;  // points on each axis, 8, or 10 for a kernel of 5
 
-  std::int64_t outputs() const { return 9 - kernel; }  // of a tile, on each axis
+
+  std::int64_t points() const { return axis * axis; }
+  std::int64_t outputs() const { return axis + 1 - kernel; }  // of a tile, on each axis
   std::int64_t tile_rows() const { return (height + outputs() - 1) / outputs(); }
   std::int64_t tile_columns() const { return (width + outputs() - 1) / outputs(); }
   std::int64_t tiles() const { return batch * tile_rows() * tile_columns(); }
   std::int64_t columns() const { return kWinogradVectors * lanes; }  // of a chunk
   std::int64_t chunks() const { return (out_channels + columns() - 1) / columns(); }
-  std::int64_t chunk_floats() const { return kWinogradPoints * in_channels * columns(); }
-  std::int64_t inner() const { return (in_channels + lanes - 1) / lanes * lanes; }  // channels of a tile in memory
-  std::int64_t tile_floats() const { return kWinogradPoints * inner(); }
-  // Of results, or of a gradient, at the points for one chunk. The odd vector keeps tiles out of each other's cache lines.
-  std::int64_t product_floats() const { return kWinogradPoints * columns() + 16; }
-  // Tiles of a block.
-  std::int64_t block() const { return tile_floats() <= 3500 ? kWinogradTiles : kWinogradTileStep; }
+  std::int64_t chunk_floats() const { return points() * in_channels * columns(); }
+  std::int64_t inner() const { return (in_channels + lanes - 1) / lanes * lanes; }  // channels in whole vectors
+  // Tiles of a block are products' rows: one after the other, for one point after the other, so that the products read
+  // memory in its order. The last one's vectors may end behind its channels.
+  std::int64_t point_floats() const { return odd_lines(block() * in_channels + lanes); }
+  std::int64_t gradient_floats() const { return odd_lines(block() * columns()); }
+  std::int64_t product_floats() const { return odd_lines(points() * columns()); }  // results at the points for one chunk
+  // In cache lines, an odd number of them: what lies that far apart is in different sets of the cache.
+  static std::int64_t odd_lines(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
+  // Rows of a product in registers: a block is a multiple of it.
+  std::int64_t rows() const { return lanes == 16 ? 12 : 6; }
+  // Tiles of a block: as many as the second cache holds with their products.
+  std::int64_t block() const {
+    const std::int64_t fit = kWinogradCache / (points() * (inner() + columns())) / rows() * rows();
+    return fit < rows() ? rows() : fit < kWinogradTiles ? fit : kWinogradTiles;
+  }
   std::int64_t blocks() const { return (tiles() + block() - 1) / block(); }
-  // Tiles at the points, products, and a tile copied with the zeros around it.
+  // Tiles at the points, products or gradients, and a tile copied with the zeros around it.
   std::int64_t scratch_floats() const {
-    const std::int64_t window = kWinogradPoints * (inner() > columns() ? inner() : columns());
-    return block() * (tile_floats() + product_floats()) + window + 16;
+    const std::int64_t window = points() * (inner() > columns() ? inner() : columns());
+    const std::int64_t products = block() * product_floats(), gradients = points() * gradient_floats();
+    return points() * point_floats() + (products > gradients ? products : gradients) + window + 16;
   }
 };
 
@@ -54,10 +66,10 @@ struct WinogradStore {
   std::int64_t offset;
 };
 
-// Where results go: that of pixel (h, w) of an image begins at y + image * image_floats + h * row + w * pixel.
+// Where results go: that of pixel (h, w) of an image begins at y + image * image_floats + (h - first_row) * row + w * pixel.
 struct WinogradOutput {
   float* y;
-  std::int64_t image_floats, row, pixel;
+  std::int64_t image_floats, first_row, row, pixel;
   const WinogradStore* stores;  // of all vectors of output channels
   const int* first_store;       // of each vector, and the end of the last
   const float* bias;            // of all columns, or null

@@ -6,81 +6,126 @@ namespace {
 
 using F = Simd::F;
 constexpr int kLanes = Simd::kLanes;
-constexpr int kAxis = 8;                          // points on each axis
-constexpr int kRows = kLanes == 16 ? 12 : 6;      // of a product in registers: 24 or 12 sums
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // of a product in registers: 24 or 12 sums
 constexpr int kColumns = kWinogradVectors * kLanes;
 
-// With points p_j, the j-th evaluates a tile of inputs as a polynomial that vanishes at all others (`evaluate_inputs`,
-// B^T), n weights or gradients as sum_i p_j^i w_i (`evaluate`), and n results are sum_j p_j^i m_j (`combine`). Infinity is
-// the highest coefficient alone. These scales, of the weight, make the product of the three a convolution.
-constexpr float kScale[kAxis] = {-1.0f, -2.0f / 9, -2.0f / 9, 1.0f / 90, 1.0f / 90, 32.0f / 45, 32.0f / 45, 1.0f};
+// The points of an axis: 0, pairs of p and -p, and infinity, the highest coefficient alone. With points p_j, the j-th
+// evaluates a tile of inputs as a polynomial that vanishes at all others (`evaluate_inputs`, B^T), n weights or gradients as
+// sum_i p_j^i w_i (`evaluate`), and n results are sum_j p_j^i m_j (`combine`). These scales, of the weight, make the product
+// of the three a convolution.
+template <int kAxis>
+struct Points;
 
-inline F times(float a, F b) { return Simd::mul(Simd::set(a), b); }
-inline F plus(F a, float b, F c) { return Simd::fma(Simd::set(b), c, a); }  // a + b c
+template <>
+struct Points<8> {
+  static constexpr double pairs[] = {1, 2, 0.5};
+  static constexpr float scales[] = {-1.0f, -2.0f / 9, -2.0f / 9, 1.0f / 90, 1.0f / 90, 32.0f / 45, 32.0f / 45, 1.0f};
+};
 
-// 8 inputs; t may be d.
+// Of the sets that are closed under 1/p, which halves the work on inputs, one with the smallest errors.
+template <>
+struct Points<10> {
+  static constexpr double pairs[] = {0.4, 2.5, 0.8, 1.25};
+  static constexpr float scales[] = {1, -0.762234535f, -0.762234535f, 0.000499538025f, 0.000499538025f, 0.314499209f, 0.314499209f, -0.0527642115f, -0.0527642115f, 1};
+};
+
+// Powers of the pairs' points.
+template <int kAxis>
+struct Powers {
+  constexpr Powers() : of() {
+    for (int i = 0; i < kAxis / 2 - 1; ++i) {
+      double power = 1;
+      for (int n = 0; n < 6; ++n, power *= Points<kAxis>::pairs[i]) of[i][n] = static_cast<float>(power);
+    }
+  }
+  float of[kAxis / 2 - 1][6];
+};
+template <int kAxis>
+constexpr Powers<kAxis> kPowers{};
+
+inline F times(float a, F b) { return a == 1 ? b : Simd::mul(Simd::set(a), b); }
+inline F plus(F a, float b, F c) { return b == 1 ? Simd::add(a, c) : Simd::fma(Simd::set(b), c, a); }  // a + b c
+
+// kAxis inputs; t may be d.
+template <int kAxis>
 inline void evaluate_inputs(const F* d, F* t) {
-  const F t0 = plus(Simd::sub(d[6], d[0]), 5.25f, Simd::sub(d[2], d[4]));
-  const F t7 = plus(Simd::sub(d[7], d[1]), 5.25f, Simd::sub(d[3], d[5]));
-  const F even1 = plus(Simd::add(d[2], d[6]), -4.25f, d[4]);
-  const F odd1 = plus(Simd::add(d[1], d[5]), -4.25f, d[3]);
-  const F even2 = plus(plus(d[6], -1.25f, d[4]), 0.25f, d[2]);
-  const F odd2 = plus(plus(times(2, d[5]), -2.5f, d[3]), 0.5f, d[1]);
-  const F even3 = plus(plus(d[6], -5, d[4]), 4, d[2]);
-  const F odd3 = plus(plus(times(0.5f, d[5]), -2.5f, d[3]), 2, d[1]);
-  t[0] = t0;
-  t[1] = Simd::add(even1, odd1);
-  t[2] = Simd::sub(even1, odd1);
-  t[3] = Simd::add(even2, odd2);
-  t[4] = Simd::sub(even2, odd2);
-  t[5] = Simd::add(even3, odd3);
-  t[6] = Simd::sub(even3, odd3);
-  t[7] = t7;
+  if constexpr (kAxis == 8) {
+    const F t0 = plus(Simd::sub(d[6], d[0]), 5.25f, Simd::sub(d[2], d[4]));
+    const F t7 = plus(Simd::sub(d[7], d[1]), 5.25f, Simd::sub(d[3], d[5]));
+    const F even1 = plus(Simd::add(d[2], d[6]), -4.25f, d[4]);
+    const F odd1 = plus(Simd::add(d[1], d[5]), -4.25f, d[3]);
+    const F even2 = plus(plus(d[6], -1.25f, d[4]), 0.25f, d[2]);
+    const F odd2 = plus(plus(times(2, d[5]), -2.5f, d[3]), 0.5f, d[1]);
+    const F even3 = plus(plus(d[6], -5, d[4]), 4, d[2]);
+    const F odd3 = plus(plus(times(0.5f, d[5]), -2.5f, d[3]), 2, d[1]);
+    t[0] = t0;
+    t[1] = Simd::add(even1, odd1);
+    t[2] = Simd::sub(even1, odd1);
+    t[3] = Simd::add(even2, odd2);
+    t[4] = Simd::sub(even2, odd2);
+    t[5] = Simd::add(even3, odd3);
+    t[6] = Simd::sub(even3, odd3);
+    t[7] = t7;
+  } else {
+    static_assert(kAxis == 10, "");
+    // (u - a²)(u - 1/a²) = u² - s u + 1 of the first and of the second two pairs, in u = p².
+    constexpr double a = Points<10>::pairs[0], b = Points<10>::pairs[2], sum_a = a * a + 1 / (a * a), sum_b = b * b + 1 / (b * b);
+    constexpr float sums[] = {static_cast<float>(sum_a), static_cast<float>(sum_b)};
+    constexpr float first = static_cast<float>(-sum_a - sum_b), second = static_cast<float>(2 + sum_a * sum_b);
+    const F t0 = plus(plus(Simd::add(d[0], d[8]), first, Simd::add(d[2], d[6])), second, d[4]);
+    const F t9 = plus(plus(Simd::add(d[1], d[9]), first, Simd::add(d[3], d[7])), second, d[5]);
+    F even[4], odd[4];
+    for (int i = 0; i < 4; i += 2) {
+      // What the other two pairs' points vanish at, of even and odd inputs, and of those two before.
+      const float s = sums[1 - i / 2], p = kPowers<10>.of[i][1], square = kPowers<10>.of[i][2];
+      const float inverse = kPowers<10>.of[i + 1][1], inverse_square = kPowers<10>.of[i + 1][2];
+      const F even_high = plus(Simd::add(d[4], d[8]), -s, d[6]), even_low = plus(Simd::add(d[2], d[6]), -s, d[4]);
+      const F odd_high = plus(Simd::add(d[3], d[7]), -s, d[5]), odd_low = plus(Simd::add(d[1], d[5]), -s, d[3]);
+      even[i] = plus(even_high, -inverse_square, even_low);
+      even[i + 1] = plus(even_high, -square, even_low);
+      odd[i] = plus(times(p, odd_high), -inverse, odd_low);
+      odd[i + 1] = plus(times(inverse, odd_high), -p, odd_low);
+    }
+    t[0] = t0;
+    for (int i = 0; i < 4; ++i) {
+      t[1 + 2 * i] = Simd::add(even[i], odd[i]);
+      t[2 + 2 * i] = Simd::sub(even[i], odd[i]);
+    }
+    t[9] = t9;
+  }
 }
 
-template <int n>
+template <int n, int kAxis>
 inline void evaluate(const F* y, F* t) {
   static_assert(n >= 3 && n <= 6, "");
-  F even1 = Simd::add(y[0], y[2]), even2 = plus(y[0], 4, y[2]), even3 = plus(y[0], 0.25f, y[2]);
-  F odd1 = y[1], odd2 = times(2, y[1]), odd3 = times(0.5f, y[1]);
-  if constexpr (n > 3) {
-    odd1 = Simd::add(odd1, y[3]);
-    odd2 = plus(odd2, 8, y[3]);
-    odd3 = plus(odd3, 0.125f, y[3]);
-  }
-  if constexpr (n > 4) {
-    even1 = Simd::add(even1, y[4]);
-    even2 = plus(even2, 16, y[4]);
-    even3 = plus(even3, 0.0625f, y[4]);
-  }
-  if constexpr (n > 5) {
-    odd1 = Simd::add(odd1, y[5]);
-    odd2 = plus(odd2, 32, y[5]);
-    odd3 = plus(odd3, 0.03125f, y[5]);
+  for (int pair = 0; pair < kAxis / 2 - 1; ++pair) {
+    const float* const powers = kPowers<kAxis>.of[pair];
+    F even = y[0], odd = times(powers[1], y[1]);
+    for (int i = 2; i < n; i += 2) even = plus(even, powers[i], y[i]);
+    for (int i = 3; i < n; i += 2) odd = plus(odd, powers[i], y[i]);
+    t[1 + 2 * pair] = Simd::add(even, odd);
+    t[2 + 2 * pair] = Simd::sub(even, odd);
   }
   t[0] = y[0];
-  t[1] = Simd::add(even1, odd1);
-  t[2] = Simd::sub(even1, odd1);
-  t[3] = Simd::add(even2, odd2);
-  t[4] = Simd::sub(even2, odd2);
-  t[5] = Simd::add(even3, odd3);
-  t[6] = Simd::sub(even3, odd3);
-  t[7] = y[n - 1];
+  t[kAxis - 1] = y[n - 1];
 }
 
-template <int n>
+template <int n, int kAxis>
 inline void combine(const F* m, F* y) {
   static_assert(n >= 3 && n <= 6, "");
-  const F sum1 = Simd::add(m[1], m[2]), difference1 = Simd::sub(m[1], m[2]);
-  const F sum2 = Simd::add(m[3], m[4]), difference2 = Simd::sub(m[3], m[4]);
-  const F sum3 = Simd::add(m[5], m[6]), difference3 = Simd::sub(m[5], m[6]);
-  y[0] = Simd::add(Simd::add(m[0], sum1), Simd::add(sum2, sum3));
-  y[1] = plus(plus(difference1, 2, difference2), 0.5f, difference3);
-  y[2] = plus(plus(sum1, 4, sum2), 0.25f, sum3);
-  if constexpr (n > 3) y[3] = plus(plus(difference1, 8, difference2), 0.125f, difference3);
-  if constexpr (n > 4) y[4] = plus(plus(sum1, 16, sum2), 0.0625f, sum3);
-  if constexpr (n > 5) y[5] = plus(plus(difference1, 32, difference2), 0.03125f, difference3);
-  y[n - 1] = Simd::add(y[n - 1], m[7]);
+  constexpr int kPairs = kAxis / 2 - 1;
+  F sums[kPairs], differences[kPairs];
+  for (int i = 0; i < kPairs; ++i) {
+    sums[i] = Simd::add(m[1 + 2 * i], m[2 + 2 * i]);
+    differences[i] = Simd::sub(m[1 + 2 * i], m[2 + 2 * i]);
+  }
+  for (int row = 0; row < n; ++row) {
+    const F* const terms = row % 2 == 0 ? sums : differences;
+    y[row] = times(kPowers<kAxis>.of[0][row], terms[0]);
+    for (int i = 1; i < kPairs; ++i) y[row] = plus(y[row], kPowers<kAxis>.of[i][row], terms[i]);
+  }
+  y[0] = Simd::add(m[0], y[0]);
+  y[n - 1] = Simd::add(y[n - 1], m[kAxis - 1]);
 }
 
 // c = a b, or c += a b: kCount rows, kVectors vectors of columns. The strides of a are those of its rows and of the inner
@@ -159,8 +204,11 @@ inline Tile tile_of(const WinogradPlan& plan, std::int64_t tile) {
   return {tile / columns / rows, tile / columns % rows * plan.outputs(), tile % columns * plan.outputs()};
 }
 
-// The inputs of a tile at the points: [point][plan.inner()].
-inline void evaluate_tile(const WinogradPlan& plan, const float* x, const Tile& tile, float* points, float* copy) {
+// The inputs of a tile at the points, point_floats apart. What is written behind its channels is the next tile's,
+// which is evaluated after it.
+template <int kAxis>
+inline void evaluate_tile(const WinogradPlan& plan, const float* x, const Tile& tile, std::int64_t point_floats,
+                          float* points, float* copy) {
   const std::int64_t inner = plan.inner(), half = plan.kernel / 2;
   const Window in = window({x, plan.batch, plan.height, plan.width, plan.in_channels}, tile.image, tile.row - half,
                            tile.column - half, kAxis, 0, inner, copy);
@@ -169,18 +217,18 @@ inline void evaluate_tile(const WinogradPlan& plan, const float* x, const Tile& 
     for (int j = 0; j < kAxis; ++j) {
       F d[kAxis];
       for (int i = 0; i < kAxis; ++i) d[i] = Simd::load(in.p + i * in.row + j * in.pixel + c);
-      evaluate_inputs(d, d);
+      evaluate_inputs<kAxis>(d, d);
       for (int i = 0; i < kAxis; ++i) half_way[i][j] = d[i];
     }
     for (int i = 0; i < kAxis; ++i) {
       F d[kAxis];
-      evaluate_inputs(half_way[i], d);
-      for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * inner + c, d[j]);
+      evaluate_inputs<kAxis>(half_way[i], d);
+      for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * point_floats + c, d[j]);
     }
   }
 }
 
-template <int kTaps>
+template <int kTaps, int kAxis>
 void weight_of(const WinogradPlan& plan, const WinogradWeight& at, const float* weight, float* points, std::int64_t begin,
                std::int64_t end) {
   constexpr int kAll = kTaps * kTaps;
@@ -200,14 +248,14 @@ void weight_of(const WinogradPlan& plan, const WinogradWeight& at, const float* 
         for (int j = 0; j < kTaps; ++j) {
           F w[kTaps], d[kAxis];
           for (int i = 0; i < kTaps; ++i) w[i] = Simd::load(taps[i * kTaps + j]);
-          evaluate<kTaps>(w, d);
-          for (int i = 0; i < kAxis; ++i) half_way[i][j] = times(kScale[i], d[i]);
+          evaluate<kTaps, kAxis>(w, d);
+          for (int i = 0; i < kAxis; ++i) half_way[i][j] = times(Points<kAxis>::scales[i], d[i]);
         }
         for (int i = 0; i < kAxis; ++i) {
           F d[kAxis];
-          evaluate<kTaps>(half_way[i], d);
+          evaluate<kTaps, kAxis>(half_way[i], d);
           for (int j = 0; j < kAxis; ++j) {
-            Simd::store(out + ((i * kAxis + j) * plan.in_channels + k) * kColumns + column, times(kScale[j], d[j]));
+            Simd::store(out + ((i * kAxis + j) * plan.in_channels + k) * kColumns + column, times(Points<kAxis>::scales[j], d[j]));
           }
         }
       }
@@ -217,19 +265,19 @@ void weight_of(const WinogradPlan& plan, const WinogradWeight& at, const float* 
 
 void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* weight, float* points, std::int64_t begin,
             std::int64_t end) {
-  (plan.kernel == 3 ? weight_of<3> : weight_of<5>)(plan, at, weight, points, begin, end);
+  (plan.kernel == 3 ? weight_of<3, 8> : plan.axis == 8 ? weight_of<5, 8> : weight_of<5, 10>)(plan, at, weight, points, begin, end);
 }
 
 // The products of a tile with one vector of output channels, `products` [point][kColumns], become results.
-template <int kTaps>
+template <int kTaps, int kAxis>
 inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float* products, const WinogradOutput& out,
                         std::int64_t vector, const Simd::Gelu* gelu) {
-  constexpr int kOutputs = 9 - kTaps;
+  constexpr int kOutputs = kAxis + 1 - kTaps;
   F half_way[kOutputs][kAxis];
   for (int j = 0; j < kAxis; ++j) {
     F m[kAxis], y[kOutputs];
     for (int i = 0; i < kAxis; ++i) m[i] = Simd::load(products + (i * kAxis + j) * kColumns);
-    combine<kOutputs>(m, y);
+    combine<kOutputs, kAxis>(m, y);
     for (int i = 0; i < kOutputs; ++i) half_way[i][j] = y[i];
   }
   const std::int64_t rows_left = plan.height - tile.row, columns_left = plan.width - tile.column;
@@ -241,45 +289,46 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
   const WinogradStore* const end = out.stores + out.first_store[vector + 1];
   for (int i = 0; i < rows; ++i) {
     F y[kOutputs];
-    combine<kOutputs>(half_way[i], y);
-    float* to = out.y + tile.image * out.image_floats + (tile.row + i) * out.row + tile.column * out.pixel;
-    float* z = nullptr;
+    combine<kOutputs, kAxis>(half_way[i], y);
+    for (F& value : y) value = Simd::add(value, bias);
+    float* const to =
+        out.y + tile.image * out.image_floats + (tile.row + i - out.first_row) * out.row + tile.column * out.pixel;
     if (out.z != nullptr) {
       const std::int64_t row = tile.image * plan.height + tile.row + i;
-      z = out.z + (row * plan.width + tile.column) * plan.out_channels + first;
-    }
-    for (int j = 0; j < columns; ++j) {
-      F value = Simd::add(y[j], bias);
-      if (z != nullptr) {
+      float* z = out.z + (row * plan.width + tile.column) * plan.out_channels + first;
+      for (int j = 0; j < columns; ++j, z += plan.out_channels) {
         if (left >= kLanes) {
-          Simd::store(z, value);
+          Simd::store(z, y[j]);
         } else {
-          Simd::store_lanes(z, value, 0, static_cast<int>(left));
-        }
-        z += plan.out_channels;
-      }
-      if (gelu != nullptr) value = (*gelu)(value);
-      for (const WinogradStore* store = begin; store != end; ++store) {
-        if (store->last - store->first == kLanes) {
-          Simd::store(to + store->offset, value);
-        } else {
-          Simd::store_lanes(to + store->offset, value, store->first, store->last);
+          Simd::store_lanes(z, y[j], 0, static_cast<int>(left));
         }
       }
-      to += out.pixel;
+    }
+    if (gelu != nullptr) {
+      for (F& value : y) value = (*gelu)(value);
+    }
+    for (const WinogradStore* store = begin; store != end; ++store) {
+      float* p = to + store->offset;
+      if (store->last - store->first == kLanes) {
+        for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store(p, y[j]);
+      } else {
+        for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store_lanes(p, y[j], store->first, store->last);
+      }
     }
   }
 }
 
-template <int kTaps>
+template <int kTaps, int kAxis>
 void conv_of(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, std::int64_t begin,
              std::int64_t end, float* scratch) {
-  const std::int64_t tile_floats = plan.tile_floats(), product_floats = plan.product_floats(), inner = plan.inner();
+  const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), product_floats = plan.product_floats();
   float* const tiles = scratch;
-  float* const products = tiles + plan.block() * tile_floats;
+  float* const products = tiles + plan.points() * point_floats;
   float* const copy = products + plan.block() * product_floats;
-  for (std::int64_t tile = begin; tile < end; ++tile) {
-    evaluate_tile(plan, x, tile_of(plan, tile), tiles + (tile - begin) * tile_floats, copy);
+  Tile at[kWinogradTiles];
+  for (std::int64_t i = 0; i < end - begin; ++i) {
+    at[i] = tile_of(plan, begin + i);
+    evaluate_tile<kAxis>(plan, x, at[i], point_floats, tiles + i * in, copy);
   }
   const GeluTable none{};
   const Simd::Gelu function(out.gelu != nullptr ? *out.gelu : none);
@@ -287,24 +336,23 @@ void conv_of(const WinogradPlan& plan, const float* x, const float* points, cons
   for (std::int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
     const bool whole = plan.out_channels - chunk * kColumns > kLanes;  // or its second vector is all padding
     const float* const columns = points + chunk * plan.chunk_floats();
-    for (std::int64_t point = 0; point < kWinogradPoints; ++point) {
-      const float* const b = columns + point * plan.in_channels * kColumns;
+    for (std::int64_t point = 0; point < plan.points(); ++point) {
+      const float* const b = columns + point * in * kColumns;
       // The last rows may be of tiles that are not there.
       for (std::int64_t row = 0; row < end - begin; row += kRows) {
-        const float* const a = tiles + row * tile_floats + point * inner;
+        const float* const a = tiles + point * point_floats + row * in;
         float* const c = products + row * product_floats + point * kColumns;
         if (whole) {
-          multiply<kRows, 2, false>(a, tile_floats, 1, b, kColumns, plan.in_channels, c, product_floats);
+          multiply<kRows, 2, false>(a, in, 1, b, kColumns, in, c, product_floats);
         } else {
-          multiply<kRows, 1, false>(a, tile_floats, 1, b, kColumns, plan.in_channels, c, product_floats);
+          multiply<kRows, 1, false>(a, in, 1, b, kColumns, in, c, product_floats);
         }
       }
     }
-    for (std::int64_t tile = begin; tile < end; ++tile) {
-      const Tile at = tile_of(plan, tile);
-      const float* const of_tile = products + (tile - begin) * product_floats;
+    for (std::int64_t i = 0; i < end - begin; ++i) {
       for (int v = 0; v < (whole ? 2 : 1); ++v) {
-        finish_tile<kTaps>(plan, at, of_tile + v * kLanes, out, chunk * kWinogradVectors + v, gelu);
+        finish_tile<kTaps, kAxis>(plan, at[i], products + i * product_floats + v * kLanes, out, chunk * kWinogradVectors + v,
+                                  gelu);
       }
     }
   }
@@ -312,14 +360,17 @@ void conv_of(const WinogradPlan& plan, const float* x, const float* points, cons
 
 void conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, std::int64_t begin,
           std::int64_t end, float* scratch) {
-  (plan.kernel == 3 ? conv_of<3> : conv_of<5>)(plan, x, points, out, begin, end, scratch);
+  (plan.kernel == 3 ? conv_of<3, 8> : plan.axis == 8 ? conv_of<5, 8> : conv_of<5, 10>)(plan, x, points, out, begin, end, scratch);
 }
 
-// The gradients of a tile's results at the points, for the columns of a chunk: [point][kColumns].
+constexpr int kAxis = 8;  // of gradients of the weight
+
+// The gradients of a tile's results at the points, for the columns of a chunk: [point][tile of the block][kColumns].
 template <int kTaps>
 inline void evaluate_gradient(const WinogradPlan& plan, const float* dz, const Tile& tile, std::int64_t chunk, int vectors,
                               float* points, float* copy) {
-  constexpr int kOutputs = 9 - kTaps;
+  constexpr int kOutputs = kAxis + 1 - kTaps;
+  const std::int64_t gradient_floats = plan.gradient_floats();
   const Window in = window({dz, plan.batch, plan.height, plan.width, plan.out_channels}, tile.image, tile.row, tile.column,
                            kOutputs, chunk * kColumns, vectors * kLanes, copy);
   for (int c = 0; c < vectors * kLanes; c += kLanes) {
@@ -327,13 +378,13 @@ inline void evaluate_gradient(const WinogradPlan& plan, const float* dz, const T
     for (int j = 0; j < kOutputs; ++j) {
       F y[kOutputs], d[kAxis];
       for (int i = 0; i < kOutputs; ++i) y[i] = Simd::load(in.p + i * in.row + j * in.pixel + c);
-      evaluate<kOutputs>(y, d);
+      evaluate<kOutputs, kAxis>(y, d);
       for (int i = 0; i < kAxis; ++i) half_way[i][j] = d[i];
     }
     for (int i = 0; i < kAxis; ++i) {
       F d[kAxis];
-      evaluate<kOutputs>(half_way[i], d);
-      for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * kColumns + c, d[j]);
+      evaluate<kOutputs, kAxis>(half_way[i], d);
+      for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * gradient_floats + c, d[j]);
     }
   }
 }
@@ -341,29 +392,29 @@ inline void evaluate_gradient(const WinogradPlan& plan, const float* dz, const T
 template <int kTaps>
 void wgrad_of(const WinogradPlan& plan, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
               std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
-  const std::int64_t tile_floats = plan.tile_floats(), product_floats = plan.product_floats(), inner = plan.inner();
+  const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), gradient_floats = plan.gradient_floats();
   float* const tiles = scratch;
-  float* const gradients = tiles + plan.block() * tile_floats;
-  float* const copy = gradients + plan.block() * product_floats;
+  float* const gradients = tiles + plan.points() * point_floats;
+  float* const copy = gradients + plan.points() * gradient_floats;
   for (std::int64_t tile = begin; tile < end; ++tile) {
-    evaluate_tile(plan, x, tile_of(plan, tile), tiles + (tile - begin) * tile_floats, copy);
+    evaluate_tile<kAxis>(plan, x, tile_of(plan, tile), point_floats, tiles + (tile - begin) * in, copy);
   }
   for (std::int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const bool whole = plan.out_channels - chunk * kColumns > kLanes;
     for (std::int64_t tile = begin; tile < end; ++tile) {
-      evaluate_gradient<kTaps>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1,
-                               gradients + (tile - begin) * product_floats, copy);
+      evaluate_gradient<kTaps>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1, gradients + (tile - begin) * kColumns,
+                               copy);
     }
-    for (std::int64_t point = 0; point < kWinogradPoints; ++point) {
-      float* const c = sums + chunk * plan.chunk_floats() + point * plan.in_channels * kColumns;
-      const float* const b = gradients + point * kColumns;
-      for (std::int64_t k = 0; k < plan.in_channels; k += kRows) {
-        const float* const a = tiles + point * inner + k;
-        const int rows = plan.in_channels - k < kRows ? static_cast<int>(plan.in_channels - k) : kRows;
+    for (std::int64_t point = 0; point < plan.points(); ++point) {
+      float* const c = sums + chunk * plan.chunk_floats() + point * in * kColumns;
+      const float* const b = gradients + point * gradient_floats;
+      for (std::int64_t k = 0; k < in; k += kRows) {
+        const float* const a = tiles + point * point_floats + k;
+        const int rows = in - k < kRows ? static_cast<int>(in - k) : kRows;
         if (whole) {
-          accumulate<kRows, 2>(rows, a, 1, tile_floats, b, product_floats, end - begin, c + k * kColumns, kColumns);
+          accumulate<kRows, 2>(rows, a, 1, in, b, kColumns, end - begin, c + k * kColumns, kColumns);
         } else {
-          accumulate<kRows, 1>(rows, a, 1, tile_floats, b, product_floats, end - begin, c + k * kColumns, kColumns);
+          accumulate<kRows, 1>(rows, a, 1, in, b, kColumns, end - begin, c + k * kColumns, kColumns);
         }
       }
     }
@@ -391,14 +442,14 @@ void weight_gradient_of(const WinogradPlan& plan, const WinogradWeight& at, cons
           const float* const p = from + (i * kAxis + j) * plan.in_channels * kColumns;
           F sum = Simd::load(p);
           for (std::int64_t part = 1; part < parts; ++part) sum = Simd::add(sum, Simd::load(p + part * part_floats));
-          m[i] = times(kScale[i], sum);
+          m[i] = times(Points<kAxis>::scales[i], sum);
         }
-        combine<kTaps>(m, w);
-        for (int i = 0; i < kTaps; ++i) half_way[i][j] = times(kScale[j], w[i]);
+        combine<kTaps, kAxis>(m, w);
+        for (int i = 0; i < kTaps; ++i) half_way[i][j] = times(Points<kAxis>::scales[j], w[i]);
       }
       for (int i = 0; i < kTaps; ++i) {
         F w[kTaps];
-        combine<kTaps>(half_way[i], w);
+        combine<kTaps, kAxis>(half_way[i], w);
         for (int j = 0; j < kTaps; ++j) {
           alignas(64) float values[kLanes];
           Simd::store(values, w[j]);

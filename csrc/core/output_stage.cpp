@@ -43,7 +43,7 @@ struct Prepared {
   OutputFeature feature;
   PlanesLayout layout;  // of a thread's memory, for AMX; otherwise pixels one after the other
   Aligned<BFloat16> tiles;
-  Aligned<float> bands;
+  Aligned<float> vectors;
   std::int64_t pixel = 0, row = 0, steps = 0, offset_bytes = 0;
 };
 
@@ -56,7 +56,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
   amx = false;
 #endif
   const bool wide = level == SimdLevel::avx512;
-  const std::int64_t pixels = wide ? kPixelsAvx512 : kPixelsAvx2, lanes = wide ? 16 : 8;
+  const std::int64_t lanes = wide ? 16 : 8;
   amx = amx && type == FloatType::bf16;
   const std::int64_t element = amx ? 2 : 4;
   std::vector<Prepared> prepared;
@@ -72,10 +72,9 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
       p.tiles = output_tiles(features[i].weight, features[i].channels, p.pixel);
     } else {
       p.pixel = features[i].channels;
-      // Blocks of eight vectors read beyond the frame.
-      p.row = (shape.width + 8 * pixels + kTaps) * p.pixel;
-      p.steps = (pixels + kTaps - 1) * p.pixel;
-      p.bands = output_bands(features[i].weight, features[i].channels, pixels, lanes);
+      p.row = (shape.width + output_vector_margin(lanes)) * p.pixel;
+      p.steps = output_vector_steps(p.pixel, lanes);
+      p.vectors = output_vectors(features[i].weight, p.pixel, lanes);
     }
     p.offset_bytes = thread_bytes;
     // The last row is zeros.
@@ -123,7 +122,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
       }
       // Row 0 is the first of the band here; the memory has the one above it, too.
       const void* const zeros = at + (kBand + kTaps - 1) * row_bytes;
-      const void* const weights = amx ? static_cast<const void*>(p.tiles.get()) : p.bands.get();
+      const void* const weights = amx ? static_cast<const void*>(p.tiles.get()) : p.vectors.get();
       own_streams[i] = {at + row_bytes, p.row, p.pixel, -1, rows + 1, INT64_MAX, zeros, weights, p.steps, f.group};
     }
     const std::int64_t pixel = (image * shape.height + first) * shape.width * kColours;

@@ -1,7 +1,8 @@
 // What output_stage.cpp and frame_decoder.cpp hand to the code compiled for one instruction set.
 //
-// Several pixels of a row are computed as one vector: their colours are its lanes, and the pixels under their kernels,
-// which lie one after the other in channels-last memory, are the inner dimension, multiplied by a banded matrix.
+// The pixels under a kernel lie one after the other in channels-last memory and are the inner dimension. With AVX-512 and AMX
+// several pixels of a row are computed as one vector: their colours are its lanes, and the matrix is banded. With AVX2 the
+// lanes are of the inner dimension, and added up at the end.
 #pragma once
 
 #include "gelu_table.h"
@@ -21,8 +22,8 @@ struct OutputStream {
   std::int64_t top, height;  // the first row, and the one behind the last; what lies above and below is zero
   std::int64_t ring;         // rows of memory: row y is at y % ring
   const void* zeros;      // a row of zeros
-  const void* weights;    // the banded matrix of each kernel row
-  std::int64_t steps;     // inner elements of a kernel row: floats, or AMX steps
+  const void* weights;    // the matrix of each kernel row
+  std::int64_t steps;     // of the inner dimension of a kernel row: floats with AVX-512, vectors with AVX2, or AMX steps
   int group;
 };
 
@@ -42,7 +43,7 @@ struct OutputRows {
 // What computes a frame's rows: `streams[i].x` and so on are of type float.
 void output_rows_avx2(const OutputRows& rows);
 void output_rows_avx512(const OutputRows& rows);
-constexpr std::int64_t kPixelsAvx2 = 2, kPixelsAvx512 = 5;  // lanes / colours
+constexpr std::int64_t kPixelsAvx512 = 5;  // lanes / colours
 
 // For bfloat16 streams; `scratch` has output_scratch_floats(groups), aligned to cache lines.
 constexpr std::int64_t kPixelsAmx = 5;

@@ -1,4 +1,5 @@
-// The loops of the output stage in float32, compiled once for each instruction set: the including file defines Simd.
+// The loops of the output stage in float32 where vectors have lanes for the colours of several pixels: the including file
+// defines Simd.
 #include "output_stage_kernels.h"
 
 namespace hflfnerv {

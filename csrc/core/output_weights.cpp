@@ -48,18 +48,21 @@ Aligned<BFloat16> output_tiles(const float* weight, std::int64_t channels, std::
   return tiles;
 }
 
-Aligned<float> output_bands(const float* weight, std::int64_t channels, std::int64_t pixels, std::int64_t lanes) {
-  const std::int64_t inner = (pixels + kTaps - 1) * channels;
-  Aligned<float> bands = new_zeros<float>(kTaps * inner * lanes);
+Aligned<float> output_vectors(const float* weight, std::int64_t channels, std::int64_t lanes) {
+  const std::int64_t steps = output_vector_steps(channels, lanes);
+  const bool dots = lanes == 8;
+  Aligned<float> values = new_zeros<float>(kTaps * steps * lanes * (dots ? kColours : 1));
+  const std::int64_t inner = dots ? kTaps * channels : steps;
   for (std::int64_t ky = 0; ky < kTaps; ++ky) {
     for (std::int64_t k = 0; k < inner; ++k) {
-      for (std::int64_t lane = 0; lane < pixels * kColours; ++lane) {
-        bands[static_cast<std::size_t>((ky * inner + k) * lanes + lane)] =
-            banded(weight, channels, ky, k / channels, k % channels, lane);
+      for (std::int64_t lane = 0; lane < (dots ? kColours : kPixelsAvx512 * kColours); ++lane) {
+        const std::int64_t at = dots ? ((ky * steps + k / lanes) * kColours + lane) * lanes + k % lanes
+                                     : (ky * inner + k) * lanes + lane;
+        values[static_cast<std::size_t>(at)] = banded(weight, channels, ky, k / channels, k % channels, lane);
       }
     }
   }
-  return bands;
+  return values;
 }
 
 Aligned<float> output_biases(const float* biases, int groups) {

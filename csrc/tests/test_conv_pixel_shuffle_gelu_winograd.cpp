@@ -10,6 +10,7 @@
 
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "core/winograd_output.h"
 #include "tests/check.h"
 
 namespace {
@@ -45,8 +46,9 @@ double error(const Floats& actual, const Doubles& expected) {
 
 struct Results {
   Floats y, z, dz, dbias, dx, dweight;
+  Floats large;  // y by larger tiles, or y again with a kernel of 3
   bool operator==(const Results& o) const {
-    return y == o.y && z == o.z && dz == o.dz && dbias == o.dbias && dx == o.dx && dweight == o.dweight;
+    return y == o.y && z == o.z && dz == o.dz && dbias == o.dbias && dx == o.dx && dweight == o.dweight && large == o.large;
   }
 };
 
@@ -55,7 +57,7 @@ Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const
   // What a kernel forgets to write stays NaN.
   const auto fresh = [](std::size_t n) { return Floats(n, std::nanf("")); };
   Results r{fresh(dy.size()), fresh(dy.size()), fresh(dy.size()), fresh(bias.size()), fresh(x.size()),
-            fresh(weight.size())};
+            fresh(weight.size()), fresh(dy.size())};
   Floats points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, false, level)));
   winograd_weight(s, false, weight.data(), points.data(), threads, level);
   winograd_fwd(s, WinogradActivation::gelu, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
@@ -67,6 +69,11 @@ Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const
                  level);
     CHECK(only_y == r.z);
   }
+  WinogradShape large = s;
+  large.points = s.kernel == 5 ? 10 : 8;
+  points = fresh(static_cast<std::size_t>(winograd_weight_floats(large, false, level)));
+  winograd_weight(large, false, weight.data(), points.data(), threads, level);
+  winograd_fwd(large, WinogradActivation::gelu, x.data(), points.data(), bias.data(), r.large.data(), nullptr, threads, level);
   winograd_undo(s, false, dy.data(), r.z.data(), r.dz.data(), r.dbias.data(), threads, level);
   points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
   winograd_weight(s, true, weight.data(), points.data(), threads, level);
@@ -122,10 +129,54 @@ void check(const WinogradShape& s, SimdLevel level) {
   // A wrong tap or channel is an error of 0.01 and more; tests/ops holds the results to their rounding errors.
   constexpr double kAllowed = 1e-4;
   CHECK(error(results.y, y) < kAllowed);
+  CHECK(error(results.large, y) < kAllowed);
   CHECK(error(results.z, z) < kAllowed);
   CHECK(error(results.dbias, dbias) < kAllowed);
   CHECK(error(results.dx, dx) < kAllowed);
   CHECK(error(results.dweight, dweight) < kAllowed);
+}
+
+// In bands, frames are those of the blocks and the output stage one after the other, with rows and columns cut off or not.
+void check_frames(std::int64_t height, std::int64_t width, const std::vector<WinogradShape>& shapes, SimdLevel level) {
+  const int count = static_cast<int>(shapes.size()), groups = count > 1 ? 2 : 1;
+  std::vector<Floats> kept;
+  const auto keep = [&](std::int64_t floats, double scale) {
+    kept.push_back(random(floats, scale));
+    return kept.back().data();
+  };
+  std::vector<WinogradStream> streams;
+  std::vector<OutputFeature> features;
+  for (int i = 0; i < count; ++i) {
+    const WinogradShape& s = shapes[static_cast<std::size_t>(i)];
+    const std::int64_t pixels = s.height * s.width, inner = s.in_channels * s.kernel * s.kernel;
+    const float* const x = keep(pixels * s.in_channels, 1);
+    const float* const weight = keep(s.out_channels() * inner, 1 / std::sqrt(static_cast<double>(inner)));
+    const float* const bias = keep(s.out_channels(), 1);
+    const float* const head = keep(3 * s.channels * 9, 0.1);
+    float* const points = keep(winograd_weight_floats(s, false, level), 0);
+    winograd_weight(s, false, weight, points, 1, level);
+    float* const y = keep(pixels * s.out_channels(), 0);
+    winograd_fwd(s, WinogradActivation::gelu, x, points, bias, y, nullptr, 2, level);
+    const int group = i == 0 ? 0 : groups - 1;
+    streams.push_back({s, WinogradActivation::gelu, x, points, bias, head, group});
+    features.push_back({y, s.channels, s.height * s.r, s.width * s.r, head, group});
+  }
+  const Floats scales = random(groups, 1), biases = random(groups * 3, 0.1);
+  const OutputShape shape{1, height, width, groups, scales.data(), biases.data(), 0.5f};
+  CHECK(winograd_output_fits(streams.data(), count, level));
+  const auto size = static_cast<std::size_t>(height * width * 3);
+  Floats expected(size, std::nanf(""));
+  std::vector<std::uint8_t> expected_bytes(size, 7);
+  output_stage_fwd(shape, features.data(), count, FloatType::f32, expected.data(), false, 1, level, false);
+  output_stage_fwd(shape, features.data(), count, FloatType::f32, expected_bytes.data(), true, 1, level, false);
+  for (const int threads : {1, 2, 5}) {
+    Floats frame(size, std::nanf(""));
+    winograd_output_fwd(shape, streams.data(), count, frame.data(), false, threads, level);
+    CHECK(frame == expected);
+    std::vector<std::uint8_t> bytes(size, 9);
+    winograd_output_fwd(shape, streams.data(), count, bytes.data(), true, threads, level);
+    CHECK(bytes == expected_bytes);
+  }
 }
 
 }  // namespace
@@ -138,12 +189,18 @@ int main() {
   for (int level = 1; level <= static_cast<int>(pixel_shuffle_gelu_level()); ++level) {
     for (const std::int64_t kernel : {3, 5}) {
       // batch, input channels, height, width, channels, r
-      for (const WinogradShape& s : {WinogradShape{1, 1, 1, 1, 1, 1, kernel}, {1, 33, 9, 14, 28, 2, kernel},
-                                     {2, 7, 5, 23, 3, 3, kernel}, {1, 40, 13, 8, 33, 2, kernel}, {3, 16, 4, 4, 1, 4, kernel},
-                                     {1, 5, 31, 29, 2, 1, kernel}, {1, 70, 6, 7, 8, 1, kernel}}) {
+      for (const WinogradShape& s : {WinogradShape{1, 1, 1, 1, 1, 1, kernel, 8}, {1, 33, 9, 14, 28, 2, kernel, 8},
+                                     {2, 7, 5, 23, 3, 3, kernel, 8}, {1, 40, 13, 8, 33, 2, kernel, 8},
+                                     {3, 16, 4, 4, 1, 4, kernel, 8}, {1, 5, 31, 29, 2, 1, kernel, 8},
+                                     {1, 70, 6, 7, 8, 1, kernel, 8}}) {
         check(s, static_cast<SimdLevel>(level));
       }
     }
+    check_frames(1, 1, {{1, 1, 1, 1, 1, 1, 3, 8}}, static_cast<SimdLevel>(level));
+    check_frames(61, 47, {{1, 9, 32, 24, 7, 2, 5, 10}}, static_cast<SimdLevel>(level));
+    check_frames(48, 40, {{1, 5, 24, 20, 3, 2, 5, 8}}, static_cast<SimdLevel>(level));
+    check_frames(36, 19, {{1, 6, 18, 10, 12, 2, 3, 8}, {1, 4, 19, 12, 2, 2, 5, 10}, {1, 3, 25, 10, 5, 2, 3, 8}},
+                 static_cast<SimdLevel>(level));
   }
   std::puts("Winograd: ok");
   return 0;

@@ -23,7 +23,17 @@ from .._impl import Implementation, ImplementationTable
 from ..models import ModelSpec, VideoNetwork
 from ..ops import output_stage
 
-__all__ = ["DECODE", "OUTPUT_GROUPS", "Embeddings", "Engine", "ModuleEngine", "draw", "make_engine", "to_uint8"]
+__all__ = [
+    "DECODE",
+    "OUTPUT_GROUPS",
+    "Embeddings",
+    "Engine",
+    "ModuleEngine",
+    "draw",
+    "finish",
+    "make_engine",
+    "to_uint8",
+]
 
 #: Gives the embeddings of frames as float32 ``[n, C, h, w]`` on the CPU, or None for a network that has none.
 Embeddings = Callable[[Sequence[int]], "torch.Tensor | None"]
@@ -89,12 +99,17 @@ def draw(streams: Sequence[DrawnStream], stems: Sequence[Tensor], spec: ModelSpe
         spec: the network's.
         as_bytes: whether frames are uint8.
     """
-    groups, scales = OUTPUT_GROUPS[len(streams)]
     # The kernels of the first blocks look at the memory order.
     features = [
         stream.upsample(stem.contiguous(memory_format=torch.channels_last))
         for stream, stem in zip(streams, stems, strict=True)
     ]
+    return finish(streams, features, spec, as_bytes=as_bytes)
+
+
+def finish(streams: Sequence[DrawnStream], features: Sequence[Tensor], spec: ModelSpec, *, as_bytes: bool) -> Tensor:
+    """Make frames as :func:`draw` does, of what the streams' last blocks made."""
+    groups, scales = OUTPUT_GROUPS[len(streams)]
     return output_stage(
         features,
         [stream.head.weight for stream in streams],

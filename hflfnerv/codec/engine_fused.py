@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from ..models import VideoNetwork
 from ..models.streams import DecoderStream
+from ..nn import UpsampleBlock
 from ..ops import PackedWeights
-from .engine import OUTPUT_GROUPS, Embeddings, Engine, draw
+from ..ops._winograd import LastBlock, last_blocks
+from .engine import OUTPUT_GROUPS, Embeddings, Engine, finish
 
 __all__ = ["FusedEngine", "rejects"]
 
@@ -26,6 +29,8 @@ def rejects(model: VideoNetwork) -> str | None:
 
 class FusedEngine(Engine):
     """Upsampling blocks with weights that are evaluated once, then heads, tanh, sum and 8 bits in one pass.
+
+    Where all last blocks run by Winograd's method, they and that pass alternate in bands of rows.
 
     One frame at a time, on ``torch.get_num_threads()`` threads; frames do not depend on their number.
 
@@ -40,7 +45,7 @@ class FusedEngine(Engine):
         super().__init__(model, embeddings, device, precision)
         self._model: VideoNetwork = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._streams = [cast(DecoderStream, model.get_submodule(name)) for name in model.spec.streams]
-        self._packed = PackedWeights()
+        self._packed = PackedWeights(large_tiles=True)
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         for index in indices:
@@ -55,4 +60,34 @@ class FusedEngine(Engine):
         """Make a frame ``[H, W, 3]``, uint8 or float32."""
         stems = self._model.stems(self.embeddings([index]), torch.tensor([index], device="cpu"))
         with self._packed:
-            return draw(self._streams, stems, self.spec, as_bytes=as_bytes)[0]
+            features = [
+                functools.reduce(lambda x, block: block(x), stream.blocks[:-1], _channels_last(stem))
+                for stream, stem in zip(self._streams, stems, strict=True)
+            ]
+            frame = self._in_bands(features, as_bytes=as_bytes)
+            if frame is None:
+                features = [stream.blocks[-1](x) for stream, x in zip(self._streams, features, strict=True)]
+                frame = finish(self._streams, features, self.spec, as_bytes=as_bytes)
+        return frame[0]
+
+    def _in_bands(self, features: Sequence[Tensor], *, as_bytes: bool) -> Tensor | None:
+        """Return frames ``[1, H, W, 3]`` of what the last blocks take, or None where these run in another way."""
+        groups, scales = OUTPUT_GROUPS[len(self._streams)]
+        blocks, biases = [], torch.zeros(len(scales), 3, dtype=torch.float32, device="cpu")
+        for stream, x, group in zip(self._streams, features, groups, strict=True):
+            block = stream.blocks[-1]
+            assert isinstance(block, UpsampleBlock)
+            if block.impl not in ("auto", "winograd"):
+                return None
+            weight, bias = block.conv.weight, block.conv.bias
+            head = stream.head
+            assert head.bias is not None
+            biases[group] += head.bias
+            blocks.append(LastBlock(x, weight, bias, block.upscale_factor, block.approximate, head.weight, group))
+        crop = (self.spec.height, self.spec.width)
+        return last_blocks(blocks, biases, scales, 0.5, crop, as_bytes=as_bytes)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return a stem in the memory order that the kernels look at."""
+    return x.contiguous(memory_format=torch.channels_last)

@@ -50,9 +50,9 @@ def _forward(
     if impl == "cuda":
         y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z)
         return y, x.new_empty(0) if kept is None else kept
-    if impl == "winograd":
-        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
-        y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z)
+    if impl in ("winograd", "winograd, large tiles"):
+        activation, large = "gelu_tanh" if approximate == "tanh" else "gelu", impl != "winograd"
+        y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z, large_tiles=large)
         return y, x.new_empty(0) if kept is None else kept
     from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight
 
@@ -217,7 +217,8 @@ def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | 
 
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
 # the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad`` and ``wgrad`` what makes
-# the gradients of x and weight: "triton" or "conv2d", PyTorch's convolutions; "winograd" makes all of them.
+# the gradients of x and weight: "triton" or "conv2d", PyTorch's convolutions; "winograd" makes all of them, and
+# "winograd, large tiles" none.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",

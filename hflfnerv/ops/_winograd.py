@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from . import _cpp
 from ._check import compute_dtype, half_padding, memory_format_of
+from .packed_weights import kept_weight, large_tiles_allowed
+from .pixel_shuffle_gelu import image_is_small
 
-__all__ = ["forward", "gradients", "in_layout_of", "pack_weight", "pays", "rejects", "undo"]
+__all__ = [
+    "LastBlock",
+    "forward",
+    "gradients",
+    "in_layout_of",
+    "kept",
+    "last_blocks",
+    "pack_weight",
+    "pays",
+    "rejects",
+    "undo",
+]
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
@@ -46,25 +60,38 @@ def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torc
     return y if torch.channels_last in (memory_format_of(x), memory_format_of(weight)) else y.contiguous()
 
 
-def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int) -> list[int]:
+def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int, large_tiles: bool = False) -> list[int]:
     batch, channels, height, width = x.shape
-    return [batch, channels, height, width, weight.shape[0] // (r * r), r, weight.shape[2]]
+    kernel = weight.shape[2]
+    points = 10 if large_tiles and kernel == 5 else 8
+    return [batch, channels, height, width, weight.shape[0] // (r * r), r, kernel, points]
 
 
-def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int, *, data_gradient: bool = False) -> torch.Tensor:
+def pack_weight(
+    x: torch.Tensor, weight: torch.Tensor, r: int, *, large_tiles: bool = False, data_gradient: bool = False
+) -> torch.Tensor:
     """Return the weight at the points at which tiles are multiplied, in the order in which the kernels read it.
 
     Args:
         x: any input of the convolution; only its number of channels matters.
         weight: float32 ``[C_out r², C_in, k, k]``.
         r: upscale factor.
+        large_tiles: whether it is for :func:`forward` with large tiles.
         data_gradient: whether it is for the gradient of x.
     """
-    module, sizes = _cpp.load(), _sizes(x, weight, r)
+    module, sizes = _cpp.load(), _sizes(x, weight, r, large_tiles)
     weight = weight.contiguous(memory_format=torch.channels_last)
     packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient), dtype=torch.float32, device="cpu")
     module.winograd_weight(sizes, data_gradient, *_addresses(weight, packed), threads=torch.get_num_threads())
     return packed
+
+
+def kept(
+    x: torch.Tensor, weight: torch.Tensor, parameter: torch.Tensor, r: int, *, large_tiles: bool
+) -> torch.Tensor | None:
+    """Return what :func:`pack_weight` makes of a weight, where it is kept for the parameter that it was, or None."""
+    layout = lambda: ("winograd", r, large_tiles)  # noqa: E731
+    return kept_weight(parameter, layout, lambda: pack_weight(x, weight, r, large_tiles=large_tiles))
 
 
 def forward(
@@ -76,13 +103,15 @@ def forward(
     activation: str,
     *,
     keep_z: bool,
+    large_tiles: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept.
 
-    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``.
+    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``. Large tiles: 6 x 6 results of a 5x5 kernel, from
+    10 x 10 points.
     """
     if packed is None:
-        packed = pack_weight(x, weight, r)
+        packed = pack_weight(x, weight, r, large_tiles=large_tiles)
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     n = weight.shape[0]
@@ -90,12 +119,67 @@ def forward(
     z = _empty(batch, n, height, width) if keep_z else None
     biases = _cpp.float_bias(bias)
     _cpp.load().winograd_fwd(
-        _sizes(x, weight, r),
+        _sizes(x, weight, r, large_tiles),
         activation,
         *_addresses(x, packed, biases, y, z),
         threads=torch.get_num_threads(),
     )
     return y, z
+
+
+class LastBlock(NamedTuple):
+    """What the last block of a stream takes, and the weight ``[3, C, 3, 3]`` and group of the head that follows it."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    r: int
+    approximate: str
+    head: torch.Tensor
+    group: int
+
+
+def last_blocks(
+    blocks: Sequence[LastBlock],
+    biases: torch.Tensor,
+    scales: Sequence[float],
+    offset: float,
+    crop: tuple[int, int],
+    *,
+    as_bytes: bool,
+) -> torch.Tensor | None:
+    """Return what ``output_stage`` makes of the blocks' results, ``[1, H, W, 3]``, without keeping those in memory.
+
+    Or None where the kernels cannot take the blocks, or another implementation would be chosen. ``biases`` are the
+    heads', float32 ``[G, 3]``. Gradients are not seen.
+    """
+    large = large_tiles_allowed()
+    for x, weight, *_ in blocks:
+        size = (x.shape[2], x.shape[3])
+        if x.shape[0] != 1 or rejects(x, weight, half_padding(weight)) is not None:
+            return None
+        if image_is_small(weight.shape[0], *size) or not pays(x, weight):
+            return None
+    heights = {(6 if large else 9 - block.weight.shape[2]) * block.r for block in blocks}
+    if _cpp.unavailable() is not None or len(heights) != 1:
+        return None
+    used, streams = [], []
+    for x, weight, bias, r, approximate, head, group in blocks:
+        packed = kept(x, weight, weight, r, large_tiles=large)
+        if packed is None:
+            packed = pack_weight(x, weight, r, large_tiles=large)
+        x, head = x.contiguous(memory_format=torch.channels_last), head.float().contiguous()
+        bias = _cpp.float_bias(bias)
+        used.append((x, packed, bias, head))  # until the kernels have read them
+        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+        addresses = (*_addresses(x, packed, bias), _cpp.address(head, torch.float32))
+        streams.append((_sizes(x, weight, r, large), activation, *addresses, group))
+    out = torch.empty((1, *crop, 3), dtype=torch.uint8 if as_bytes else torch.float32, device="cpu")
+    link = (list(scales), biases.flatten().tolist(), offset)
+    _cpp.load().winograd_output_fwd(
+        crop, link, streams, _cpp.address(out, out.dtype), as_bytes, torch.get_num_threads()
+    )
+    return out
 
 
 def undo(

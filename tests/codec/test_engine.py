@@ -20,6 +20,8 @@ from hflfnerv.codec.engine_amx import AmxEngine, unavailable
 from hflfnerv.codec.engine_fused import FusedEngine
 from hflfnerv.models import MODELS, ModelSpec, StreamSpec, build_model
 from hflfnerv.models.streams import use_implementation
+from hflfnerv.ops import PackedWeights, _cpp
+from hflfnerv.ops._winograd import last_blocks
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(unavailable() is not None, reason=f"amx: {unavailable()}")
@@ -120,7 +122,7 @@ def test_fused_frames_are_those_of_float64(case, options):
         with torch.inference_mode():
             expected = exact.decode(None if embedding is None else embedding.double(), torch.tensor([index]))[0]
         assert actual.shape == expected.shape
-        # Four blocks and a head, each within a few times 1e-6 of its size; the images are of size 1.
+        # Four blocks and a head, each within 1e-5 of its size, and the images are small beside their bound, 1.
         assert (actual - expected).abs().max() <= 1e-4
         assert (actual - expected).square().mean().sqrt() <= 1e-5
     assert expected.std() > 0.02
@@ -129,6 +131,33 @@ def test_fused_frames_are_those_of_float64(case, options):
     out = np.full((2, *frames.shape[1:]), 7, np.uint8)
     engine.fill([5, 0], out)
     assert np.array_equal(out, frames[[2, 0]])
+
+
+@pytest.mark.skipif(_cpp.unavailable() is not None, reason=f"cpp: {_cpp.unavailable()}")
+@pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[2], NETWORKS[6], ("hflf", 400_000, 240, 400)], ids=str)
+def test_fused_frames_in_bands_are_those_of_one_operation_after_the_other(case, monkeypatch):
+    model = network(*case)
+    engine = FusedEngine(model, embeddings_of(model), CPU, "fp32")
+    blocks = []
+
+    def seen(*args, **options):
+        blocks.append(args)
+        return last_blocks(*args, **options)
+
+    monkeypatch.setattr("hflfnerv.codec.engine_fused.last_blocks", seen)
+    frame, floats = next(engine.frames([3])), next(engine.float_frames([3]))
+    monkeypatch.setattr("hflfnerv.codec.engine_fused.last_blocks", lambda *args, **options: None)
+    assert np.array_equal(next(engine.frames([3])), frame)
+    assert torch.equal(next(engine.float_frames([3])), floats)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            with torch.inference_mode(), PackedWeights(large_tiles=True):
+                again = last_blocks(*blocks[1], as_bytes=False)
+            assert torch.equal(again[0].permute(2, 0, 1), floats)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])

@@ -55,10 +55,10 @@ def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"
     return y, None if dy is None else torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
 
-@pytest.mark.parametrize("taps", [3, 5])
-def test_the_method(taps):
+@pytest.mark.parametrize(("taps", "size"), [(3, 8), (5, 8), (5, 10)])
+def test_the_method(taps, size):
     x, weight = make_tensor(2, 3, 11, 14, dtype=torch.float64), make_tensor(4, 3, taps, taps, dtype=torch.float64)
-    torch.testing.assert_close(sums(x, weight, taps), F.conv2d(x, weight, padding=taps // 2))
+    torch.testing.assert_close(sums(x, weight, taps, size), F.conv2d(x, weight, padding=taps // 2))
 
 
 @needs_vectors
@@ -106,6 +106,58 @@ def test_how_far_a_nan_reaches(kernel, reach):
     reached = y.isnan().any(dim=1)
     assert [int(reached.any(dim=d).sum(dim=1).max()) for d in (1, 2)] == [reach, reach]
     assert int(reached.sum(dim=(1, 2)).max()) == reach**2
+
+
+def inference(tensors, shape, *, large_tiles, approximate="none"):
+    with torch.inference_mode(), PackedWeights(large_tiles=large_tiles):
+        return run(tensors, shape, approximate=approximate)[0]
+
+
+@needs_vectors
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_large_tiles(shape):
+    for approximate, with_bias in (("none", True), ("tanh", False)):
+        tensors, r, taps = operands(shape, with_bias), shape[3], shape[6]
+        with poisoned_empty():
+            y = inference(tensors, shape, large_tiles=True, approximate=approximate)
+        small = inference(tensors, shape, large_tiles=False, approximate=approximate)
+        expected = run(tensors, shape, dtype=torch.float64, impl="reference", approximate=approximate)[0]
+        same = run(tensors, shape, impl="reference", approximate=approximate)[0]
+        x, weight, bias = (None if t is None else t.double().abs() for t in tensors)
+        size = sums(x, weight, taps, 10 if taps == 5 else 8) + (0 if bias is None else bias[:, None, None])
+        assert_close_to_reference(y, expected, same, magnitude=F.pixel_shuffle(size, r))
+        assert torch.equal(y, small) == (taps == 3)
+        # With a gradient tiles are small, whatever is allowed.
+        with PackedWeights(large_tiles=True):
+            assert torch.equal(run(tensors, shape, approximate=approximate)[0], small)
+
+
+@needs_vectors
+def test_errors_of_large_tiles():
+    shape = (1, 33, 28, 2, 64, 64, 5)
+    tensors = operands(shape)
+    expected = run(tensors, shape, impl="reference", dtype=torch.float64)[0]
+    large, small = (inference(tensors, shape, large_tiles=large) for large in (True, False))
+    assert (large - expected).norm() <= 8 * (small - expected).norm()
+    assert (large - expected).norm() <= 2e-5 * expected.norm()
+
+
+@needs_vectors
+def test_large_tiles_whatever_the_threads_and_the_batch():
+    shape = (3, 33, 7, 2, 61, 67, 5)
+    tensors = operands(shape)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(inference(tensors, shape, large_tiles=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], y) for y in results[1:])
+    for image in range(3):
+        alone = inference((tensors[0][image : image + 1], *tensors[1:]), shape, large_tiles=True)
+        assert torch.equal(alone[0], results[0][image])
 
 
 @needs_vectors
