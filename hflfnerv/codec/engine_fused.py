@@ -32,8 +32,8 @@ class FusedEngine(Engine):
 
     Where all last blocks run by Winograd's method, they and that pass alternate in bands of rows.
 
-    One frame at a time, on ``torch.get_num_threads()`` threads. What is too small for the kernels runs in PyTorch, which
-    may sum in another order on another number of threads.
+    One frame at a time, on ``torch.get_num_threads()`` threads. What is too small for the kernels runs in PyTorch,
+    which may sum in another order on another number of threads.
 
     Args:
         model: on the CPU.
