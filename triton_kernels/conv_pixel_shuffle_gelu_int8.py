@@ -34,7 +34,8 @@ def _to_int8(steps):
 @triton.jit
 def quantize_int8_fwd_kernel(
     x_ptr,
-    columns_ptr,
+    inverse_ptr,
+    zero_ptr,
     y_ptr,
     pixels,
     H,
@@ -55,8 +56,8 @@ def quantize_int8_fwd_kernel(
     row = pixel // W
     image = row // H
     x = tl.load(x_ptr + pixel * PIXEL + c, mask=mask, other=0.0).to(tl.float32)
-    inverse = tl.load(columns_ptr + c, mask=mask, other=0.0)
-    zero = tl.load(columns_ptr + C + c, mask=mask, other=0.0)
+    inverse = tl.load(inverse_ptr + c, mask=mask, other=0.0)
+    zero = tl.load(zero_ptr + c, mask=mask, other=0).to(tl.float32)
     y_pixel = y_first + image * y_image + (row - image * H) * y_row + (pixel - row * W)
     tl.store(y_ptr + y_pixel * CP + c, _to_int8(x * inverse + zero), mask=mask)
 
@@ -261,7 +262,8 @@ def quantize_int8_fwd(x, inverse_scale, zero_point, out):
     with torch.cuda.device_of(x):
         quantize_int8_fwd_kernel[(triton.cdiv(batch * height * width * pixel, _BLOCK),)](
             x,
-            torch.cat([inverse_scale, zero_point.float()]),
+            inverse_scale,
+            zero_point,
             out,
             batch * height * width,
             height,

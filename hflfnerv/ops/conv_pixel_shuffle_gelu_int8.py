@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -29,7 +28,8 @@ _INT32_MAX = 2**31 - 1
 _LEVELS = 255
 
 
-class Int8Range(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Int8Range:
     """How the channels of an activation are quantised: ``q = clamp(round(a / scale) + zero_point, -128, 127)``.
 
     Attributes:
@@ -53,7 +53,7 @@ class Int8Range(NamedTuple):
         scale = torch.where(high > low, (high - low) / _LEVELS, torch.ones_like(low))
         return cls(scale, (-128 - low / scale).round().clamp(-128, 127).to(torch.int8))
 
-    @property
+    @functools.cached_property
     def inverse_scale(self) -> torch.Tensor:
         """The float32 numbers with which activations are multiplied, ``[C]``."""
         return 1 / self.scale
@@ -137,7 +137,7 @@ class Int8Block:
         return self._packed
 
 
-def int8_image(batch: int, height: int, width: int, of: Int8Range, *, halo: int) -> torch.Tensor:
+def int8_image(batch: int, height: int, width: int, quantization: Int8Range, *, halo: int) -> torch.Tensor:
     """Return an image that holds 0 everywhere.
 
     The kernels write its inside and read its border, so one that is kept need never be made again.
@@ -146,17 +146,17 @@ def int8_image(batch: int, height: int, width: int, of: Int8Range, *, halo: int)
         batch: B.
         height: of what is written to it.
         width: likewise.
-        of: how it is quantised; its C channels, on its device.
+        quantization: of its C channels, and on its device.
         halo: pixels of border on each side: half of the kernel that reads it.
 
     Returns:
         int8 ``[B, C, height + 2 halo, width + 2 halo]``, whose pixels are contiguous and lie a multiple of 8 apart.
     """
-    channels = len(of.zero_point)
+    channels = len(quantization.zero_point)
     size = (batch, height + 2 * halo, width + 2 * halo, _pixel(channels))
-    memory = torch.zeros(size, dtype=torch.int8, device=of.zero_point.device)
+    memory = torch.zeros(size, dtype=torch.int8, device=quantization.zero_point.device)
     image = memory[..., :channels].permute(0, 3, 1, 2)
-    return image.copy_(of.zero_point[:, None, None])
+    return image.copy_(quantization.zero_point[:, None, None])
 
 
 def _pixel(channels: int) -> int:
@@ -243,7 +243,7 @@ register(
 )
 
 
-def _triton_rejects_quantize(x: torch.Tensor, of: Int8Range, out: torch.Tensor) -> str | None:
+def _triton_rejects_quantize(x: torch.Tensor, quantization: Int8Range, out: torch.Tensor) -> str | None:
     return rejects_tensor(x.device, x.dtype) or _too_large(out)
 
 
@@ -255,8 +255,8 @@ def _too_large(image: torch.Tensor) -> str | None:
     return f"the images have {pixels} pixels, more than {_INT32_MAX}" if pixels > _INT32_MAX else None
 
 
-def _quantize_as(impl: str, x: torch.Tensor, of: Int8Range, out: torch.Tensor) -> None:
-    torch.ops.hflfnerv.quantize_int8(x, of.inverse_scale, of.zero_point, out, impl)
+def _quantize_as(impl: str, x: torch.Tensor, quantization: Int8Range, out: torch.Tensor) -> None:
+    torch.ops.hflfnerv.quantize_int8(x, quantization.inverse_scale, quantization.zero_point, out, impl)
 
 
 def _triton_rejects(x: torch.Tensor, block: Int8Block, out: torch.Tensor) -> str | None:
@@ -265,8 +265,10 @@ def _triton_rejects(x: torch.Tensor, block: Int8Block, out: torch.Tensor) -> str
 
 
 def _run_as(impl: str, x: torch.Tensor, block: Int8Block, out: torch.Tensor) -> None:
-    output = (None, None) if block.output is None else (block.output.inverse_scale, block.output.zero_point)
+    # What the kernel reads of the output's quantisation is among what is packed.
     packed = block.packed() if impl == "triton" else []
+    to = None if packed else block.output
+    output = (None, None) if to is None else (to.inverse_scale, to.zero_point)
     torch.ops.hflfnerv.conv_pixel_shuffle_gelu_int8(
         x, block.weight, block.scale, block.bias, *output, packed, out, block.r, block.approximate, impl
     )
@@ -288,14 +290,14 @@ CONV_PIXEL_SHUFFLE_GELU_INT8 = ImplementationTable(
 )
 
 
-def quantize_int8(x: torch.Tensor, of: Int8Range, out: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+def quantize_int8(x: torch.Tensor, quantization: Int8Range, out: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """Quantise an activation into the inside of an image.
 
     Equivalent PyTorch, s and z of :class:`Int8Range`: ``(x * (1 / s) + z).clamp(-128, 127).round().to(torch.int8)``.
 
     Args:
         x: ``[B, C, H, W]``, floating point.
-        of: how each channel is quantised.
+        quantization: of each channel.
         out: int8 ``[B, C, H + 2 halo, W + 2 halo]`` from :func:`int8_image`; its border stays.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
@@ -308,12 +310,12 @@ def quantize_int8(x: torch.Tensor, of: Int8Range, out: torch.Tensor, *, impl: st
         BackendUnavailable: the named implementation cannot run; the message says why.
     """
     check_tensor("x", x)
-    if x.dim() != 4 or x.shape[1:2] != of.zero_point.shape:
-        raise ValueError(f"x must be [B, {len(of.zero_point)}, H, W], got shape {tuple(x.shape)}")
+    if x.dim() != 4 or x.shape[1:2] != quantization.zero_point.shape:
+        raise ValueError(f"x must be [B, {len(quantization.zero_point)}, H, W], got shape {tuple(x.shape)}")
     _check_image("out", out, x.shape[1])
     _check_output(out, x.shape[0], x.shape[2], x.shape[3])
-    _check_devices(x, of.zero_point, out)
-    QUANTIZE_INT8.select(impl, x, of, out).run(x, of, out)
+    _check_devices(x, quantization.zero_point, out)
+    QUANTIZE_INT8.select(impl, x, quantization, out).run(x, quantization, out)
     return out
 
 

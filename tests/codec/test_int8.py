@@ -50,7 +50,8 @@ def quantised_by_hand(model, stems, precision_of_rest, name, first, ranges):
     for index, block in enumerate(stream.blocks):
         weight, padding = block.conv.weight, block.conv.kernel_size[0] // 2
         if index >= first:
-            scale, zero = (t.to(x.dtype)[:, None, None] for t in ranges[index - first])
+            of = ranges[index - first]
+            scale, zero = (t.to(x.dtype)[:, None, None] for t in (of.scale, of.zero_point))
             x = ((x / scale + zero).clamp(-128, 127).round() - zero) * scale
             folded = weight.double() * scale.double()
             step = folded.abs().amax(dim=(1, 2, 3), keepdim=True) / 127

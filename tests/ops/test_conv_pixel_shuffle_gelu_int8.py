@@ -249,7 +249,9 @@ def test_quantize_ahead_of_time(compile_launch, capability):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16])
 def test_on_the_device(name, dtype):
     channels, out_channels, r, kernel, *_ = BLOCKS[name]
-    of, to = (ops.Int8Range(*(t.cuda() for t in ranges(c))) for c in (channels, out_channels))
+    of, to = (
+        ops.Int8Range(on_cpu.scale.cuda(), on_cpu.zero_point.cuda()) for on_cpu in map(ranges, (channels, out_channels))
+    )
     weight = make_tensor(out_channels * r * r, channels, kernel, kernel, scale=(channels * kernel**2) ** -0.5).cuda()
     block = ops.Int8Block.of(weight, None, r, of, to if dtype == torch.int8 else None)
     x = ops.int8_image(3, 19, 37, of, halo=kernel // 2)
