@@ -204,11 +204,13 @@ void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz,
   const WinogradPlan plan = plan_of(shape, kGradientPoints, false, level);
   const WinogradKernels& kernels = kernels_of(level);
   // Work is divided by the shape alone: blocks into parts with sums of their own, and chunks into groups, for each of
-  // which the tiles of x are evaluated anew.
-  constexpr std::int64_t kBlocks = 4, kParts = 8, kItems = 16;
-  const std::int64_t parts = std::clamp<std::int64_t>(plan.blocks() / kBlocks, 1, kParts);
-  const std::int64_t groups = std::min(plan.chunks(), (kItems + parts - 1) / parts), items = parts * groups;
+  // which the tiles of x are evaluated anew. Sums of one part take 64 / taps times the memory of the weight: those of more
+  // parts are not worth more than 256 MB.
+  constexpr std::int64_t kBlocks = 4, kParts = 8, kItems = 16, kFloats = std::int64_t{1} << 26;
   const std::int64_t part_floats = plan.chunks() * plan.chunk_floats(), floats = rounded(plan.scratch_floats());
+  const std::int64_t most = std::clamp<std::int64_t>(kFloats / part_floats, 1, kParts);
+  const std::int64_t parts = std::clamp<std::int64_t>(plan.blocks() / kBlocks, 1, most);
+  const std::int64_t groups = std::min(plan.chunks(), (kItems + parts - 1) / parts), items = parts * groups;
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
   const Aligned<float> sums = new_zeros<float>(parts * part_floats), scratch = new_zeros<float>(floats * threads);
   parallel_items(items, threads, [&](int thread, std::int64_t item) {
