@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import gc
 import inspect
 import itertools
 import sys
@@ -456,7 +457,9 @@ def _watch(frame: FrameType, _event: str, _argument: Any) -> None:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    # What the collector calls, callbacks of other packages and finalizers, is no part of a forward.
+    gc.disable()
     sys.settrace(_watch)
     try:
         yield
@@ -464,6 +467,8 @@ def _watched() -> Iterator[None]:
             raise RuntimeError("what a function raised was caught on the way")
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
 
 
 class _Tracer(fx.Tracer):

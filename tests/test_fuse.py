@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import doctest
+import gc
 import runpy
 import sys
 from collections import deque
@@ -836,6 +837,25 @@ def test_what_a_forward_imports_is_no_part_of_it(tmp_path, monkeypatch):
         return m.act(m.up(m.conv(x)))
 
     assert len(hflfnerv.fuse(Forward(forward)).fused) == 1
+
+
+def test_what_the_collector_calls_is_no_part_of_a_forward():
+    called = []
+
+    def callback(phase, info):
+        called.append(isinstance(phase, str))
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        report = hflfnerv.fuse(Forward(lambda m, x: m.act(m.up(m.conv(x)))))
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert called
+    assert len(report.fused) == 1
 
 
 # What a search must not disturb, and where it must not stop
