@@ -49,14 +49,22 @@ struct Prepared {
 
 }  // namespace
 
+#if defined(HFLFNERV_HAVE_AVX2)
+void output_rows(const OutputRows& rows, [[maybe_unused]] SimdLevel level) {
+#if defined(HFLFNERV_HAVE_AVX512)
+  if (level == SimdLevel::avx512) return output_rows_avx512(rows);
+#endif
+  output_rows_avx2(rows);
+}
+#endif
+
 void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, int count, FloatType type, void* out,
                       bool bytes, int threads, SimdLevel level, bool amx) {
 #if defined(HFLFNERV_HAVE_AVX2)
 #if !defined(HFLFNERV_HAVE_AMX)
   amx = false;
 #endif
-  const bool wide = level == SimdLevel::avx512;
-  const std::int64_t lanes = wide ? 16 : 8;
+  const std::int64_t lanes = level == SimdLevel::avx512 ? 16 : 8;
   amx = amx && type == FloatType::bf16;
   const std::int64_t element = amx ? 2 : 4;
   std::vector<Prepared> prepared;
@@ -133,10 +141,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
 #if defined(HFLFNERV_HAVE_AMX)
     if (amx) return output_rows_amx(task, reinterpret_cast<float*>(own + thread_bytes));
 #endif
-#if defined(HFLFNERV_HAVE_AVX512)
-    if (wide) return output_rows_avx512(task);
-#endif
-    output_rows_avx2(task);
+    output_rows(task, level);
   });
 #endif
 }

@@ -43,6 +43,7 @@ struct OutputRows {
 // What computes a frame's rows: `streams[i].x` and so on are of type float.
 void output_rows_avx2(const OutputRows& rows);
 void output_rows_avx512(const OutputRows& rows);
+void output_rows(const OutputRows& rows, SimdLevel level);  // by the one of a level
 constexpr std::int64_t kPixelsAvx512 = 5;  // lanes / colours
 
 // For bfloat16 streams; `scratch` has output_scratch_floats(groups), aligned to cache lines.

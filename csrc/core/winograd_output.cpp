@@ -38,8 +38,7 @@ bool winograd_output_fits(const WinogradStream* streams, int count, SimdLevel le
 void winograd_output_fwd(const OutputShape& shape, const WinogradStream* streams, int count, void* out, bool bytes, int threads,
                          SimdLevel level) {
 #if defined(HFLFNERV_HAVE_AVX2)
-  const bool wide = level == SimdLevel::avx512;
-  const std::int64_t lanes = wide ? 16 : 8;
+  const std::int64_t lanes = level == SimdLevel::avx512 ? 16 : 8;
   const std::int64_t rows = band_rows(streams[0].shape);
   std::vector<Prepared> prepared;
   std::int64_t feature_floats = 0, scratch_floats = 0;
@@ -58,6 +57,7 @@ void winograd_output_fwd(const OutputShape& shape, const WinogradStream* streams
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, bands)));
   const Aligned<float> memory = new_zeros<float>(floats * threads);
   std::vector<std::int64_t> last(static_cast<std::size_t>(threads), -1);
+  std::vector<OutputStream> inputs(static_cast<std::size_t>(count) * static_cast<std::size_t>(threads));
   const std::int64_t frame_row = shape.width * kColours * (bytes ? 1 : 4);
   parallel_items(bands, threads, [&](int thread, std::int64_t band) {
     float* const own = memory.get() + thread * floats;
@@ -80,20 +80,17 @@ void winograd_output_fwd(const OutputShape& shape, const WinogradStream* streams
     if (begin >= end) return;
     // Rows are counted from the first one in memory that there is.
     const std::int64_t first = band > 0 ? top - kKept : 0;
-    std::vector<OutputStream> in;
-    for (std::size_t i = 0; i < prepared.size(); ++i) {
-      const Prepared& p = prepared[i];
+    OutputStream* const in = inputs.data() + thread * count;
+    for (int i = 0; i < count; ++i) {
+      const Prepared& p = prepared[static_cast<std::size_t>(i)];
       const float* const at = own + p.offset;
-      in.push_back({at + (band > 0 ? 0 : kKept * p.row), p.row, p.pixel, 0, p.height - first, INT64_MAX,
-                    at + (kKept + rows) * p.row, p.weights.get(), output_vector_steps(p.pixel, lanes), streams[i].group});
+      in[i] = {at + (band > 0 ? 0 : kKept * p.row), p.row, p.pixel, 0, p.height - first, INT64_MAX,
+               at + (kKept + rows) * p.row, p.weights.get(), output_vector_steps(p.pixel, lanes), streams[i].group};
     }
-    const OutputRows task{in.data(),     count,         shape.groups, shape.scales, biases.get(),
+    const OutputRows task{in,            count,         shape.groups, shape.scales, biases.get(),
                           shape.offset,  &tanh_table(), begin - first, end - first,  shape.width,
                           static_cast<char*>(out) + first * frame_row, bytes};
-#if defined(HFLFNERV_HAVE_AVX512)
-    if (wide) return output_rows_avx512(task);
-#endif
-    output_rows_avx2(task);
+    output_rows(task, level);
   });
 #endif
 }
