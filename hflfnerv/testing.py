@@ -24,6 +24,7 @@ __all__ = [
     "make_tensor",
     "poisoned_empty",
     "requires",
+    "threads",
 ]
 
 
@@ -96,6 +97,17 @@ def convolution_magnitudes(
         slopes, size, terms, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
     )
     return y, dx, dweight, slopes.sum(dim=(0, 2, 3))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch, and with it the C++ kernels, use so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""GELU and tanh with their derivatives, in float32."""
+"""GELU and tanh with their derivatives, and rounding to integers, in float32."""
 
 import triton
 import triton.language as tl
@@ -31,3 +31,10 @@ def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0.0, -t, t), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def round_half_even(x):
+    """The integer nearest to x, of two the even one, for magnitudes below 2²²."""
+    # Adding 1.5 2²³ leaves no room for a fraction.
+    return (x + 12582912.0) - 12582912.0

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._activations import gelu
+from ._activations import gelu, round_half_even
 from ._tiles import Tile, column_blocks, halves, limits_of, padded_columns
 
 _RUN = 4  # columns of one (i, j) are padded to a multiple of this
@@ -27,8 +27,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _to_int8(steps):
-    # Adding 1.5 2²³ leaves no room for a fraction: rounds to the nearest integer, halves to the even one.
-    return ((tl.minimum(tl.maximum(steps, -128.0), 127.0) + 12582912.0) - 12582912.0).to(tl.int8)
+    return round_half_even(tl.minimum(tl.maximum(steps, -128.0), 127.0)).to(tl.int8)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._activations import tanh
+from ._activations import round_half_even, tanh
 from ._float32 import precision_of
 
 _COLUMNS = 16  # the narrowest product of the tensor cores
@@ -116,9 +116,7 @@ def output_stage_fwd_kernel(
     y_offset = ((h * W + w) * 3)[:, None] + n[None, :]
     mask = ((h < H) & (w < W))[:, None] & (n < 3)[None, :]
     if BYTES:
-        # Adding 1.5 2²³ leaves no room for a fraction: rounds to the nearest integer, halves to the even one.
-        scaled = tl.minimum(tl.maximum(image, 0.0), 1.0) * 255.0
-        image = ((scaled + 12582912.0) - 12582912.0).to(tl.uint8)
+        image = round_half_even(tl.minimum(tl.maximum(image, 0.0), 1.0) * 255.0).to(tl.uint8)
     tl.store(y_ptr + y_offset, image, mask=mask)
 
 

@@ -6,7 +6,8 @@ between them the activation stays in 8 bits, and the last one hands half precisi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -112,15 +113,9 @@ def _ranges(exact: DecoderStream, first: int, stems: Iterable[Tensor]) -> list[I
     least: list[Tensor] = []
     greatest: list[Tensor] = []
     for stem in stems:
-        taken: Sequence[Tensor] = _block_inputs(exact, stem)[first:]
+        inputs = itertools.accumulate(exact.blocks[:-1], lambda x, block: block(x), initial=stem)
+        taken = list(itertools.islice(inputs, first, None))
         lows, highs = ([getattr(x, what)(dim=(0, 2, 3)) for x in taken] for what in ("amin", "amax"))
         least = lows if not least else [torch.minimum(a, b) for a, b in zip(least, lows, strict=True)]
         greatest = highs if not greatest else [torch.maximum(a, b) for a, b in zip(greatest, highs, strict=True)]
     return [Int8Range.of(low, high) for low, high in zip(least, greatest, strict=True)]
-
-
-def _block_inputs(exact: DecoderStream, x: Tensor) -> list[Tensor]:
-    inputs = [x]
-    for block in exact.blocks[:-1]:
-        inputs.append(block(inputs[-1]))
-    return inputs

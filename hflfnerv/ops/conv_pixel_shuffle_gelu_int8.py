@@ -112,10 +112,9 @@ class Int8Block:
             raise ValueError(f"weight must be [C_out {r}², C_in, K_h, K_w], got shape {tuple(weight.shape)}")
         if input.scale.shape != (weight.shape[1],):
             raise ValueError(f"input must be of weight's {weight.shape[1]} channels, got {tuple(input.scale.shape)}")
-        if output is not None and output.scale.shape != (weight.shape[0] // (r * r),):
-            raise ValueError(
-                f"output must be of {weight.shape[0] // (r * r)} channels, got {tuple(output.scale.shape)}"
-            )
+        channels = weight.shape[0] // (r * r)
+        if output is not None and output.scale.shape != (channels,):
+            raise ValueError(f"output must be of {channels} channels, got {tuple(output.scale.shape)}")
         folded = weight.detach().double() * input.scale.double()[:, None, None]
         scale = folded.abs().amax(dim=(1, 2, 3)) / 127
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -22,6 +22,7 @@ from hflfnerv.models import MODELS, ModelSpec, StreamSpec, build_model
 from hflfnerv.models.streams import use_implementation
 from hflfnerv.ops import PackedWeights, _cpp
 from hflfnerv.ops._winograd import last_blocks
+from hflfnerv.testing import threads
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(unavailable() is not None, reason=f"amx: {unavailable()}")
@@ -149,15 +150,10 @@ def test_fused_frames_in_bands_are_those_of_one_operation_after_the_other(case, 
     monkeypatch.setattr("hflfnerv.codec.engine_fused.last_blocks", lambda *args, **options: None)
     assert np.array_equal(next(engine.frames([3])), frame)
     assert torch.equal(next(engine.float_frames([3])), floats)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            with torch.inference_mode(), PackedWeights(large_tiles=True):
-                again = last_blocks(*blocks[1], as_bytes=False)
-            assert torch.equal(again[0].permute(2, 0, 1), floats)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        with threads(count), torch.inference_mode(), PackedWeights(large_tiles=True):
+            again = last_blocks(*blocks[1], as_bytes=False)
+        assert torch.equal(again[0].permute(2, 0, 1), floats)
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])
@@ -186,14 +182,10 @@ def test_a_frame_does_not_depend_on_the_others_or_the_threads(case):
     engine.fill([4, 1, 4], out)
     assert np.array_equal(out[0], out[2])
     assert not np.array_equal(out[0], out[1])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with threads(count):
             assert np.array_equal(next(engine.frames([1])), out[1])
             assert np.array_equal(next(AmxEngine(model, embeddings_of(model), CPU, "auto").frames([4])), out[0])
-    finally:
-        torch.set_num_threads(threads)
 
 
 @needs_amx

@@ -11,7 +11,7 @@ from hflfnerv.nn import UpsampleBlock
 from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU
 from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
-from hflfnerv.testing import assert_close_to_reference, make_tensor, poisoned_empty
+from hflfnerv.testing import assert_close_to_reference, make_tensor, poisoned_empty, threads
 
 ENTRY = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "cpp")
 needs_amx = pytest.mark.skipif(ENTRY.unavailable() is not None, reason=f"cpp: {ENTRY.unavailable()}")
@@ -100,14 +100,10 @@ def test_noncontiguous():
 def test_deterministic_whatever_the_threads_and_the_batch():
     shape = (3, 33, 7, 2, 21, 37, (5, 5), 2)
     tensors = operands(shape)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5):
+        with threads(number):
             results.append(run(*tensors, shape))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     for image in range(3):

@@ -18,6 +18,7 @@ from hflfnerv.testing import (
     assert_gradient_close_to_reference,
     make_tensor,
     poisoned_empty,
+    threads,
 )
 
 ENTRY = next(entry for entry in CONV_PIXEL_SHUFFLE_GELU if entry.name == "winograd")
@@ -146,14 +147,10 @@ def test_errors_of_large_tiles():
 def test_large_tiles_whatever_the_threads_and_the_batch():
     shape = (3, 33, 7, 2, 61, 67, 5)
     tensors = operands(shape)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5):
+        with threads(number):
             results.append(inference(tensors, shape, large_tiles=True))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(results[0], y) for y in results[1:])
     for image in range(3):
         alone = inference((tensors[0][image : image + 1], *tensors[1:]), shape, large_tiles=True)
@@ -217,15 +214,11 @@ def test_deterministic_whatever_the_threads_and_the_batch():
     shape = (3, 33, 7, 2, 61, 67, 5)
     tensors = operands(shape)
     dy = make_tensor(3, 7, 122, 134, seed=3)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5):
+        with threads(number):
             y, gradients = run(tensors, shape, dy)
             results.append((y, *gradients))
-    finally:
-        torch.set_num_threads(threads)
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
     for image in range(3):

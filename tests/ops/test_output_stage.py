@@ -13,7 +13,7 @@ from hflfnerv._device import exact_convolutions
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.ops import OUTPUT_STAGE, _cpp
 from hflfnerv.reference import output_stage as reference
-from hflfnerv.testing import implementations, make_tensor, poisoned_empty
+from hflfnerv.testing import implementations, make_tensor, poisoned_empty, threads
 
 BY_IMPL = pytest.mark.parametrize(("impl", "device"), implementations(OUTPUT_STAGE))
 ENTRY = next(entry for entry in OUTPUT_STAGE if entry.name == "cpp")
@@ -172,14 +172,10 @@ def test_noncontiguous_and_other_layouts(impl, device):
 def test_a_pixel_does_not_depend_on_the_frame_the_batch_or_the_threads(dtype):
     features, weights, biases, link = operands(CASES[5], dtype)
     y = ops.output_stage(features, weights, biases, **link, impl="cpp", as_bytes=False)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with threads(count):
             again = ops.output_stage(features, weights, biases, **link, impl="cpp", as_bytes=False)
             assert torch.equal(again, y)
-    finally:
-        torch.set_num_threads(before)
     single = [x[1:] for x in features]
     assert torch.equal(ops.output_stage(single, weights, biases, **link, impl="cpp", as_bytes=False), y[1:])
     smaller = ops.output_stage(features, weights, biases, **{**link, "crop": (17, 83)}, impl="cpp", as_bytes=False)

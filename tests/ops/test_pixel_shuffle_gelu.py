@@ -21,6 +21,7 @@ from hflfnerv.testing import (
     implementations,
     make_tensor,
     poisoned_empty,
+    threads,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -132,15 +133,11 @@ def test_deterministic(impl, device, layout):
 def test_threads_and_batches_change_nothing(layout):
     x, bias = make_tensor(3, 60, 41, 67, layout=layout), make_tensor(60, seed=1)
     dy = make_tensor(3, 15, 82, 134, seed=2)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for number in (1, 2, 7):
-            torch.set_num_threads(number)
+    for number in (1, 2, 7):
+        with threads(number):
             y, (dx, dbias) = run(x, 2, bias, dy, "none", impl="cpp")
             results.append((y, dx, dbias))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     for image in range(3):
