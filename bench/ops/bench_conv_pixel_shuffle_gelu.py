@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,14 +49,21 @@ def flops(x: torch.Tensor, weight: torch.Tensor) -> int:
     return 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3]
 
 
+def stage_points(
+    machine: Machine, dtype: str, *, seconds: float, stages: Iterable[str] = STAGES, batches: Sequence[int] = (8, 1)
+) -> Iterator[tuple[str, str, int]]:
+    """Yield name, stage and batch of each point that is wanted and has the time that it takes."""
+    for batch, stage in itertools.product(batches, stages):
+        name = f"{stage}, batch {batch}, {dtype}, channels_last"
+        if machine.wants(name, seconds=seconds):
+            yield name, stage, batch
+
+
 def library_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure the convolutions of PyTorch (cuDNN): forward and both gradients, with true and padded channels."""
-    for batch in (1, 8):
-        for stage in STAGES:
-            name = f"{stage}, batch {batch}, bfloat16, channels_last"
-            if machine.wants(name, seconds=30):
-                with machine.room(name):
-                    yield from _measure_library(machine, name, stage, batch)
+    for name, stage, batch in stage_points(machine, "bfloat16", seconds=30, batches=(1, 8)):
+        with machine.room(name):
+            yield from _measure_library(machine, name, stage, batch)
 
 
 def _measure_library(machine: Machine, name: str, stage: str, batch: int) -> Iterator[dict[str, Any]]:
@@ -107,12 +114,9 @@ def gradient_points(machine: Machine) -> Iterator[dict[str, Any]]:
 
     Each with all it takes in a backward pass: packing the weight, padding x, summing up the shares.
     """
-    for batch in (8, 1):
-        for stage in STAGES:
-            name = f"{stage}, batch {batch}, bfloat16, channels_last"
-            if machine.wants(name, seconds=40):
-                with machine.room(name), torch.inference_mode():
-                    yield from _measure_gradients(machine, name, stage, batch)
+    for name, stage, batch in stage_points(machine, "bfloat16", seconds=40):
+        with machine.room(name), torch.inference_mode():
+            yield from _measure_gradients(machine, name, stage, batch)
 
 
 def _measure_gradients(machine: Machine, name: str, stage: str, batch: int) -> Iterator[dict[str, Any]]:
@@ -180,11 +184,9 @@ def _every_gradient_tile(
 
 
 def _blocks(machine: Machine, *, training: bool) -> Iterator[tuple[str, str, int, torch.dtype]]:
-    for dtype, batch in ((torch.bfloat16, 8), (torch.bfloat16, 1), (torch.float16, 8), (torch.float16, 1)):
-        for stage in STAGES:
-            name = f"{stage}, batch {batch}, {str(dtype)[6:]}, channels_last"
-            if machine.wants(name, seconds=60 if training else 40):
-                yield name, stage, batch, dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, stage, batch in stage_points(machine, str(dtype)[6:], seconds=60 if training else 40):
+            yield name, stage, batch, dtype
 
 
 def forward_points(machine: Machine) -> Iterator[dict[str, Any]]:

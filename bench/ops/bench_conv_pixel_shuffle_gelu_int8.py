@@ -13,17 +13,14 @@ from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
 
 from ..device import Machine
 from ..registry import Contender, Point
-from .bench_conv_pixel_shuffle_gelu import COMPILED, flops, operands
+from .bench_conv_pixel_shuffle_gelu import COMPILED, flops, operands, stage_points
 
 
 def gpu_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure the block's forward pass in int8: every tile, with pixels of 8 and of 16 channels."""
-    for batch in (8, 1):
-        for stage in ("s5", "s4", "s3"):
-            name = f"{stage}, batch {batch}, int8, channels_last"
-            if machine.wants(name, seconds=40):
-                with machine.room(name), torch.inference_mode():
-                    yield from _measure(machine, name, stage, batch)
+    for name, stage, batch in stage_points(machine, "int8", seconds=40, stages=("s5", "s4", "s3")):
+        with machine.room(name), torch.inference_mode():
+            yield from _measure(machine, name, stage, batch)
 
 
 def _measure(machine: Machine, name: str, stage: str, batch: int) -> Iterator[dict[str, Any]]:

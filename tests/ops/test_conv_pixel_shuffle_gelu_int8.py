@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import MATRIX, limits
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
@@ -19,7 +20,6 @@ BLOCKS = {
     "144 columns": (40, 33, 2, 5, 160, 320),
     "640 columns": (48, 40, 4, 5, 40, 80),
 }
-MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
 
 def ranges(channels, seed=0):
@@ -208,13 +208,10 @@ def all_tiles():
         kernels = kernels_module()
     except ImportError:
         return [pytest.param(None, None, None, marks=pytest.mark.skip(reason="Triton is not installed"))]
-    from hflfnerv.triton_kernels._tiles import Limits
-
     found = []
-    for capability, shared in ((80, 166912), (90, 232448), (100, 232448)):
+    for capability in MATRIX:
         for name, (_, out_channels, r, _, height, width) in BLOCKS.items():
-            limits = Limits(divmod(capability, 10), shared, 132)
-            tiles = kernels.tiles(height * width, kernels.run_of(out_channels) * r * r, limits)
+            tiles = kernels.tiles(height * width, kernels.run_of(out_channels) * r * r, limits(capability))
             # Of other devices than Hopper the preferred one alone: compiling takes seconds.
             for tile in tiles if capability == 90 and name == "112 columns" else tiles[:1]:
                 found.append(pytest.param(capability, name, tile, id=f"sm_{capability}-{name}-{tile}"))

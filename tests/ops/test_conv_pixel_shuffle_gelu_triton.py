@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from ahead_of_time import MATRIX, limits
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
@@ -200,15 +201,6 @@ BLOCKS = {
     "768 columns": (57, 48, 4, 3, 10, 20),
     "48 columns": (12, 12, 2, 3, 7, 9),
 }
-MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-
-
-def limits(capability):
-    """The device's capability, shared memory of one program and multiprocessors."""
-    shared, multiprocessors = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148)}[capability]
-    from hflfnerv.triton_kernels._tiles import Limits
-
-    return Limits(divmod(capability, 10), shared, multiprocessors)
 
 
 def kernels_module():

@@ -6,12 +6,12 @@ import importlib
 
 import pytest
 import torch
+from ahead_of_time import MATRIX
 
 from hflfnerv.ops import OUTPUT_STAGE, PackedWeights
 
 MODULE = importlib.import_module("hflfnerv.ops.output_stage")
 ENTRY = next(entry for entry in OUTPUT_STAGE if entry.name == "triton")
-MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 ONE, DUAL = ([0], [0.5]), ([0, 1, 1], [1.0, 0.5])
 
 
