@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
 
+from ..data.selection import MAX_TERM
 from ..errors import InvalidBitstream
 
 __all__ = ["Color", "Header", "Source"]
 
 MAX_SIDE: Final = 16384
 MAX_FRAMES: Final = 2**24
-_MAX_RATIO_TERM = 2**31 - 1
 _MAX_TEXT = 256
 _MAX_DEPTH = 8
 _MAX_NODES = 4096
@@ -116,8 +116,8 @@ class Header:
             ratio = getattr(self, name)
             if not isinstance(ratio, Fraction):
                 raise TypeError(f"{name} must be a Fraction, got {type(ratio).__name__}")
-            _integer(f"{name} numerator", ratio.numerator, 1, _MAX_RATIO_TERM)
-            _integer(f"{name} denominator", ratio.denominator, 1, _MAX_RATIO_TERM)
+            _integer(f"{name} numerator", ratio.numerator, 1, MAX_TERM)
+            _integer(f"{name} denominator", ratio.denominator, 1, MAX_TERM)
         for name in ("preset", "writer"):
             _text(name, getattr(self, name))
         _object("model", self.model)
@@ -237,7 +237,7 @@ def _integers(name: str, values: Any, count: int, low: int, high: int) -> list[i
 
 
 def _ratio(name: str, value: Any) -> Fraction:
-    numerator, denominator = _integers(name, value, 2, 1, _MAX_RATIO_TERM)
+    numerator, denominator = _integers(name, value, 2, 1, MAX_TERM)
     return Fraction(numerator, denominator)
 
 

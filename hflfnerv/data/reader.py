@@ -19,7 +19,7 @@ from .._optional import Lazy
 from ..errors import MediaError
 from .color import ColorDescription, RGBConverter
 from .images import IMAGE_SUFFIXES, list_images, read_image
-from .selection import FrameRange, as_frame_slice, format_frames, parse_fps
+from .selection import MAX_TERM, FrameRange, as_frame_slice, format_frames, parse_fps
 from .transforms import centre_crop, centre_offset
 from .transforms import resize as resize_frames
 
@@ -41,7 +41,6 @@ DEFAULT_FPS = Fraction(25)
 #: Part of the free memory that frames may take.
 _MEMORY_SHARE = 0.8
 _GROWTH_BYTES = 32 << 20
-_MAX_RATIO_TERM = 2**31 - 1
 # Of an EBML element: an identifier of at most 4 bytes and a size of at most 8.
 _MAX_ELEMENT_HEAD_BYTES = 12
 
@@ -519,4 +518,4 @@ def _limited(ratio: Fraction) -> Fraction:
     """Return the nearest fraction of two numbers that containers and coded videos can hold."""
     if ratio < 1:
         return 1 / _limited(1 / ratio)
-    return ratio.limit_denominator(max(1, _MAX_RATIO_TERM // ratio))
+    return ratio.limit_denominator(max(1, MAX_TERM // ratio))

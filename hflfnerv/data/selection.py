@@ -7,15 +7,15 @@ import re
 from fractions import Fraction
 from typing import TypeAlias
 
-__all__ = ["FrameRange", "as_frame_slice", "format_frames", "parse_fps", "parse_frames", "parse_size_hw"]
+__all__ = ["MAX_TERM", "FrameRange", "as_frame_slice", "format_frames", "parse_fps", "parse_frames", "parse_size_hw"]
 
 FrameRange: TypeAlias = "slice | tuple[int | None, int | None] | str | None"
 
 _MAX_SIDE = 65536
 _MAX_FPS = 1_000_000
 _MAX_DENOMINATOR = 100_000
-#: What a .hflf file and FFmpeg hold.
-_MAX_TERM = 2**31 - 1
+#: Of a fraction that a .hflf file and FFmpeg hold.
+MAX_TERM = 2**31 - 1
 
 
 def parse_frames(text: str) -> slice:
@@ -101,9 +101,9 @@ def parse_fps(fps: str | Fraction | float) -> Fraction:
             f"fps must be positive, from 1/{_MAX_DENOMINATOR} to {_MAX_FPS}, such as 25, 29.97 or 30000/1001, "
             f"got {fps!r}"
         )
-    if max(rate.numerator, rate.denominator) <= _MAX_TERM and isinstance(fps, (str, Fraction)):
+    if max(rate.numerator, rate.denominator) <= MAX_TERM and isinstance(fps, (str, Fraction)):
         return rate
-    return rate.limit_denominator(min(_MAX_DENOMINATOR, _MAX_TERM // math.ceil(rate)))
+    return rate.limit_denominator(min(_MAX_DENOMINATOR, MAX_TERM // math.ceil(rate)))
 
 
 def parse_size_hw(text: str) -> tuple[int, int]:
