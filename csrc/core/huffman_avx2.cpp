@@ -58,17 +58,23 @@ struct Columns {
   }
 };
 
-// memcpy moves strings where the processor has that (ERMS), and on Zen 3 such a move takes up to 13 times as long where
-// the output lies less than a cache line ahead of the data, modulo a page, as any two allocations may. What comes from the
-// third cache is copied 4 to 6 % faster 16 bytes at a time than so, or than 32.
+// memcpy moves strings where the processor has that (ERMS), and on Zen 3 such a move takes up to 20 times as long where
+// the output lies less than a cache line ahead of the data, modulo a page, as any two allocations may. Stores of whole
+// lines, with both sides fetched a kilobyte ahead (over the ends of pages, where the hardware stops), take 0.99 of what a
+// good memcpy takes from the third cache, wherever the data lie.
 void copy_lines(std::uint8_t* out, const std::uint8_t* data, std::size_t size) {
-  constexpr std::size_t kLine = 64;
+  constexpr std::size_t kLine = 64, kAhead = 1024;
+  if (size < 2 * kLine) return copy_bytes(out, data, size);
+  const std::size_t first = -reinterpret_cast<std::uintptr_t>(out) % kLine;
+  copy_bytes(out, data, first);
+  out += first, data += first, size -= first;
   for (; size >= kLine; size -= kLine, out += kLine, data += kLine) {
-    __m128i line[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) line[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + i);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + i, line[i]);
+    __builtin_prefetch(data + kAhead);
+    __builtin_prefetch(out + kAhead, 1);
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data) + 1);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), low);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out) + 1, high);
   }
   copy_bytes(out, data, size);
 }
