@@ -387,7 +387,7 @@ def check_variants(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 def main(argv: Sequence[str] | None = None) -> int:
     """Run variants, or write the table."""
     parser = variants_parser("bench.ablations", __doc__, VARIANTS, PATH)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.command == "report":
         DOCUMENT.write_text(filled(DOCUMENT.read_text(), read_rows(arguments.results)))
         return 0

@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     parser = variants_parser("bench.rate", __doc__, VARIANTS, PATH)
     parser.add_argument("--sizes", nargs="+", default=[SIZE], help=f"(default: {SIZE})")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.command == "report":
         DOCUMENT.write_text(filled(DOCUMENT.read_text(), read_rows(arguments.results)))
         return 0

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", nargs="+", default=["motocross-jump"], help="(default: motocross-jump)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--results", type=pathlib.Path, default=PATH, help="(default: bench/results/stability.jsonl)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.command == "report":
         DOCUMENT.write_text(filled(DOCUMENT.read_text(), read_rows(arguments.results)))
         return 0

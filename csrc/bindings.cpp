@@ -132,15 +132,27 @@ py::array new_array(hflfnerv::SymbolType type, const std::vector<std::uint64_t>&
   return py::array_t<std::int16_t>(shape);
 }
 
-py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_symbols, bool verify,
+// A read-only array of symbols that lie in `data`, which stays in place as long as the array does.
+py::array shared_array(const py::buffer& data, hflfnerv::SymbolType type, const std::vector<std::uint64_t>& dims,
+                       const void* symbols) {
+  const auto view = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(data.ptr()));
+  if (!view) throw py::error_already_set();
+  const std::vector<py::ssize_t> shape(dims.begin(), dims.end());
+  const bool u8 = type == hflfnerv::SymbolType::u8;
+  py::array array(u8 ? py::dtype::of<std::uint8_t>() : py::dtype::of<std::int16_t>(), shape, symbols, view);
+  array.attr("setflags")(py::arg("write") = false);
+  return array;
+}
+
+py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_symbols, bool verify, bool copy,
                         const std::string& simd) {
   const Bytes bytes(data);
   hflfnerv::HuffmanDecoder decoder(level_of(simd));
   hflfnerv::Status status;
   {
     const py::gil_scoped_release release;
-    status = decoder.open(bytes.data(), bytes.size(), max_symbols,
-                          verify ? ChecksumUse::while_decoding : ChecksumUse::never);
+    const ChecksumUse use = copy ? ChecksumUse::while_decoding : ChecksumUse::first;
+    status = decoder.open(bytes.data(), bytes.size(), max_symbols, verify ? use : ChecksumUse::never);
   }
   raise_unless_ok(status);
   if (decoder.list() && !list) {
@@ -148,9 +160,11 @@ py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_sym
   }
   py::list arrays;
   std::vector<void*> pointers;
-  for (const hflfnerv::ArrayShape& shape : decoder.arrays()) {
-    py::array array = new_array(shape.type, shape.dims);
-    pointers.push_back(array.mutable_data());
+  for (std::size_t i = 0; i < decoder.arrays().size(); ++i) {
+    const hflfnerv::ArrayShape& shape = decoder.arrays()[i];
+    const void* const stored = copy ? nullptr : decoder.stored(i);
+    py::array array = stored ? shared_array(data, shape.type, shape.dims, stored) : new_array(shape.type, shape.dims);
+    pointers.push_back(stored ? nullptr : array.mutable_data());
     arrays.append(std::move(array));
   }
   {
@@ -162,7 +176,7 @@ py::list huffman_decode(const py::buffer& data, bool list, std::uint64_t max_sym
 }
 
 py::array huffman_decode_rows(const py::buffer& data, std::uint64_t start, std::uint64_t stop,
-                              std::uint64_t max_symbols, bool verify, const std::string& simd) {
+                              std::uint64_t max_symbols, bool verify, bool copy, const std::string& simd) {
   const Bytes bytes(data);
   hflfnerv::HuffmanDecoder decoder(level_of(simd));
   hflfnerv::Status status;
@@ -183,6 +197,10 @@ py::array huffman_decode_rows(const py::buffer& data, std::uint64_t start, std::
   const std::uint64_t row_symbols = rows == 0 ? 0 : shape.count / rows;
   std::vector<std::uint64_t> dims = shape.dims;
   dims.front() = stop - start;
+  if (const void* const stored = copy || start == stop ? nullptr : decoder.stored(0)) {
+    const std::size_t skipped = start * row_symbols * hflfnerv::symbol_bytes(shape.type);
+    return shared_array(data, shape.type, dims, static_cast<const std::uint8_t*>(stored) + skipped);
+  }
   py::array array = new_array(shape.type, dims);
   void* const out = array.mutable_data();
   {
@@ -498,9 +516,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("huffman_encode", &huffman_encode, py::arg("arrays"), py::arg("groups"), py::arg("list"),
              py::arg("chunk_symbols"), py::arg("simd") = "auto");
   module.def("huffman_decode", &huffman_decode, py::arg("data"), py::arg("list"), py::arg("max_symbols"),
-             py::arg("verify") = true, py::arg("simd") = "auto");
+             py::arg("verify") = true, py::arg("copy") = true, py::arg("simd") = "auto");
   module.def("huffman_decode_rows", &huffman_decode_rows, py::arg("data"), py::arg("start"), py::arg("stop"),
-             py::arg("max_symbols"), py::arg("verify") = true, py::arg("simd") = "auto");
+             py::arg("max_symbols"), py::arg("verify") = true, py::arg("copy") = true, py::arg("simd") = "auto");
   module.def("huffman_code_lengths", &huffman_code_lengths, py::arg("counts"), py::arg("max_bits"));
   module.def("pixel_shuffle_gelu_simd", [] { return kLevelNames[static_cast<int>(hflfnerv::pixel_shuffle_gelu_level())]; });
   module.def("pixel_shuffle_gelu_fwd", &pixel_shuffle_gelu_fwd, py::arg("shape"), py::arg("channels_last"),

@@ -45,8 +45,8 @@ class _Coder:
     """What an implementation offers; the arguments are those of :mod:`hflfnerv.reference.huffman`."""
 
     encode: Callable[[Sequence[Array], Sequence[int], bool, int], bytes]
-    decode: Callable[[Any, bool, int, bool], list[Array]]
-    decode_rows: Callable[[Any, int, int, int, bool], Array]
+    decode: Callable[[Any, bool, int, bool, bool], list[Array]]
+    decode_rows: Callable[[Any, int, int, int, bool, bool], Array]
     code_lengths: Callable[[Array, int], Array]
 
 
@@ -60,8 +60,10 @@ def _reference() -> _Coder:
 
     return _Coder(
         r.encode,
-        lambda data, as_list, max_symbols, verify: r.decode(bytes(data), as_list, max_symbols, verify),
-        lambda data, start, stop, max_symbols, verify: r.decode_rows(bytes(data), start, stop, max_symbols, verify),
+        lambda data, as_list, max_symbols, verify, copy: r.decode(bytes(data), as_list, max_symbols, verify),
+        lambda data, start, stop, max_symbols, verify, copy: r.decode_rows(
+            bytes(data), start, stop, max_symbols, verify
+        ),
         r.code_lengths,
     )
 
@@ -114,7 +116,14 @@ def encode(symbols: Array, *, chunk_symbols: int | None = None, impl: str = "aut
     return _coder(impl).encode([array], [0], False, _checked_chunk(chunk_symbols))
 
 
-def decode(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS, verify: bool = True) -> Array:
+def decode(
+    data: Buffer,
+    *,
+    impl: str = "auto",
+    max_symbols: int = DEFAULT_MAX_SYMBOLS,
+    verify: bool = True,
+    copy: bool = True,
+) -> Array:
     """Decode what :func:`encode` returned.
 
     Args:
@@ -124,9 +133,12 @@ def decode(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_S
         verify: whether to compare the checksum. Without it, data that was changed may give wrong symbols, a wrong dtype
             or a wrong shape and no error, so that is for data known to be whole, such as a section of a container whose
             own checksum was compared. Everything else is still checked: hostile data is as safe to decode as with it.
+        copy: whether symbols that did not shrink, and so are stored as they are, are copied too. If not, they come as a
+            read-only view of ``data``, which must not change as long as the array lives; where ``data`` begins at an
+            odd address int16 is copied all the same, and ``impl="reference"`` always copies.
 
     Returns:
-        A new array, of the dtype and shape that were encoded.
+        A new array, of the dtype and shape that were encoded; or a view, if ``copy`` is false.
 
     Raises:
         BitstreamError: the data is not such bytes: :class:`~hflfnerv.errors.BadMagic`, ``UnsupportedVersion``,
@@ -142,7 +154,7 @@ def decode(data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_S
         >>> decode(encode(np.array([1, -1, 1], np.int16)))
         array([ 1, -1,  1], dtype=int16)
     """
-    (array,) = _coder(impl).decode(_checked_data(data), False, _checked_max(max_symbols), bool(verify))
+    (array,) = _coder(impl).decode(_checked_data(data), False, _checked_max(max_symbols), bool(verify), bool(copy))
     return array
 
 
@@ -154,6 +166,7 @@ def decode_rows(
     impl: str = "auto",
     max_symbols: int = DEFAULT_MAX_SYMBOLS,
     verify: bool = True,
+    copy: bool = True,
 ) -> Array:
     """Decode some rows of what :func:`encode` returned, reading only the chunks they lie in.
 
@@ -164,9 +177,10 @@ def decode_rows(
         impl: as in :func:`encode`.
         max_symbols: as in :func:`decode`; it bounds the whole array.
         verify: as in :func:`decode`. The checksum takes a pass over the whole data, however few rows are wanted.
+        copy: as in :func:`decode`.
 
     Returns:
-        A new array equal to ``decode(data)[start:stop]``.
+        A new array equal to ``decode(data)[start:stop]``; or a view, if ``copy`` is false.
 
     Raises:
         ValueError: the rows are out of range or the array has no axis; and as in :func:`decode`.
@@ -184,7 +198,7 @@ def decode_rows(
     rows = (operator.index(start), operator.index(stop))
     if not 0 <= rows[0] <= rows[1]:
         raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
-    return _coder(impl).decode_rows(_checked_data(data), *rows, _checked_max(max_symbols), bool(verify))
+    return _coder(impl).decode_rows(_checked_data(data), *rows, _checked_max(max_symbols), bool(verify), bool(copy))
 
 
 def encode_many(arrays: Sequence[Array], *, chunk_symbols: int | None = None, impl: str = "auto") -> bytes:
@@ -223,7 +237,12 @@ def encode_many(arrays: Sequence[Array], *, chunk_symbols: int | None = None, im
 
 
 def decode_many(
-    data: Buffer, *, impl: str = "auto", max_symbols: int = DEFAULT_MAX_SYMBOLS, verify: bool = True
+    data: Buffer,
+    *,
+    impl: str = "auto",
+    max_symbols: int = DEFAULT_MAX_SYMBOLS,
+    verify: bool = True,
+    copy: bool = True,
 ) -> list[Array]:
     """Decode what :func:`encode_many` returned; a single coded array gives a list of one.
 
@@ -232,9 +251,10 @@ def decode_many(
         impl: as in :func:`encode`.
         max_symbols: how many symbols the data may declare in total.
         verify: as in :func:`decode`.
+        copy: as in :func:`decode`.
 
     Returns:
-        New arrays, in the order, dtypes and shapes that were encoded.
+        New arrays, in the order, dtypes and shapes that were encoded; views among them, if ``copy`` is false.
 
     Raises:
         BitstreamError, TypeError, ValueError, BackendUnavailable: as in :func:`decode`.
@@ -246,7 +266,7 @@ def decode_many(
         >>> decode_many(encode_many([np.array([7, 7], np.uint8)]))
         [array([7, 7], dtype=uint8)]
     """
-    return _coder(impl).decode(_checked_data(data), True, _checked_max(max_symbols), bool(verify))
+    return _coder(impl).decode(_checked_data(data), True, _checked_max(max_symbols), bool(verify), bool(copy))
 
 
 def code_lengths(counts: npt.ArrayLike, max_bits: int, *, impl: str = "auto") -> Array:

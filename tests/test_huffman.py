@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import functools
+import gc
 import pathlib
 import shutil
 import subprocess
@@ -133,7 +135,7 @@ def test_every_instruction_set_writes_and_reads_the_same_bytes(symbols, level):
         data = huffman.encode(symbols, chunk_symbols=chunk_symbols, impl="reference")
         assert c.huffman_encode([symbols], [0], False, chunk_symbols, level) == data
         for verify in (True, False):
-            assert same(c.huffman_decode(data, False, symbols.size, verify, level)[0], symbols)
+            assert same(c.huffman_decode(data, False, symbols.size, verify, simd=level)[0], symbols)
     assert same(huffman.decode(huffman.encode(symbols), impl="reference"), symbols)
 
 
@@ -316,6 +318,53 @@ def test_noncontiguous_arrays_are_copied():
     symbols = laplace((40, 30), 4, np.int16)
     for view in (symbols.T, symbols[::2, ::-3], np.asfortranarray(symbols)):
         assert same(huffman.decode(huffman.encode(view)), np.ascontiguousarray(view))
+
+
+@needs_ext
+@pytest.mark.parametrize("verify", [True, False])
+def test_without_a_copy_what_is_stored_is_a_view(verify):
+    random = np.random.default_rng(5)
+    stored = random.integers(0, 256, (40, 50), dtype=np.uint8)
+    words = random.integers(-(2**15), 2**15, 31, dtype=np.int16)
+    for symbols in (stored, words):
+        storage = huffman.encode(symbols)
+        # At an even and at an odd address.
+        for before in (0, 1):
+            buffer = np.frombuffer(bytearray(before) + storage, np.uint8)[before:]
+            array = huffman.decode(buffer, verify=verify, copy=False)
+            at = buffer.ctypes.data + len(storage) - symbols.nbytes
+            assert same(array, symbols)
+            assert np.shares_memory(array, buffer) == (at % symbols.itemsize == 0)
+            assert array.flags.writeable == bool(at % symbols.itemsize)
+            rows = huffman.decode_rows(buffer, 7, 19, verify=verify, copy=False)
+            assert same(rows, symbols[7:19])
+            assert np.shares_memory(rows, buffer) == np.shares_memory(array, buffer)
+    # What does not shrink, what does, nothing, and two arrays that share a group.
+    many = [stored, CASES["ramp"], stored[:0], stored[::-1].copy(), CASES["constant"]]
+    storage = bytearray(huffman.encode_many(many))
+    arrays = huffman.decode_many(storage, verify=verify, copy=False)
+    assert all(same(a, b) for a, b in zip(arrays, many, strict=True))
+    shared = [np.shares_memory(array, np.frombuffer(storage, np.uint8)) for array in arrays]
+    assert shared == [True, False, False, True, False]
+    with pytest.raises(BufferError):  # the views keep it as it is
+        storage.clear()
+    data = huffman.encode(stored)
+    array = huffman.decode(data, verify=verify, copy=False)
+    expected, place = data[:], array.ctypes.data
+    del data
+    gc.collect()
+    assert array.tobytes() == expected[-array.size :]
+    assert array.ctypes.data == place
+    assert same(huffman.decode(expected, verify=verify, copy=False, impl="reference"), stored)
+
+
+@needs_ext
+def test_a_view_is_verified_first():
+    data = bytearray(huffman.encode(CASES["uniform"]))
+    data[-1] ^= 1
+    for decode in (huffman.decode, huffman.decode_many, functools.partial(huffman.decode_rows, start=0, stop=3)):
+        with pytest.raises(ChecksumMismatch):
+            decode(data, copy=False)
 
 
 def test_data_may_be_any_contiguous_buffer():

@@ -157,6 +157,15 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
         check=check,
         **common,
     )
+    is_stored = np.shares_memory(huffman.decode(data, copy=False), np.frombuffer(data, np.uint8))
+    without_copy = [
+        Contender(
+            f"cpp ({c.simd_levels()[-1]}), unverified, no copy",
+            lambda: huffman.decode(data, verify=False, copy=False),
+            n,
+            "a read-only view of the data, which are stored as they are",
+        )
+    ]
     yield Point(
         what="huffman.decode",
         contenders=[
@@ -167,9 +176,10 @@ def points_of(name: str, symbols: Symbols) -> Iterator[Point]:
                 n,
                 f"{ours}, no checksum computed",
             ),
+            *(without_copy if is_stored else []),
             *(
                 Contender(
-                    f"cpp ({level})", functools.partial(c.huffman_decode, data, False, 2**28, True, level), n, ours
+                    f"cpp ({level})", functools.partial(c.huffman_decode, data, False, 2**28, simd=level), n, ours
                 )
                 for level in lower
             ),

@@ -48,14 +48,16 @@ std::uint32_t reverse_bits(std::uint32_t value, unsigned count) {
   return result;
 }
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+constexpr bool kLittleEndian = false;
+#else
+constexpr bool kLittleEndian = true;
+#endif
+
 // Turns little-endian words, as data has them, into the machine's, in place.
 void from_little(std::uint16_t* words, std::uint64_t count) {
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  if constexpr (kLittleEndian) return;
   for (std::uint64_t i = 0; i < count; ++i) words[i] = __builtin_bswap16(words[i]);
-#else
-  static_cast<void>(words);
-  static_cast<void>(count);
-#endif
 }
 
 unsigned bit_width(std::uint64_t value) { return value == 0 ? 0 : 64 - static_cast<unsigned>(__builtin_clzll(value)); }
@@ -842,6 +844,15 @@ Status HuffmanDecoder::decode(std::size_t array, std::uint64_t begin, std::uint6
   return groups_[of.group]->decode(kernels(level_), of.offset + begin, of.offset + end, out);
 }
 
+const void* HuffmanDecoder::stored(std::size_t array) const {
+  const ArrayShape& of = arrays_[array];
+  const HuffmanGroup& group = *groups_[of.group];
+  const std::size_t width = symbol_bytes(of.type);
+  if (group.mode != kRaw || of.count == 0 || (width > 1 && !kLittleEndian)) return nullptr;
+  const std::uint8_t* const at = group.payload + of.offset * width;
+  return reinterpret_cast<std::uintptr_t>(at) % width == 0 ? at : nullptr;
+}
+
 Status HuffmanDecoder::decode_all(void* const* out) const {
   if (checksum_due_) {
     const HuffmanGroup& group = *groups_[0];
@@ -858,7 +869,8 @@ Status HuffmanDecoder::decode_all(void* const* out) const {
   for (const std::unique_ptr<HuffmanGroup>& owner : groups_) {
     const HuffmanGroup& group = *owner;
     const std::size_t width = symbol_bytes(group.type);
-    if (group.members.empty()) continue;
+    const auto wanted = [&](std::size_t array) { return out[array] != nullptr; };
+    if (std::none_of(group.members.begin(), group.members.end(), wanted)) continue;
     // One array alone is decoded in place; arrays that share chunks are decoded together and dealt out.
     const bool shared = group.members.size() > 1;
     if (shared) joined.resize(group.count * width);
@@ -867,6 +879,7 @@ Status HuffmanDecoder::decode_all(void* const* out) const {
     if (!status.ok()) return status;
     for (std::size_t i = 0; shared && i < group.members.size(); ++i) {
       const std::size_t array = group.members[i];
+      if (!wanted(array)) continue;
       std::memcpy(out[array], joined.data() + arrays_[array].offset * width, arrays_[array].count * width);
     }
   }

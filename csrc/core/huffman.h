@@ -60,7 +60,7 @@ class HuffmanEncoder {
 // When a decoder computes the checksum of its data.
 enum class ChecksumUse {
   first,           // before anything else of the data is believed
-  while_decoding,  // `decode_all` must be called next: of one array stored as it is, it computes it while it copies
+  while_decoding,  // `decode_all` of all arrays must be next: of one stored as it is, it computes it while it copies
   never,           // the caller knows the data to be whole; if it is not, symbols may be wrong, and nothing worse
 };
 
@@ -77,8 +77,10 @@ class HuffmanDecoder {
 
   // Writes symbols [begin, end) of an array.
   Status decode(std::size_t array, std::uint64_t begin, std::uint64_t end, void* out) const;
-  // Writes every array, `out[i]` for array i.
+  // Writes every array, `out[i]` for array i; one that is null is not wanted.
   Status decode_all(void* const* out) const;
+  // Where the symbols of an array lie in the data as they are in memory, or null where they have to be decoded.
+  const void* stored(std::size_t array) const;
 
  private:
   Status parse(std::uint64_t max_symbols);

@@ -58,8 +58,8 @@ struct Columns {
   }
 };
 
-// memcpy moves strings where the processor has that (ERMS), and on Zen 3 such a move takes up to 20 times as long where
-// the output lies less than a cache line ahead of the data, modulo a page, as any two allocations may. Stores of whole
+// memcpy moves strings where the processor has that (ERMS), and on Zen 3 such a move takes up to 20 times as long where the
+// output lies less than a cache line ahead of the data, modulo a page, as any two allocations may. Stores of whole
 // lines, with both sides fetched a kilobyte ahead (over the ends of pages, where the hardware stops), take 0.99 of what a
 // good memcpy takes from the third cache, wherever the data lie.
 void copy_lines(std::uint8_t* out, const std::uint8_t* data, std::size_t size) {

@@ -51,6 +51,14 @@ def used(config, clip):
     return settings | {"quantization_share": 0.0, "rate_weight": 0.0}
 
 
+@pytest.mark.parametrize("module", [ablations, rate, stability])
+def test_names_may_follow_the_options(module, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["run", "--data", str(tmp_path), "--seeds", "2", "--clips", "x", "--results", "y", "nonsense"])
+    assert "unknown" in (said := capsys.readouterr().err)
+    assert said.strip().endswith("nonsense")
+
+
 @pytest.mark.parametrize("name", ablations.VARIANTS)
 def test_every_variant_trains(name, data, trained):
     row = ablations.run(name, "clip", 1, data, epochs=2)

@@ -38,6 +38,16 @@ def test_like_is_compared_with_like() -> None:
     assert lines[-1].startswith("Like for like")
 
 
+def test_what_is_not_copied_has_a_line_of_its_own() -> None:
+    view = {**rows(unverified=True)[-1], "implementation": f"{OURS}, unverified, no copy", "p50": 6000.0}
+    assert view["what"] == "huffman.decode"
+    assert view["data"] == "uniform"
+    lines = readme.huffman_inputs([*rows(unverified=True), view])
+    assert lines[:-2] == readme.huffman_inputs(rows(unverified=True))
+    assert lines[-1].startswith("What does not shrink (uniform)")
+    assert "100 times as fast" in lines[-1]
+
+
 def test_rows_from_before_there_was_unverified_decoding() -> None:
     lines = readme.huffman_table(rows(unverified=False)).splitlines()
     assert "| **cpp (avx2)** | 60 MB/s (1.00) | 30 MB/s (1.50) |" in lines
