@@ -163,7 +163,7 @@ class Bitstream:
     def _embeddings(self) -> TensorSection | None:
         if "EMBD" not in self._container:
             return None
-        section = TensorSection(self._container.section("EMBD"), "section EMBD")
+        section = TensorSection(self._container.section("EMBD"), "section EMBD", rows=True)
         shapes = [record.shape for record in section.records]
         if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][0] != self.header.frames:
             raise InvalidBitstream(f"section EMBD: must be one tensor [{self.header.frames}, C, h, w], got {shapes}")

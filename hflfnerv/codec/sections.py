@@ -30,6 +30,8 @@ _MAX_NAME_BYTES = 255
 
 _MINMAX_FLOAT32, _MINMAX_FLOAT16, _LOG = range(3)
 _NO_AXIS = 255
+# Rows are told from the row before; one row in so many is not, and begins what has to be read for those behind it.
+_KEY_INTERVAL = 32
 _PREFIX = "BBIIII"
 # A plane's values are within 18 bits: sums of two 16-bit numbers.
 _PLANE_LIMIT = 1 << 17
@@ -107,13 +109,20 @@ def encode_tensors(tensors: Mapping[str, QuantizedTensor], coder: EntropyCoder, 
         raise ValueError(f"tensor names and shapes must fit {MAX_DESCRIPTION_BYTES} bytes, got {len(description)}")
 
     planes = coder.encode_arrays(high_parts) if high_parts else b""
+    key_interval = 0
     if rows:
         (tensor,) = tensors.values()
-        symbols = coder.encode_rows(tensor.symbols.reshape(tensor.shape[0], -1))
+        table = tensor.symbols.reshape(tensor.shape[0], -1)
+        symbols = coder.encode_rows(table)
+        differences = coder.encode_rows(_differences(table, tensor.bits, _KEY_INTERVAL))
+        if len(differences) < len(symbols):
+            symbols, key_interval = differences, _KEY_INTERVAL
     else:
         symbols = coder.encode_arrays([tensor.symbols.ravel() for tensor in tensors.values()])
     deflated = deflate(bytes(description))
-    prefix = struct.pack("<" + _PREFIX, coder.code, 0, len(description), len(deflated), len(raw), len(planes))
+    prefix = struct.pack(
+        "<" + _PREFIX, coder.code, key_interval, len(description), len(deflated), len(raw), len(planes)
+    )
     return prefix + deflated + bytes(raw) + planes + symbols
 
 
@@ -126,21 +135,22 @@ class TensorSection:
         symbol_bytes: bytes of the symbols.
     """
 
-    def __init__(self, data: bytes, what: str) -> None:
+    def __init__(self, data: bytes, what: str, *, rows: bool = False) -> None:
         """Read the descriptions.
 
         Args:
             data: the section's content, its checksum already compared; see :class:`~.entropy.EntropyCoder`.
             what: its name in messages.
+            rows: whether it was written with ``rows``.
 
         Raises:
             BitstreamError: they are invalid.
         """
         self._what = what
         reader = Reader(data, what)
-        code, reserved, description_size, deflated_size, raw_size, planes_size = reader.unpack(_PREFIX)
-        if reserved:
-            raise InvalidBitstream(f"{what}: the reserved byte must be 0, got {reserved}")
+        code, key_interval, description_size, deflated_size, raw_size, planes_size = reader.unpack(_PREFIX)
+        if key_interval and not rows:
+            raise InvalidBitstream(f"{what}: the interval of key rows must be 0, got {key_interval}")
         if description_size > MAX_DESCRIPTION_BYTES:
             raise InvalidBitstream(f"{what}: declares {description_size} bytes, the limit is {MAX_DESCRIPTION_BYTES}")
         description = inflate(reader.take(deflated_size), description_size, what)
@@ -148,6 +158,7 @@ class TensorSection:
         self._planes = reader.take(planes_size)
         self._symbols = reader.rest()
         self._code = code
+        self._key_interval = key_interval
         self.side_bytes = raw_size + planes_size
         self.symbol_bytes = len(self._symbols)
         self.records = self._read_records(description)
@@ -247,7 +258,13 @@ class TensorSection:
         (record,), (step,) = self.records, self.steps
         wanted, order = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         rows, columns = record.shape[0], math.prod(record.shape[1:])
-        symbols = self.coder.decode_rows(self._symbols, (rows, columns), symbol_dtype(record.bits), wanted)
+        needed = _rows_needed(wanted, self._key_interval)
+        symbols = self.coder.decode_rows(self._symbols, (rows, columns), symbol_dtype(record.bits), needed)
+        if self._key_interval:
+            if symbols.min() < 0 or symbols.max() >> record.bits:
+                raise InvalidBitstream(f"{self._what}: {record.name}: a difference does not fit {record.bits} bits")
+            symbols = _from_differences(symbols, needed, record.bits, self._key_interval)
+            symbols = symbols[np.searchsorted(needed, wanted)]
         symbols = symbols[order].reshape(-1, *record.shape[1:])
         if record.axis:
             first, second = (array[indices] for array in step.arrays)
@@ -289,6 +306,39 @@ def _read_record(reader: Reader, what: str) -> TensorRecord:
             raise InvalidBitstream(f"{what}: {name}: side information has offset {offset} and mode {mode}")
         planes.append(Plane(offset, None if mode == 0 else mode - 1))
     return TensorRecord(name, bits, scheme, None if axis == _NO_AXIS else axis, shape, tuple(planes))
+
+
+def _differences(rows: Array, bits: int, key_interval: int) -> Array:
+    """Return rows ``[T, n]`` of symbols as differences from the row before, of the same range and dtype.
+
+    Differences are taken modulo ``2**bits`` and counted 0, -1, 1, -2, ..., so that small ones are small symbols. Before
+    a key row stands the middle of the range.
+    """
+    before = np.roll(rows, 1, axis=0).astype(np.int64)
+    before[::key_interval] = 1 << (bits - 1)
+    half = 1 << (bits - 1)
+    difference = (rows - before + half) % (2 * half) - half
+    return np.where(difference < 0, -2 * difference - 1, 2 * difference).astype(rows.dtype)
+
+
+def _rows_needed(wanted: Array, key_interval: int) -> Array:
+    """Return the rows that wanted ones are made of, ascending: each from its key row on."""
+    if not key_interval:
+        return wanted
+    reach = np.arange(key_interval)
+    rows = wanted[:, None] - reach
+    return np.unique(rows[reach <= wanted[:, None] % key_interval])
+
+
+def _from_differences(differences: Array, rows: Array, bits: int, key_interval: int) -> Array:
+    """Return the symbols of rows, of which each is there from its key row on; the inverse of :func:`_differences`."""
+    words = differences.astype(np.uint16)
+    words = (words >> 1) ^ -(words & 1)  # modulo 2**16, and so modulo 2**bits
+    words[rows % key_interval == 0] += np.uint16(1 << (bits - 1))
+    totals = np.cumsum(words, axis=0, dtype=np.uint16)
+    key = np.maximum.accumulate(np.where(rows % key_interval == 0, np.arange(len(rows)), 0))
+    symbols = totals - (totals - words)[key]
+    return (symbols & np.uint16((1 << bits) - 1)).astype(differences.dtype)
 
 
 def _scheme(step: Step) -> int:

@@ -18,7 +18,8 @@ import numpy as np
 from hflfnerv.codec.bitstream import Bitstream, Color, Header, Source, write_bitstream
 from hflfnerv.codec.quantization import LogStep, MinMax, QuantizedTensor, dequantize
 
-_NAMES = {"huffman": "v1-huffman.hflf", "range": "v1-range.hflf"}
+# Those named v1-huffman and v1-range hold the same, and are from before embeddings were coded as differences.
+_NAMES = {entropy: f"v1-differences-{entropy}.hflf" for entropy in ("huffman", "range")}
 
 
 def contents() -> tuple[Header, dict[str, QuantizedTensor], QuantizedTensor]:

@@ -103,6 +103,61 @@ def test_one_frame_decodes_one_frame(header: Header, weights: Weights, monkeypat
     assert asked == [(1, 4)]
 
 
+@pytest.mark.parametrize("bits", [2, 6, 8, 9, 12])
+def test_rows_alike_are_coded_as_differences(header: Header, weights: Weights, entropy: str, bits: int) -> None:
+    rng = np.random.default_rng(1)
+    # A walk of small steps, which leaves the range at both ends and comes in at the other.
+    walk = rng.integers(0, 1 << bits, (1, 3, 2, 40)) + np.cumsum(rng.integers(-1, 2, (100, 3, 2, 40)), axis=0)
+    symbols = (walk % (1 << bits)).astype(np.uint8 if bits <= 8 else np.int16)
+    step = LogStep(np.array(-81, np.int16), np.array(5, np.int16), None)
+    noise = rng.permutation(symbols.ravel()).reshape(symbols.shape)
+    sizes = []
+    for values in (symbols, noise):
+        embeddings = QuantizedTensor(values, bits, step)
+        stream = Bitstream.open(write_bitstream(replace(header, frames=100), weights, embeddings, entropy=entropy))
+        assert _same(stream.read_quantized_embeddings(), embeddings)
+        for frames in ([0], [31], [32], [99], [50, 3, 96, 64, 50]):
+            assert np.array_equal(stream.read_embeddings(frames), dequantize(embeddings)[frames])
+        sizes.append(stream.section_bytes["EMBD"])
+    # No worse than two bits for each of the three differences, and for the four key rows the fourth code of two bits
+    # with the plain symbol behind it; and the model.
+    bound = (96 * 240 * 2 + 4 * 240 * (2 + bits)) / 8 + 2**bits + 600
+    if bits > 2:  # a plain symbol takes 2 bits, too
+        assert sizes[0] < bound < sizes[1]
+
+
+def test_a_frame_is_read_from_its_key_row_on(header: Header, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    from hflfnerv import huffman
+
+    original = huffman.decode_rows
+
+    def spy(data: bytes, start: int, stop: int, **options: int) -> np.ndarray:
+        asked.append((start, stop))
+        return original(data, start, stop, **options)
+
+    monkeypatch.setattr(huffman, "decode_rows", spy)
+    symbols = np.tile(np.arange(64, dtype=np.uint8), (100, 1)).reshape(100, 8, 2, 4)
+    step = LogStep(np.array(-81, np.int16), np.array(5, np.int16), None)
+    embeddings = QuantizedTensor(symbols, 6, step)
+    stream = Bitstream.open(write_bitstream(replace(header, frames=100), weights, embeddings))
+    for frames, runs in [([40], [(32, 41)]), ([99, 31, 5], [(0, 32), (96, 100)]), ([64], [(64, 65)])]:
+        assert np.array_equal(stream.read_embeddings(frames), dequantize(embeddings)[frames])
+        assert asked == runs
+        asked.clear()
+
+
+def test_hostile_differences() -> None:
+    table = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    record = [_description(bits=3, sizes=[3, 4])]
+    for interval in (1, 2, 255):
+        good = _section(record, key_interval=interval, symbols=HuffmanCoder().encode_rows(table % 8))
+        assert TensorSection(good, "section EMBD", rows=True).read_rows([2]).symbols.max() < 8
+        bad = _section(record, key_interval=interval, symbols=HuffmanCoder().encode_rows(table))
+        with pytest.raises(InvalidBitstream, match="does not fit 3 bits"):
+            TensorSection(bad, "section EMBD", rows=True).read_rows([2])
+
+
 def test_networks_without_embeddings(header: Header, weights: Weights, entropy: str) -> None:
     stream = Bitstream.open(write_bitstream(header, weights, None, entropy=entropy))
     assert stream.embedding_shape is None
@@ -223,7 +278,7 @@ def _description(**changes: object) -> bytes:
 
 
 def _section(
-    tensors: list[bytes], *, count: int | None = None, size: int | None = None, coder: int = 0, reserved: int = 0,
+    tensors: list[bytes], *, count: int | None = None, size: int | None = None, coder: int = 0, key_interval: int = 0,
     raw: bytes = b"", planes: bytes = b"", symbols: bytes | None = None,
 ) -> bytes:  # fmt: skip
     text = varint(len(tensors) if count is None else count) + b"".join(tensors)
@@ -231,7 +286,7 @@ def _section(
     if symbols is None:
         symbols = HuffmanCoder().encode_arrays([np.arange(4, dtype=np.uint8)] * len(tensors))
     declared = len(text) if size is None else size
-    return struct.pack("<BBIIII", coder, reserved, declared, len(deflated), len(raw), len(planes)) + (
+    return struct.pack("<BBIIII", coder, key_interval, declared, len(deflated), len(raw), len(planes)) + (
         deflated + raw + planes + symbols
     )
 
@@ -250,7 +305,7 @@ _ONES = _CODER.encode_arrays([np.ones(4, dtype=np.uint8)])
     ("make", "message"),
     [
         (lambda: b"", "needs 18 more bytes"),
-        (lambda: _section([_description()], reserved=1), "reserved byte"),
+        (lambda: _section([_description()], key_interval=1), "interval of key rows must be 0"),
         (lambda: _section([_description()], coder=7), "entropy coder must be"),
         (lambda: _section([_description()], size=1 << 24), "the limit is"),
         (lambda: _section([_description()], size=5), "must give the 5 bytes"),
@@ -351,23 +406,29 @@ def test_writer_rejects(weights: Weights) -> None:
 # --- golden files ---
 
 
+@pytest.mark.parametrize("rows", ["", "differences-"])
 @pytest.mark.parametrize("entropy", ["huffman", "range"], indirect=True)
-def test_golden_files_are_read_as_they_were_written(entropy: str) -> None:
-    data = (GOLDEN / f"v1-{entropy}.hflf").read_bytes()
-    assert describe(data) == json.loads((GOLDEN / f"v1-{entropy}.json").read_text())
+def test_golden_files_are_read_as_they_were_written(entropy: str, rows: str) -> None:
+    data = (GOLDEN / f"v1-{rows}{entropy}.hflf").read_bytes()
+    assert describe(data) == json.loads((GOLDEN / f"v1-{rows}{entropy}.json").read_text())
 
 
 @pytest.mark.parametrize("entropy", ["huffman", "range"], indirect=True)
 def test_golden_contents_give_the_golden_bytes(entropy: str) -> None:
     """Of the parts whose bytes this format fixes: deflate and Huffman leave the encoder choices, the rest does not."""
-    golden = Bitstream.open((GOLDEN / f"v1-{entropy}.hflf").read_bytes())
+    golden = Bitstream.open((GOLDEN / f"v1-differences-{entropy}.hflf").read_bytes())
     written = Bitstream.open(write_bitstream(*contents(), entropy=entropy))
     assert written.header.to_json() == golden.header.to_json()
     for tag in ("_weights", "_embeddings"):
         ours, theirs = getattr(written, tag), getattr(golden, tag)
         assert ours.records == theirs.records
-        for part in ("_raw",) if entropy == "huffman" else ("_raw", "_planes", "_symbols"):
+        for part in ("_raw", "_key_interval") if entropy == "huffman" else ("_raw", "_planes", "_symbols"):
             assert getattr(ours, part) == getattr(theirs, part)
+    # Where differences do not pay: the rows as they are, which the older files have.
+    if entropy == "range":
+        older = Bitstream.open((GOLDEN / "v1-range.hflf").read_bytes())
+        table = contents()[2].symbols.reshape(4, -1)
+        assert entropy_coder(entropy).encode_rows(table) == older._embeddings._symbols
 
 
 def test_golden_file_with_a_damaged_part_still_gives_the_others() -> None:

@@ -30,7 +30,7 @@ def _corpus() -> list[bytes]:
 
 def test_corpus(one_input: Callable[[bytes], None]) -> None:
     corpus = _corpus()
-    assert {data[0] % 6 for data in corpus} == set(range(6))
+    assert {data[0] % 7 for data in corpus} == set(range(7))
     for data in corpus:
         one_input(data)
 

@@ -60,14 +60,14 @@ def _read_file(data: bytes) -> None:
         stream.accounting()
 
 
-def _section(data: bytes) -> bytes:
+def _section(data: bytes, key_interval: int = 0) -> bytes:
     """A tensor section from its parts: lengths in five bytes, description not yet deflated."""
     coder, description_size, raw_size, planes_size = struct.unpack_from("<BHBB", data.ljust(5, b"\0"))
     body = data[5:]
     description, body = body[:description_size], body[description_size:]
     deflated = deflate(description)
     raw, planes = min(raw_size, len(body)), min(planes_size, max(0, len(body) - raw_size))
-    return struct.pack("<BBIIII", coder, 0, len(description), len(deflated), raw, planes) + deflated + body
+    return struct.pack("<BBIIII", coder, key_interval, len(description), len(deflated), raw, planes) + deflated + body
 
 
 def _huffman(body: bytes) -> bytes:
@@ -80,7 +80,7 @@ def one_input(data: bytes) -> None:
     """Read what an input says; raises nothing but what is a bug."""
     if not data:
         return
-    kind, rest = data[0] % 6, data[1:]
+    kind, rest = data[0] % 7, data[1:]
     try:
         if kind == 0:
             Container.parse(rest)
@@ -93,6 +93,11 @@ def one_input(data: bytes) -> None:
             _read_section(TensorSection(rest, "section WGTS"))
         elif kind == 4:
             _read_section(TensorSection(_section(rest), "section WGTS"))
+        elif kind == 6:
+            rows = TensorSection(_section(rest[1:], key_interval=rest[0] if rest else 0), "section EMBD", rows=True)
+            if len(rows.records) == 1 and len(rows.records[0].shape) > 1 and rows.records[0].elements < 1 << 16:
+                last = rows.records[0].shape[0] - 1
+                rows.read_rows([last, last // 2])
         else:
             coder = entropy_coder("range" if rest[:1] >= b"\x80" else "huffman")
             coded = _huffman(rest[1:]) if rest[:1] == b"\x01" else rest[1:]
