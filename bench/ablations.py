@@ -29,7 +29,7 @@ from hflfnerv.config import PRESETS, TrainingDefaults
 from hflfnerv.data import load_video
 from hflfnerv.metrics import psnr
 from hflfnerv.models import MODELS, VideoNetwork, build_model
-from hflfnerv.models.convnext import ConvNeXtBlock
+from hflfnerv.models.convnext import ConvNeXtBlock, ConvNeXtEncoder, larger_patches
 from hflfnerv.models.spec import StreamSpec
 from hflfnerv.models.streams import DecoderStream, EmbeddingStem, GridStem
 from hflfnerv.nn import UpsampleBlock
@@ -167,6 +167,21 @@ def layer_scale_one(model: VideoNetwork) -> None:
             nn.init.ones_(module.gamma)
 
 
+def encoders_with_all_strides(model: VideoNetwork) -> None:
+    """A stage of the encoders for every stride, as HNeRV's has, instead of one for the first two."""
+    strides, detail = embedded_stream(model).spec.strides, embedded_stream(model).spec.detail
+    assert detail is not None
+    channels = model.spec.embedding_channels
+    model.encoder.coarse = ConvNeXtEncoder((detail.stride, *strides), embedding_channels=channels)
+    model.encoder.fine = ConvNeXtEncoder(strides, 32, detail.channels)
+
+
+def encoder_with_larger_patches(model: VideoNetwork) -> None:
+    """One stage of the encoder for the first two strides, as the dual stream's encoders have."""
+    strides = larger_patches(embedded_stream(model).spec.strides)
+    model.encoder = ConvNeXtEncoder(strides, embedding_channels=model.spec.embedding_channels)
+
+
 def link_of_the_paper(model: VideoNetwork) -> None:
     """A tanh for each of the two images of ``best``, added, instead of one for their sum."""
     model.images = lambda stems: (model.lfd.finish(stems[1]), model.hfd.finish(stems[0]))
@@ -270,6 +285,9 @@ VARIANTS: dict[str, Variant] = {
     "detail": Variant("hflf/best", "dual stream, **`best`**: A and a finer embedding of 2 channels"),
     "detail-1": Variant("hflf/best", "`best`, finer embedding of 1 channel", plan={"detail": 1}),
     "detail-4": Variant("hflf/best", "`best`, finer embedding of 4 channels", plan={"detail": 4}),
+    "detail-strides": Variant(
+        "hflf/best", "`best`, a stage of the encoders for every stride", (encoders_with_all_strides,)
+    ),
     "detail-highpass": Variant(
         "hflf/best", "`best`, both encoders see the high-pass frame", changes={"encoder_input": "highpass"}
     ),
@@ -283,6 +301,9 @@ VARIANTS: dict[str, Variant] = {
     "hnerv-best-start": Variant("hnerv/best", "HNeRV `best`, variance-preserving start", (variance_preserving,)),
     "hnerv-best-scale": Variant("hnerv/best", "HNeRV `best`, encoder's layer scale begins at 1", (layer_scale_one,)),
     "hnerv-best-neighbours": Variant("hnerv/best", "HNeRV `best`, stem sees three embeddings", (neighbour_embeddings,)),
+    "hnerv-best-patches": Variant(
+        "hnerv/best", "HNeRV `best`, a stage of the encoder for the first two strides", (encoder_with_larger_patches,)
+    ),
     "hnerv-best-residual": Variant("hnerv/best", "HNeRV `best`, bilinear skip round every block", (residual,)),
     "hnerv-best-pyramid": Variant("hnerv/best", "HNeRV `best`, heads at all scales summed", (image_pyramid,)),
 }

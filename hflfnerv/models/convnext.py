@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops._depthwise_conv2d import depthwise_conv2d
 
-__all__ = ["ConvNeXtEncoder", "DetailEncoder"]
+__all__ = ["ConvNeXtEncoder", "DetailEncoder", "larger_patches"]
 
 _NORM_EPSILON = 1e-6
 _LAYER_SCALE = 1e-6
@@ -100,12 +100,25 @@ class ConvNeXtEncoder(nn.Module):
         return x
 
 
+def larger_patches(strides: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of an encoder whose first stage goes as far as the first two of ``strides``.
+
+    The stage on the finest grid takes most of an encoder's time, and embeddings are no better for it. Fewer than three
+    strides stay as they are.
+    """
+    if len(strides) < 3:
+        return tuple(strides)
+    first, second, *others = strides
+    return first * second, *others
+
+
 class DetailEncoder(nn.Module):
     """Two encoders: one for an embedding as in HNeRV, one for a finer embedding of few channels.
 
+    Both begin with :func:`larger_patches`.
+
     Args:
-        strides: downscale factor of each stage of the first encoder. The second begins with the second of them, and its
-            embedding is finer by the first.
+        strides: downscale factor of each block of the decoder. The finer embedding lies on the grid after the first.
         embedding_channels: of the coarse embedding.
         detail_channels: of the fine one.
 
@@ -116,8 +129,8 @@ class DetailEncoder(nn.Module):
 
     def __init__(self, strides: Sequence[int], *, embedding_channels: int, detail_channels: int) -> None:
         super().__init__()
-        self.coarse = ConvNeXtEncoder(strides, embedding_channels=embedding_channels)
-        self.fine = ConvNeXtEncoder(strides[1:], _DETAIL_WIDTH, detail_channels)
+        self.coarse = ConvNeXtEncoder(larger_patches(strides), embedding_channels=embedding_channels)
+        self.fine = ConvNeXtEncoder(larger_patches(strides[1:]), _DETAIL_WIDTH, detail_channels)
         self._stride = strides[0]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -143,13 +143,17 @@ class StepChooser:
         return {name: _levels(self.values[name], exponents[name], bits_of[name]) for name in exponents}
 
     def bits(self, exponents: Mapping[str, int]) -> float:
-        """Return the bits of all symbols with the given steps: order-0 entropy of each tensor."""
+        """Return the bits of all symbols with the given steps: order-0 entropy of each tensor.
+
+        That of the embeddings is the entropy of their differences from frame to frame, where it is less.
+        """
         total = 0.0
         for name, exponent in exponents.items():
             symbols = np.rint(self.values[name] / log_steps(np.array(exponent))).astype(np.int64)
-            counts = np.bincount(symbols.ravel() - symbols.min())
-            counts = counts[counts > 0]
-            total += float((counts * np.log2(symbols.size / counts)).sum())
+            each = _entropy(symbols)
+            if name == EMBEDDINGS and len(symbols) > 1:
+                each = min(each, _entropy(np.diff(symbols, axis=0)))
+            total += symbols.size * each
         return total
 
     def _exponent(self, name: str, bit_worth: float, finest: int) -> int:
@@ -160,6 +164,13 @@ class StepChooser:
         if curvature <= 0:
             return coarsest
         return min(max(_exponent_of(math.sqrt(12 * bit_worth / (curvature * math.log(2)))), finest), coarsest)
+
+
+def _entropy(symbols: NDArray[np.int64]) -> float:
+    """Return the order-0 entropy in bits a symbol."""
+    counts = np.bincount(symbols.ravel() - symbols.min())
+    counts = counts[counts > 0]
+    return float((counts * np.log2(symbols.size / counts)).sum()) / symbols.size
 
 
 def _exponent_of(step: float) -> int:
