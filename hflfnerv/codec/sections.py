@@ -332,12 +332,12 @@ def _rows_needed(wanted: Array, key_interval: int) -> Array:
 
 def _from_differences(differences: Array, rows: Array, bits: int, key_interval: int) -> Array:
     """Return the symbols of rows, of which each is there from its key row on; the inverse of :func:`_differences`."""
-    words = differences.astype(np.uint16)
-    words = (words >> 1) ^ -(words & 1)  # modulo 2**16, and so modulo 2**bits
+    coded = differences.astype(np.uint16)
+    words: Array = (coded >> 1) ^ -(coded & 1)  # modulo 2**16, and so modulo 2**bits
     words[rows % key_interval == 0] += np.uint16(1 << (bits - 1))
     totals = np.cumsum(words, axis=0, dtype=np.uint16)
     key = np.maximum.accumulate(np.where(rows % key_interval == 0, np.arange(len(rows)), 0))
-    symbols = totals - (totals - words)[key]
+    symbols: Array = totals - (totals - words)[key]
     return (symbols & np.uint16((1 << bits) - 1)).astype(differences.dtype)
 
 
