@@ -226,6 +226,18 @@ def without_quantization(settings: TrainingDefaults) -> TrainingDefaults:
     return settings._replace(quantization_share=0.0, rate_weight=0.0)
 
 
+def training_of(settings: TrainingDefaults, epochs: int, seed: int) -> TrainConfig:
+    """Return how a network is trained with these settings."""
+    return TrainConfig(
+        epochs,
+        settings.lr,
+        settings.batch_size,
+        seed,
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One row of the table.
@@ -259,11 +271,17 @@ class Variant:
         return model
 
 
-def _one_embedding(what: str, patches: tuple[Patch, ...] = (), **fields: Any) -> Variant:
-    return Variant("hflf/best", what, patches, plan={"detail": 0}, **fields)
+def _one_embedding(what: str, patches: tuple[Patch, ...] = (), **changes: Any) -> Variant:
+    return Variant("hflf/best", what, patches, {**_COSINE, **changes}, {"detail": 0})
+
+
+def _hnerv(what: str, patches: tuple[Patch, ...] = ()) -> Variant:
+    return Variant("hnerv/best", f"HNeRV B, {what}", patches, _COSINE)
 
 
 _MUON = {"optimizer": "muon", "lr": 0.02}
+_COSINE = {"schedule": "cosine"}  # which `best` had when these were tried
+_BEST = "A, a finer embedding of 2 channels, encoders that begin with larger patches, linear schedule"
 VARIANTS: dict[str, Variant] = {
     "paper": Variant("hflf/paper", "dual stream, `paper`"),
     "paper-frame": Variant("hflf/paper", "`paper`, encoder sees the frame", changes={"encoder_input": "frame"}),
@@ -274,20 +292,21 @@ VARIANTS: dict[str, Variant] = {
         "hflf/paper", "the same, encoder sees the frame", changes={**_MUON, "encoder_input": "frame"}
     ),
     "best": _one_embedding("dual stream: the same, encoder sees the frame, one LFD on learned maps, one tanh (A)"),
-    "best-highpass": _one_embedding("A, encoder sees the high-pass frame", changes={"encoder_input": "highpass"}),
+    "best-highpass": _one_embedding("A, encoder sees the high-pass frame", encoder_input="highpass"),
     "best-link": _one_embedding("A, two tanh as in the paper", (link_of_the_paper,)),
     "best-sine": _one_embedding("A, sine in the HFD", (sine,)),
     "best-modulation": _one_embedding("A, time-conditioned scale and shift in the HFD", (time_modulation,)),
-    "best-lr-0.01": _one_embedding("A, learning rate 0.01", changes={"lr": 0.01}),
-    "best-lr-0.04": _one_embedding("A, learning rate 0.04", changes={"lr": 0.04}),
-    "best-adam": _one_embedding("A with Adam at 2e-3", changes={"optimizer": "adam", "lr": 2e-3}),
+    "best-lr-0.01": _one_embedding("A, learning rate 0.01", lr=0.01),
+    "best-lr-0.04": _one_embedding("A, learning rate 0.04", lr=0.04),
+    "best-adam": _one_embedding("A with Adam at 2e-3", optimizer="adam", lr=2e-3),
     "best-position": _one_embedding("A, four learned maps of 8 channels along time in the HFD", (position_maps,)),
-    "detail": Variant("hflf/best", "dual stream, **`best`**: A and a finer embedding of 2 channels"),
-    "detail-1": Variant("hflf/best", "`best`, finer embedding of 1 channel", plan={"detail": 1}),
-    "detail-4": Variant("hflf/best", "`best`, finer embedding of 4 channels", plan={"detail": 4}),
+    "detail": Variant("hflf/best", f"dual stream, **`best`**: {_BEST}"),
+    "detail-cosine": Variant("hflf/best", "`best`, cosine schedule", changes=_COSINE),
     "detail-strides": Variant(
         "hflf/best", "`best`, a stage of the encoders for every stride", (encoders_with_all_strides,)
     ),
+    "detail-1": Variant("hflf/best", "`best`, finer embedding of 1 channel", plan={"detail": 1}),
+    "detail-4": Variant("hflf/best", "`best`, finer embedding of 4 channels", plan={"detail": 4}),
     "detail-highpass": Variant(
         "hflf/best", "`best`, both encoders see the high-pass frame", changes={"encoder_input": "highpass"}
     ),
@@ -297,15 +316,16 @@ VARIANTS: dict[str, Variant] = {
     "hnerv-paper": Variant("hnerv/paper", "HNeRV, as published"),
     "hnerv-tuned": Variant("hnerv/paper", "HNeRV, learning rate 2e-3, batch 1", changes={"lr": 2e-3, "batch_size": 1}),
     "hnerv-start": Variant("hnerv/paper", "HNeRV, variance-preserving start", (variance_preserving,)),
-    "hnerv-best": Variant("hnerv/best", "HNeRV, **`best`**: Muon, batch 1"),
-    "hnerv-best-start": Variant("hnerv/best", "HNeRV `best`, variance-preserving start", (variance_preserving,)),
-    "hnerv-best-scale": Variant("hnerv/best", "HNeRV `best`, encoder's layer scale begins at 1", (layer_scale_one,)),
-    "hnerv-best-neighbours": Variant("hnerv/best", "HNeRV `best`, stem sees three embeddings", (neighbour_embeddings,)),
+    "hnerv-best": Variant("hnerv/best", "HNeRV, **`best`**: Muon, batch 1, linear schedule"),
+    "hnerv-best-cosine": Variant("hnerv/best", "HNeRV `best`, cosine schedule (B)", changes=_COSINE),
+    "hnerv-best-start": _hnerv("variance-preserving start", (variance_preserving,)),
+    "hnerv-best-scale": _hnerv("encoder's layer scale begins at 1", (layer_scale_one,)),
+    "hnerv-best-neighbours": _hnerv("stem sees three embeddings", (neighbour_embeddings,)),
+    "hnerv-best-residual": _hnerv("bilinear skip round every block", (residual,)),
+    "hnerv-best-pyramid": _hnerv("heads at all scales summed", (image_pyramid,)),
     "hnerv-best-patches": Variant(
         "hnerv/best", "HNeRV `best`, a stage of the encoder for the first two strides", (encoder_with_larger_patches,)
     ),
-    "hnerv-best-residual": Variant("hnerv/best", "HNeRV `best`, bilinear skip round every block", (residual,)),
-    "hnerv-best-pyramid": Variant("hnerv/best", "HNeRV `best`, heads at all scales summed", (image_pyramid,)),
 }
 
 
@@ -318,7 +338,7 @@ def run(name: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: int
     model = variant.model(len(video))
     clip = prepare_clip(video.frames, settings.encoder_input, crop=CROP, removed=0.8)
     model.ablation_clip = clip  # for variants that look at neighbours
-    config = TrainConfig(epochs, settings.lr, settings.batch_size, seed, optimizer=settings.optimizer)
+    config = training_of(settings, epochs, seed)
     trainer = Trainer(model, clip, config, device=torch.device("cpu"))
     started = time.perf_counter()
     trainer.run()

@@ -97,10 +97,11 @@ class Variant:
 
 
 def _after(what: str, **changes: Any) -> Variant:
-    return Variant(what, {"quantization_share": 0.0, "rate_weight": 0.0, **changes})
+    return Variant(what, {**_COSINE, "quantization_share": 0.0, "rate_weight": 0.0, **changes})
 
 
-_BEST = {"quantization_share": 0.3, "rate_weight": 0.5}
+_COSINE = {"schedule": "cosine"}  # which `best` had when these were measured
+_BEST = {**_COSINE, "quantization_share": 0.3, "rate_weight": 0.5}
 VARIANTS: dict[str, Variant] = {
     BEFORE: _after("8 bits between the extremes, afterwards"),
     **{
@@ -114,26 +115,21 @@ VARIANTS: dict[str, Variant] = {
     **{
         f"qat-bits-{bits}": Variant(
             f"{bits} bits between the extremes, trained with them for 30 % of the epochs",
-            {"quantization_share": 0.3, "rate_weight": 0.0, "weight_bits": bits, "embedding_bits": bits},
+            {**_BEST, "rate_weight": 0.0, "weight_bits": bits, "embedding_bits": bits},
         )
         for bits in (5, 4)
     },
-    AFTER: Variant("**`best`**: steps by curvature, w = 0.5, trained with them for 30 % of the epochs", _BEST),
-    "detail": Variant("`best`, finer embedding", _BEST, plan={}),
-    "detail-bits-8": Variant(
-        "`best`, finer embedding, 8 bits", {"quantization_share": 0.0, "rate_weight": 0.0}, plan={}
-    ),
+    AFTER: Variant("steps by curvature, w = 0.5, trained with them for 30 % of the epochs (A)", _BEST),
+    "detail": Variant("**`best`**, all of it", {}, plan={}),
     **{
-        f"qat-{weight:g}": Variant(f"`best`, w = {weight:g}", {**_BEST, "rate_weight": weight})
+        f"qat-{weight:g}": Variant(f"A, w = {weight:g}", {**_BEST, "rate_weight": weight})
         for weight in (0.25, 1.0, 1.5)
     },
     **{
-        f"qat-{share:g}-epochs": Variant(
-            f"`best`, {100 * share:g} % of the epochs", {**_BEST, "quantization_share": share}
-        )
+        f"qat-{share:g}-epochs": Variant(f"A, {100 * share:g} % of the epochs", {**_BEST, "quantization_share": share})
         for share in (0.1, 0.5, 1.0)
     },
-    "qat-rate-term": Variant("`best`, with a rate term in the loss", _BEST, (rate_term,)),
+    "qat-rate-term": Variant("A, with a rate term in the loss", _BEST, (rate_term,)),
 }
 
 
@@ -169,7 +165,16 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
     }
 
 
-_SETTINGS = ("optimizer", "lr", "batch_size", "quantization_share", "rate_weight", "weight_bits", "embedding_bits")
+_SETTINGS = (
+    "optimizer",
+    "lr",
+    "schedule",
+    "batch_size",
+    "quantization_share",
+    "rate_weight",
+    "weight_bits",
+    "embedding_bits",
+)
 _last: dict[tuple[Any, ...], tuple[Trainer, Video, float]] = {}
 
 
@@ -191,6 +196,7 @@ def _trained(config: EncodeConfig, variant: Variant, clip: str, data: pathlib.Pa
             config.batch_size,
             config.seed,
             optimizer=config.optimizer,
+            schedule=config.schedule,
             quantization=quantization,
         )
         trainer = Trainer(model, prepared, settings, device=torch.device("cpu"))

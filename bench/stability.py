@@ -25,9 +25,9 @@ from hflfnerv.config import PRESETS
 from hflfnerv.data import load_video
 from hflfnerv.models import MODELS, VideoNetwork, build_model
 from hflfnerv.models.streams import DecoderStream
-from hflfnerv.train import Clip, TrainConfig, Trainer, prepare_clip
+from hflfnerv.train import Clip, Trainer, prepare_clip
 
-from .ablations import CROP, FRAMES, RESIZE, SIZE, variance_preserving, without_quantization
+from .ablations import CROP, FRAMES, RESIZE, SIZE, training_of, variance_preserving, without_quantization
 from .reproduce import append_row, is_done, read_rows
 from .run import RESULTS, ROOT, environment
 
@@ -87,7 +87,7 @@ def run(network: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: 
     if change is not None:
         change(model)
     clip = prepare_clip(video.frames, settings.encoder_input, crop=CROP, removed=0.8)
-    config = TrainConfig(epochs, settings.lr, settings.batch_size, seed, optimizer=settings.optimizer)
+    config = training_of(settings, epochs, seed)
     trainer = Trainer(model, clip, config, device=torch.device("cpu"))
     measured = [contrasts(trainer.model, trainer.clip)]
 

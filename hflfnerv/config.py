@@ -25,6 +25,7 @@ class TrainingDefaults(NamedTuple):
     encoder_input: EncoderInput | None
     quantization_share: float = 0.0
     rate_weight: float = 0.0
+    schedule: str = "cosine"
 
 
 #: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with. ``best``:
@@ -36,9 +37,9 @@ PRESETS: dict[str, dict[str, TrainingDefaults]] = {
         "nerv": TrainingDefaults("adam", lr=1e-3, batch_size=2, encoder_input=None),
     },
     "best": {
-        "hflf": TrainingDefaults("muon", 0.02, 1, "frame", quantization_share=0.3, rate_weight=0.5),
-        "hnerv": TrainingDefaults("muon", 0.02, 1, "frame", quantization_share=0.3, rate_weight=0.5),
-        "nerv": TrainingDefaults("muon", 0.02, 1, None, quantization_share=0.3, rate_weight=0.5),
+        "hflf": TrainingDefaults("muon", 0.02, 1, "frame", 0.3, 0.5, "linear"),
+        "hnerv": TrainingDefaults("muon", 0.02, 1, "frame", 0.3, 0.5, "linear"),
+        "nerv": TrainingDefaults("muon", 0.02, 1, None, 0.3, 0.5, "linear"),
     },
 }
 
@@ -76,6 +77,8 @@ class EncodeConfig:
             preset's.
         lr: learning rate; None for the preset's. With ``"muon"`` it is that of the convolutions, and Adam's is a
             tenth of it.
+        schedule: how the learning rate falls from a tenth of the epochs on, ``"cosine"`` or ``"linear"``; None for the
+            preset's.
         encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
             part of the file.
         batch_size: frames a step; None for the preset's.
@@ -109,6 +112,7 @@ class EncodeConfig:
     epochs: int = 300
     optimizer: str | None = None
     lr: float | None = None
+    schedule: str | None = None
     batch_size: int | None = None
     encoder_input: EncoderInput | None = None
     crop: tuple[int, int] | None = None
@@ -136,6 +140,8 @@ class EncodeConfig:
         _choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         if self.optimizer is not None:
             _choice("optimizer", self.optimizer, ("adam", "muon"))
+        if self.schedule is not None:
+            _choice("schedule", self.schedule, ("cosine", "linear"))
         if self.encoder_input is not None:
             _choice("encoder_input", self.encoder_input, ("highpass", "frame"))
             if PRESETS[self.preset][self.model].encoder_input is None:
@@ -189,6 +195,7 @@ class EncodeConfig:
             size=self.parameters,
             optimizer=optimizer,
             lr=defaults.lr if self.lr is None else self.lr,
+            schedule=defaults.schedule if self.schedule is None else self.schedule,
             batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
             encoder_input=defaults.encoder_input if self.encoder_input is None else self.encoder_input,
             quantization_share=(

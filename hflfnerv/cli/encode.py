@@ -39,6 +39,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--epochs", type=int, default=300, help="(default: 300)")
     parser.add_argument("--optimizer", choices=("adam", "muon"), help="(default: the preset's)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
+    parser.add_argument(
+        "--schedule", choices=("cosine", "linear"), help="how the learning rate falls (default: the preset's)"
+    )
     parser.add_argument("--batch-size", type=int, help="frames a step (default: the preset's)")
     parser.add_argument(
         "--encoder-input", choices=("highpass", "frame"), help="what the encoder sees (default: the preset's)"
@@ -100,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         epochs=arguments.epochs,
         optimizer=arguments.optimizer,
+        schedule=arguments.schedule,
         lr=arguments.lr,
         batch_size=arguments.batch_size,
         encoder_input=arguments.encoder_input,

@@ -192,6 +192,7 @@ def _train(
     assert config.optimizer is not None
     assert config.lr is not None
     assert config.batch_size is not None
+    assert config.schedule is not None
     trainer = Trainer(
         model,
         clip,
@@ -202,6 +203,7 @@ def _train(
             seed=config.seed,
             precision=training_precision(config.precision, device),
             optimizer=config.optimizer,
+            schedule=config.schedule,
             quantization=quantization_config(config),
         ),
         device=device,

@@ -7,11 +7,12 @@ from .clip import Clip, embed_all, prepare_clip
 from .graph import CapturedStep
 from .muon import Muon
 from .quantization import EMBEDDINGS, Quantization, QuantizationConfig, StepChooser, fake_quantize
-from .schedule import learning_rate_factor
+from .schedule import SCHEDULES, learning_rate_factor
 from .trainer import EpochResult, TrainConfig, Trainer
 
 __all__ = [
     "EMBEDDINGS",
+    "SCHEDULES",
     "CapturedStep",
     "Checkpoint",
     "Clip",

@@ -25,7 +25,7 @@ from .clip import Clip
 from .graph import CapturedStep
 from .muon import Muon
 from .quantization import Quantization, QuantizationConfig, StepChooser
-from .schedule import learning_rate_factor
+from .schedule import SCHEDULES, learning_rate_factor
 from .step import TrainingStep, use_device_lr
 
 __all__ = ["EpochResult", "TrainConfig", "Trainer"]
@@ -48,6 +48,7 @@ class TrainConfig:
         seed: seed of the frame order.
         precision: compute type of forward and backward, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         optimizer: ``"adam"``, or ``"muon"`` for :meth:`VideoNetwork.hidden_weights` and Adam for the rest.
+        schedule: how the learning rate falls, ``"cosine"`` or ``"linear"``; see :func:`learning_rate_factor`.
         quantization: how the last epochs run with quantised weights; None for none, and no steps.
     """
 
@@ -57,11 +58,14 @@ class TrainConfig:
     seed: int
     precision: str = "fp32"
     optimizer: str = "adam"
+    schedule: str = "cosine"
     quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.quantization is not None and not 0 <= self.quantization.epochs <= self.epochs:
             raise ValueError(f"quantization.epochs must be in 0..{self.epochs}, got {self.quantization.epochs}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class Trainer:
         return torch.cat(orders).view(-1, self.batch_size).to(self.device)
 
     def _lr_factor(self, step: int) -> float:
-        return learning_rate_factor(step / self.total_steps)
+        return learning_rate_factor(step / self.total_steps, self.config.schedule)
 
     def _end_epoch(self, started: float) -> None:
         epoch = self.step // self.steps_per_epoch

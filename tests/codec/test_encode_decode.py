@@ -332,6 +332,7 @@ def test_any_frame_rate_is_stored(moving_frames):
         ({"precision": "fp8"}, "precision must be one of"),
         ({"seed": -1}, "seed must be"),
         ({"optimizer": "sgd"}, "optimizer must be one of"),
+        ({"schedule": "step"}, "schedule must be one of"),
         ({"encoder_input": "x"}, "encoder_input must be one of"),
         ({"untagged_matrix": "bt2020"}, "untagged_matrix must be one of bt601, bt709"),
         ({"model": "nerv", "encoder_input": "frame"}, "encoder_input must be None for model 'nerv'"),
@@ -347,6 +348,8 @@ def test_presets_fill_in_what_is_not_given():
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.encoder_input) == ("adam", 2e-3, 1, "highpass")
     best = EncodeConfig().resolved()
     assert (best.optimizer, best.lr, best.batch_size, best.encoder_input) == ("muon", 0.02, 1, "frame")
+    assert (paper.schedule, best.schedule) == ("cosine", "linear")
+    assert EncodeConfig(schedule="cosine").resolved().schedule == "cosine"
     assert (paper.quantization_share, paper.rate_weight) == (0, 0)
     assert (best.quantization_share, best.rate_weight) == (0.3, 0.5)
     assert EncodeConfig(rate_weight=0.0).resolved().rate_weight == 0
