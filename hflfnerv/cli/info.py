@@ -34,6 +34,7 @@ def describe(path: Path) -> dict[str, Any]:
             "bits_per_pixel": accounting.bits_per_pixel,
             "paper_bits_per_pixel": accounting.paper_bits_per_pixel,
             "entropy": accounting.entropy,
+            "key_interval": bitstream.key_interval,
             "section_bytes": dict(accounting.section_bytes),
             "symbol_bytes": accounting.symbol_bytes,
             "side_information_bytes": accounting.side_information_bytes,
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     fps = header["fps"][0] / header["fps"][1]
     streams = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if name != "total")
     sections = ", ".join(f"{name} {count:,}" for name, count in report["section_bytes"].items())
+    interval = report["key_interval"]
+    differences = f"; embeddings as differences, whole every {interval} frames" if interval else ""
     lines = {
         "model": f"{model}, preset {header['preset']}, {parameters['total']:,} parameters ({streams})",
         "video": f"{header['frames']} frames of {header['height']}x{header['width']} at {fps:.6g} frames per second",
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         "sections": f"{sections} bytes",
         "coding": (
             f"{report['entropy']}: {report['symbol_bytes']:,} bytes of symbols, "
-            f"{report['side_information_bytes']:,} bytes of steps and offsets"
+            f"{report['side_information_bytes']:,} bytes of steps and offsets" + differences
         ),
         "as the papers count": (
             f"{report['paper_bits_per_pixel']:.6f} bits per pixel: Huffman code lengths, no tables, "

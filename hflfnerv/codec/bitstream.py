@@ -180,6 +180,11 @@ class Bitstream:
         return {record.name: record.shape for record in self._weights.records}
 
     @property
+    def key_interval(self) -> int:
+        """A frame's embedding is a difference from the frame before, but for every so many; 0 if none are."""
+        return 0 if self._embeddings is None else self._embeddings.key_interval
+
+    @property
     def embedding_shape(self) -> tuple[int, int, int] | None:
         """Shape ``(C, h, w)`` of one frame's embedding, None if there are none."""
         if self._embeddings is None:

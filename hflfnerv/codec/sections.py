@@ -133,6 +133,7 @@ class TensorSection:
         records: the tensors, in file order.
         side_bytes: bytes of the side information (steps and offsets).
         symbol_bytes: bytes of the symbols.
+        key_interval: of rows that are coded as differences, every so many are not; 0 if none are.
     """
 
     def __init__(self, data: bytes, what: str, *, rows: bool = False) -> None:
@@ -158,7 +159,7 @@ class TensorSection:
         self._planes = reader.take(planes_size)
         self._symbols = reader.rest()
         self._code = code
-        self._key_interval = key_interval
+        self.key_interval = key_interval
         self.side_bytes = raw_size + planes_size
         self.symbol_bytes = len(self._symbols)
         self.records = self._read_records(description)
@@ -258,12 +259,12 @@ class TensorSection:
         (record,), (step,) = self.records, self.steps
         wanted, order = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         rows, columns = record.shape[0], math.prod(record.shape[1:])
-        needed = _rows_needed(wanted, self._key_interval)
+        needed = _rows_needed(wanted, self.key_interval)
         symbols = self.coder.decode_rows(self._symbols, (rows, columns), symbol_dtype(record.bits), needed)
-        if self._key_interval:
+        if self.key_interval:
             if symbols.min() < 0 or symbols.max() >> record.bits:
                 raise InvalidBitstream(f"{self._what}: {record.name}: a difference does not fit {record.bits} bits")
-            symbols = _from_differences(symbols, needed, record.bits, self._key_interval)
+            symbols = _from_differences(symbols, needed, record.bits, self.key_interval)
             symbols = symbols[np.searchsorted(needed, wanted)]
         symbols = symbols[order].reshape(-1, *record.shape[1:])
         if record.axis:

@@ -79,7 +79,10 @@ def test_encode_decode_eval_info(model, folder, tmp_path, moving_frames, capsys)
     assert sum(info["section_bytes"].values()) == info["bytes"] == coded.stat().st_size
     assert info["parameters"] == report["parameters"]
     assert run("info", coded) == 0
-    assert f"{coded.stat().st_size:,} bytes" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{coded.stat().st_size:,} bytes" in text
+    assert info["key_interval"] in (0, 32)
+    assert ("whole every 32 frames" in text) == (info["key_interval"] == 32)
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.y4m", "out"])
