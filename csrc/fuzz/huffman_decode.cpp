@@ -62,6 +62,10 @@ Outcome decode(const std::uint8_t* data, std::size_t size, SimdLevel level, Chec
     const hflfnerv::ArrayShape& shape = decoder.arrays()[i];
     const std::size_t width = hflfnerv::symbol_bytes(shape.type);
     if (whole) outcome.arrays.emplace_back(arrays[i].get(), arrays[i].get() + shape.count * width);
+    // What lies in the data as it is, is what is decoded.
+    const auto* const stored = static_cast<const std::uint8_t*>(decoder.stored(i));
+    if (stored && (stored < data || stored + shape.count * width > data + size)) std::abort();
+    if (stored && whole && !std::equal(stored, stored + shape.count * width, arrays[i].get())) std::abort();
     const std::uint64_t begin = shape.count / 3, end = shape.count - shape.count / 5;
     const std::unique_ptr<std::uint8_t[]> part = allocate((end - begin) * width);
     outcome.part_codes.push_back(decoder.decode(i, begin, end, part.get()).code);
