@@ -396,7 +396,7 @@ def rate_table(results: Results) -> Iterator[str]:
         cells[point["implementation"]].append(text)
     head = ("", "setting: bits per pixel, PSNR in dB" + ("" if points[0]["ms_ssim"] is None else ", MS-SSIM"))
     yield from markdown(head, ((name, "; ".join(texts)) for name, texts in cells.items()))
-    anchors = [name for name in cells if name.startswith("x265") or name == PROPOSED]
+    anchors = [name for name in cells if name.startswith("x265") or name in (PROPOSED, "hnerv/best")]
     lines = []
     for anchor in anchors:
         for delta in bjontegaard(points, anchor):
