@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["MATRICES", "PRESETS", "EncodeConfig", "EncoderInput", "TrainingDefaults", "parse_size"]
+__all__ = ["MATRICES", "PRESETS", "SCHEDULES", "EncodeConfig", "EncoderInput", "TrainingDefaults", "parse_size"]
 
 EncoderInput = Literal["frame", "highpass"]
 
+#: How the learning rate falls after the warm-up.
+SCHEDULES = ("cosine", "linear")
 #: YUV matrices that a clip without a tag can be read by.
 MATRICES = ("bt601", "bt709", "smpte240m", "fcc")
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -141,7 +143,7 @@ class EncodeConfig:
         if self.optimizer is not None:
             _choice("optimizer", self.optimizer, ("adam", "muon"))
         if self.schedule is not None:
-            _choice("schedule", self.schedule, ("cosine", "linear"))
+            _choice("schedule", self.schedule, SCHEDULES)
         if self.encoder_input is not None:
             _choice("encoder_input", self.encoder_input, ("highpass", "frame"))
             if PRESETS[self.preset][self.model].encoder_input is None:

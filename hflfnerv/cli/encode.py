@@ -6,6 +6,7 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
+from ..config import SCHEDULES
 from ._options import (
     add_device,
     add_fps,
@@ -39,9 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--epochs", type=int, default=300, help="(default: 300)")
     parser.add_argument("--optimizer", choices=("adam", "muon"), help="(default: the preset's)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
-    parser.add_argument(
-        "--schedule", choices=("cosine", "linear"), help="how the learning rate falls (default: the preset's)"
-    )
+    parser.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="frames a step (default: the preset's)")
     parser.add_argument(
         "--encoder-input", choices=("highpass", "frame"), help="what the encoder sees (default: the preset's)"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["SCHEDULES", "learning_rate_factor"]
+from ..config import SCHEDULES
 
-#: How the learning rate falls after the warm-up.
-SCHEDULES = ("cosine", "linear")
+__all__ = ["SCHEDULES", "learning_rate_factor"]
 
 
 def learning_rate_factor(

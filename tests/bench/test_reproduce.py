@@ -294,10 +294,20 @@ def test_profiles_make_jobs(name, tmp_path) -> None:
     jobs = profile.jobs(tmp_path, "cpu")
     keys = [json.dumps(job.key, sort_keys=True) for job in jobs]
     assert len(set(keys)) == len(keys)
-    assert {type(job) for job in jobs} == {reproduce.Encode, reproduce.Codec}
+    assert {reproduce.Encode} <= {type(job) for job in jobs} <= {reproduce.Encode, reproduce.Codec}
     assert profile.figure_clip in {job.clip for job in jobs}
     stems = [reproduce.file_stem(job.key) for job in jobs if isinstance(job, reproduce.Encode)]
     assert len(set(stems)) == len(stems)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-seeds"])
+def test_what_has_rows_is_not_done_again(name, tmp_path) -> None:
+    """A new setting must not make the rows from before it another job's: reproduce.BEFORE says what it was then."""
+    profile = reproduce.load_profile(name)
+    for clip in profile.clips:
+        (tmp_path / profile.folder / clip).mkdir(parents=True)
+    rows = reproduce.read_rows(reproduce.results_path(name))
+    assert [job.title for job in profile.jobs(tmp_path, "cpu") if not reproduce.is_done(job.key, rows)] == []
 
 
 def test_bad_profiles_and_folders(tmp_path, capsys) -> None:
