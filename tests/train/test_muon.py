@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hflfnerv.train.muon import Muon, orthogonalise
+from hflfnerv.train.muon import Muon, orthogonalise, orthogonalise_all
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1), (20, 90), (90, 20)])
@@ -123,3 +123,17 @@ def test_rejects_settings(arguments, message):
 def test_rejects_vectors():
     with pytest.raises(ValueError, match=r"params must have two or more dimensions, got one of shape \(3,\)"):
         Muon([torch.nn.Parameter(torch.ones(3))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matrices_together_take_the_steps_that_they_take_alone(dtype):
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(20, 90), (5, 40), (90, 20), (20, 50), (64, 6), (40, 5), (20, 90), (8, 8), (1, 9)]
+    matrices = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    for matrix, together in zip(matrices, orthogonalise_all(matrices), strict=True):
+        alone = orthogonalise(matrix)
+        assert together.shape == matrix.shape
+        assert together.dtype == dtype
+        # The same operations, in products that may sum in another order: see the bound of the Gram matrix above.
+        assert (together - alone).norm() <= 2 * 3.4445**8 * torch.finfo(dtype).eps * alone.norm()
+    assert orthogonalise_all([]) == []
