@@ -311,7 +311,7 @@ def test_what_has_rows_is_not_done_again(name, tmp_path) -> None:
 
 
 def test_bad_profiles_and_folders(tmp_path, capsys) -> None:
-    with pytest.raises(FileNotFoundError, match="profile must be one of bunny, cpu, davis, paper, got 'none'"):
+    with pytest.raises(FileNotFoundError, match="one of bunny, cpu, cpu-seeds, davis, paper, got 'none'"):
         reproduce.load_profile("none")
     write_profile(tmp_path, text=PROFILE.replace('size = "60k"', ""))
     with pytest.raises(ValueError, match="must have 'size'"):
