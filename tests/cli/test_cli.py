@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -196,7 +197,9 @@ def test_a_decode_that_is_stopped_leaves_nothing(folder, tmp_path, number, code)
         "sys.exit(main(sys.argv[1:]))"
     )
     words = [sys.executable, "-c", slow, "decode", folder / "clip.hflf", "-o", tmp_path / "out.y4m"]
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    # Tests that were started in the background ignore Ctrl-C, and so would the command.
+    heed = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.iterdir()):
         assert process.poll() is None
