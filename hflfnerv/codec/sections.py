@@ -315,9 +315,9 @@ def _differences(rows: Array, bits: int, key_interval: int) -> Array:
     Differences are taken modulo ``2**bits`` and counted 0, -1, 1, -2, ..., so that small ones are small symbols. Before
     a key row stands the middle of the range.
     """
-    before = np.roll(rows, 1, axis=0).astype(np.int64)
-    before[::key_interval] = 1 << (bits - 1)
     half = 1 << (bits - 1)
+    before = np.roll(rows, 1, axis=0).astype(np.int64)
+    before[::key_interval] = half
     difference = (rows - before + half) % (2 * half) - half
     return np.where(difference < 0, -2 * difference - 1, 2 * difference).astype(rows.dtype)
 
@@ -335,9 +335,10 @@ def _from_differences(differences: Array, rows: Array, bits: int, key_interval: 
     """Return the symbols of rows, of which each is there from its key row on; the inverse of :func:`_differences`."""
     coded = differences.astype(np.uint16)
     words: Array = (coded >> 1) ^ -(coded & 1)  # modulo 2**16, and so modulo 2**bits
-    words[rows % key_interval == 0] += np.uint16(1 << (bits - 1))
+    is_key = rows % key_interval == 0
+    words[is_key] += np.uint16(1 << (bits - 1))
     totals = np.cumsum(words, axis=0, dtype=np.uint16)
-    key = np.maximum.accumulate(np.where(rows % key_interval == 0, np.arange(len(rows)), 0))
+    key = np.maximum.accumulate(np.where(is_key, np.arange(len(rows)), 0))
     symbols: Array = totals - (totals - words)[key]
     return (symbols & np.uint16((1 << bits) - 1)).astype(differences.dtype)
 

@@ -25,7 +25,7 @@ from .clip import Clip
 from .graph import CapturedStep
 from .muon import Muon
 from .quantization import Quantization, QuantizationConfig, StepChooser
-from .schedule import SCHEDULES, learning_rate_factor
+from .schedule import learning_rate_factor
 from .step import TrainingStep, use_device_lr
 
 __all__ = ["EpochResult", "TrainConfig", "Trainer"]
@@ -64,8 +64,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.quantization is not None and not 0 <= self.quantization.epochs <= self.epochs:
             raise ValueError(f"quantization.epochs must be in 0..{self.epochs}, got {self.quantization.epochs}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        learning_rate_factor(0.0, self.schedule)  # raises where there is no such schedule
 
 
 @dataclass(frozen=True)

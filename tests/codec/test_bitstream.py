@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from bitstream_golden import contents, describe
 
+from hflfnerv import huffman
 from hflfnerv.codec._bytes import deflate, varint, zigzag
 from hflfnerv.codec.bitstream import Bitstream, Header, write_bitstream
 from hflfnerv.codec.container import Section, write_container
@@ -86,17 +87,21 @@ def test_any_frame_alone_equals_that_frame_of_the_whole(
             stream.read_embeddings(frames)
 
 
-def test_one_frame_decodes_one_frame(header: Header, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    from hflfnerv import huffman
-
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The ranges of rows that the Huffman coder is asked for."""
+    ranges: list[tuple[int, int]] = []
     original = huffman.decode_rows
 
     def spy(data: bytes, start: int, stop: int, **options: int) -> np.ndarray:
-        asked.append((start, stop))
+        ranges.append((start, stop))
         return original(data, start, stop, **options)
 
     monkeypatch.setattr(huffman, "decode_rows", spy)
+    return ranges
+
+
+def test_one_frame_decodes_one_frame(header: Header, weights: Weights, asked: list[tuple[int, int]]) -> None:
     embeddings = quantize(np.random.default_rng(0).normal(size=(5, 16, 2, 4)), 6)
     stream = Bitstream.open(write_bitstream(header, weights, embeddings))
     stream.read_embeddings([3, 1, 2])
@@ -126,17 +131,7 @@ def test_rows_alike_are_coded_as_differences(header: Header, weights: Weights, e
         assert sizes[0] < bound < sizes[1]
 
 
-def test_a_frame_is_read_from_its_key_row_on(header: Header, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    from hflfnerv import huffman
-
-    original = huffman.decode_rows
-
-    def spy(data: bytes, start: int, stop: int, **options: int) -> np.ndarray:
-        asked.append((start, stop))
-        return original(data, start, stop, **options)
-
-    monkeypatch.setattr(huffman, "decode_rows", spy)
+def test_a_frame_is_read_from_its_key_row_on(header: Header, weights: Weights, asked: list[tuple[int, int]]) -> None:
     symbols = np.tile(np.arange(64, dtype=np.uint8), (100, 1)).reshape(100, 8, 2, 4)
     step = LogStep(np.array(-81, np.int16), np.array(5, np.int16), None)
     embeddings = QuantizedTensor(symbols, 6, step)
