@@ -32,10 +32,14 @@ void store_some(T* p, F v, std::int64_t n) {
 }
 
 // n vectors of consecutive elements become those of residue 0, 1, ... n - 1 modulo n, for n = 2, 4, 16.
-template <int n>
+template <int n, class S = Simd>
 inline __attribute__((always_inline)) void part(F* v) {
   if constexpr (n == 2) {
     Simd::unzip(v[0], v[1]);
+  } else if constexpr (L == 8 && n == 4) {
+    S::part4(v);
+  } else if constexpr (L == 8 && n == 16) {
+    S::part16(v);
   } else {
     F even[n / 2], odd[n / 2];
     for (int i = 0; i < n / 2; ++i) {
@@ -53,10 +57,14 @@ inline __attribute__((always_inline)) void part(F* v) {
 }
 
 // The inverse of part.
-template <int n>
+template <int n, class S = Simd>
 inline __attribute__((always_inline)) void merge(F* v) {
   if constexpr (n == 2) {
     Simd::zip(v[0], v[1]);
+  } else if constexpr (L == 8 && n == 4) {
+    S::merge4(v);
+  } else if constexpr (L == 8 && n == 16) {
+    S::merge16(v);
   } else {
     F even[n / 2], odd[n / 2];
     for (int i = 0; i < n / 2; ++i) {
@@ -96,6 +104,13 @@ struct Kernel {
   std::int64_t in_pixels(std::int64_t b, std::int64_t h) const { return (b * H + h) * W * K; }
   std::int64_t out_pixels(std::int64_t b, std::int64_t row) const { return (b * H * r + row) * W * r * C; }
 
+  // Whether GELU goes over whole pieces before the channels part: where a good part of the last vector would be computed
+  // again, but not in float32 with long vectors, which waits for memory rather than for arithmetic; and in 16 bits with
+  // short vectors.
+  bool in_pieces() const {
+    const bool wasteful = (C + L - 1) / L * L * 6 >= C * 7;
+    return L == 8 ? wasteful || sizeof(T) == 2 : wasteful && sizeof(T) == 2;
+  }
   bool in_registers() const { return (r == 2 || r == 4) && (s.channels_last ? C : W) >= L; }
 
   // Row h of the channels from `first` on becomes one row of y.
@@ -162,8 +177,7 @@ struct Kernel {
     return biases;
   }
 
-  // The same where a good part of the last vector would be computed again: GELU first, of whole pieces. Only for 16 bits:
-  // float32 waits for memory rather than for arithmetic.
+  // The same with GELU first, of whole pieces; see in_pieces().
   template <int R>
   void fwd_pieces_fixed(const Gelu& gelu, const float* biases, const T* from, T* y) const {
     float* buffer = scratch;
@@ -219,7 +233,7 @@ struct Kernel {
           const T* from = x + in_pixels(plane, h);
           if (!in_registers()) {
             fwd_pixels(gelu, biases, from, y);
-          } else if (sizeof(T) == 2 && (C + L - 1) / L * L * 6 >= C * 7) {
+          } else if (in_pieces()) {
             r == 2 ? fwd_pieces_fixed<2>(gelu, biases, from, y) : fwd_pieces_fixed<4>(gelu, biases, from, y);
           } else {
             r == 2 ? fwd_pixels_fixed<2>(gelu, from, y) : fwd_pixels_fixed<4>(gelu, from, y);

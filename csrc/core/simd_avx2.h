@@ -65,6 +65,66 @@ struct Simd {
     b = _mm256_permute2f128_ps(low, high, 0x31);
   }
 
+  // The consecutive elements 4 c + m of four vectors, to those of m = 0, 1, 2, 3: 4x4 transpositions within both halves.
+  static void part4(F* v) {
+    const F a = _mm256_permute2f128_ps(v[0], v[2], 0x20), b = _mm256_permute2f128_ps(v[0], v[2], 0x31);
+    const F c = _mm256_permute2f128_ps(v[1], v[3], 0x20), d = _mm256_permute2f128_ps(v[1], v[3], 0x31);
+    transpose4(a, b, c, d, v);
+  }
+  static void merge4(F* v) {
+    F t[4];
+    transpose4(v[0], v[1], v[2], v[3], t);
+    v[0] = _mm256_permute2f128_ps(t[0], t[1], 0x20);
+    v[1] = _mm256_permute2f128_ps(t[2], t[3], 0x20);
+    v[2] = _mm256_permute2f128_ps(t[0], t[1], 0x31);
+    v[3] = _mm256_permute2f128_ps(t[2], t[3], 0x31);
+  }
+  static void transpose4(F a, F b, F c, F d, F* to) {
+    const F ab_low = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
+    const F cd_low = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
+    to[0] = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
+    to[1] = _mm256_shuffle_ps(ab_low, cd_low, 0xee);
+    to[2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+    to[3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
+  }
+  // Of 8 vectors, `stride` apart, the element i of the j-th and the element j of the i-th change places.
+  static void transpose8(F* v, int stride) {
+    F low[4], high[4];
+    transpose4(v[0], v[stride], v[2 * stride], v[3 * stride], low);
+    transpose4(v[4 * stride], v[5 * stride], v[6 * stride], v[7 * stride], high);
+    for (int i = 0; i < 4; ++i) {
+      v[i * stride] = _mm256_permute2f128_ps(low[i], high[i], 0x20);
+      v[(i + 4) * stride] = _mm256_permute2f128_ps(low[i], high[i], 0x31);
+    }
+  }
+  // The consecutive elements 16 c + m of 16 vectors, to those of m = 0 ... 15.
+  static void part16(F* v) {
+    transpose8(v, 2);
+    transpose8(v + 1, 2);
+    F even[8], odd[8];
+    for (int i = 0; i < 8; ++i) {
+      even[i] = v[2 * i];
+      odd[i] = v[2 * i + 1];
+    }
+    for (int i = 0; i < 8; ++i) {
+      v[i] = even[i];
+      v[i + 8] = odd[i];
+    }
+  }
+  static void merge16(F* v) {
+    F low[8], high[8];
+    for (int i = 0; i < 8; ++i) {
+      low[i] = v[i];
+      high[i] = v[i + 8];
+    }
+    transpose8(low, 1);
+    transpose8(high, 1);
+    for (int i = 0; i < 8; ++i) {
+      v[2 * i] = low[i];
+      v[2 * i + 1] = high[i];
+    }
+  }
+
   static F drop(F v, int n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(n - 1))));
@@ -157,7 +217,7 @@ struct Simd {
         const Tail tail = normal_tail(a);
         value = mul(tail.exponential, _mm256_fnmadd_ps(set(0.39894228f), a, tail.ratio));
       }
-      return _mm256_blendv_ps(value, _mm256_sub_ps(set(1), value), _mm256_cmp_ps(x, zero(), _CMP_GE_OQ));
+      return _mm256_blendv_ps(_mm256_sub_ps(set(1), value), value, x);  // by the sign
     }
     bool tanh_form;
   };
