@@ -248,6 +248,7 @@ class Variant:
         patches: changes of the network.
         changes: other settings than the preset's, by the names of :class:`TrainingDefaults`.
         plan: what the network's ``plan`` is told besides.
+        precision: in which it is trained; the frames are measured in float32 all the same.
     """
 
     network: str
@@ -255,6 +256,7 @@ class Variant:
     patches: tuple[Patch, ...] = ()
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
 
     @property
     def settings(self) -> TrainingDefaults:
@@ -281,7 +283,7 @@ def _hnerv(what: str, patches: tuple[Patch, ...] = ()) -> Variant:
 
 _MUON = {"optimizer": "muon", "lr": 0.02}
 _COSINE = {"schedule": "cosine"}  # which `best` had when these were tried
-_BEST = "A, a finer embedding of 2 channels, encoders that begin with larger patches, linear schedule"
+_BEST = "A, a finer embedding of 4 channels, encoders that begin with larger patches, linear schedule"
 VARIANTS: dict[str, Variant] = {
     "paper": Variant("hflf/paper", "dual stream, `paper`"),
     "paper-frame": Variant("hflf/paper", "`paper`, encoder sees the frame", changes={"encoder_input": "frame"}),
@@ -306,13 +308,15 @@ VARIANTS: dict[str, Variant] = {
         "hflf/best", "`best`, a stage of the encoders for every stride", (encoders_with_all_strides,)
     ),
     "detail-1": Variant("hflf/best", "`best`, finer embedding of 1 channel", plan={"detail": 1}),
-    "detail-4": Variant("hflf/best", "`best`, finer embedding of 4 channels", plan={"detail": 4}),
+    "detail-2": Variant("hflf/best", "`best`, finer embedding of 2 channels", plan={"detail": 2}),
+    "detail-8": Variant("hflf/best", "`best`, finer embedding of 8 channels", plan={"detail": 8}),
     "detail-highpass": Variant(
         "hflf/best", "`best`, both encoders see the high-pass frame", changes={"encoder_input": "highpass"}
     ),
     "detail-modulation": Variant(
         "hflf/best", "`best`, time-conditioned scale and shift in the HFD", (time_modulation,)
     ),
+    "detail-bf16": Variant("hflf/best", "`best`, trained in bfloat16", precision="bf16"),
     "hnerv-paper": Variant("hnerv/paper", "HNeRV, as published"),
     "hnerv-tuned": Variant("hnerv/paper", "HNeRV, learning rate 2e-3, batch 1", changes={"lr": 2e-3, "batch_size": 1}),
     "hnerv-start": Variant("hnerv/paper", "HNeRV, variance-preserving start", (variance_preserving,)),
@@ -338,7 +342,7 @@ def run(name: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: int
     model = variant.model(len(video))
     clip = prepare_clip(video.frames, settings.encoder_input, crop=CROP, removed=0.8)
     model.ablation_clip = clip  # for variants that look at neighbours
-    config = training_of(settings, epochs, seed)
+    config = dataclasses.replace(training_of(settings, epochs, seed), precision=variant.precision)
     trainer = Trainer(model, clip, config, device=torch.device("cpu"))
     started = time.perf_counter()
     trainer.run()
@@ -346,6 +350,7 @@ def run(name: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: int
         **_key(name, clip_name, seed, epochs),
         "network": variant.network,
         "settings": settings._asdict(),
+        "precision": variant.precision,
         "parameters": sum(p.numel() for p in model.coded_parameters().values())
         + model.parameter_counts()["embeddings"],
         "psnr_db": _quality(model, clip),

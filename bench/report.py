@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import pathlib
 import statistics
@@ -191,13 +192,22 @@ def provenance(results: Results) -> Iterator[str]:
     if encodes:
         hours = sum(sum(row["seconds"].values()) for row in encodes) / 3600
         workers = f"{encodes[0]['processes']} at a time with {encodes[0]['threads']} thread(s) each"
-        done += f", {workers}, {hours:.1f} hours all together"
+        done += f", {workers}, {hours:.1f} hours all together{wall_time(encodes)}"
     yield (
         f"{profile.description} {command} on {devices}, torch {torch}, at commit {commits}; rows in "
         f"`bench/results/{results_path(profile.name).name}`. {len({row['clip'] for row in rows})} clip(s) of "
         f"{frames[0]}{f' to {frames[-1]}' if len(frames) > 1 else ''} frames of {shapes}. {done}."
     )
     yield ""
+
+
+def wall_time(encodes: Sequence[Row]) -> str:
+    """Say how long it took from the first encode's start to the last one's end, where all were made in one go."""
+    if len({(row["device"], row["commit"], row["processes"]) for row in encodes}) > 1:
+        return ""
+    ends = [datetime.datetime.fromisoformat(row["time"]).timestamp() for row in encodes]
+    starts = [end - sum(row["seconds"].values()) for end, row in zip(ends, encodes, strict=True)]
+    return f", {(max(ends) - min(starts)) / 60:.0f} minutes from start to end"
 
 
 def commit(row: Row) -> str:

@@ -34,7 +34,7 @@ except ModuleNotFoundError:  # Python 3.10
 # Before torch is loaded, here and in the processes started from here; see hflfnerv.cli.main.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from hflfnerv.config import PRESETS, EncodeConfig, TrainingDefaults
+from hflfnerv.config import PRESETS, EncodeConfig, TrainingDefaults, parse_size
 
 from .run import RESULTS, ROOT, environment
 
@@ -469,6 +469,7 @@ def run_jobs(
     rows = read_rows(path)
     jobs = [job for job in profile.jobs(data, device) if isinstance(job, kinds)]
     left = [job for job in jobs if not is_done(job.key, rows)]
+    left.sort(key=_size, reverse=True)  # so that no process waits long for the last one
     print(f"{profile.name}: {len(jobs)} jobs, {len(jobs) - len(left)} done before", file=sys.stderr, flush=True)
     if not left:
         return 0
@@ -507,6 +508,11 @@ def run_jobs(
         return 130
     print(f"{done} done, {failed} failed, rows in {path}", file=sys.stderr)
     return failed
+
+
+def _size(job: Encode | Codec) -> int:
+    """Return the parameters of a job's network, which say roughly how long it takes."""
+    return parse_size(job.config.size) if isinstance(job, Encode) else 0
 
 
 def note_missing_lpips() -> None:

@@ -28,7 +28,7 @@ _BEST_SHARES = (19, 1)
 _FRAMES_PER_KNOT = 4
 # The finer embedding has this many channels, or as many as this part of all parameters pays for.
 _DETAIL_CHANNELS = 4
-_DETAIL_SHARE = 0.1
+_DETAIL_SHARE = 0.2
 
 
 class HFLFNeRV(VideoNetwork):
@@ -102,7 +102,7 @@ class HFLFNeRV(VideoNetwork):
             width: frame width in pixels.
             preset: ``"paper"`` or ``"best"``.
             detail: most channels of the finer embedding of ``"best"``, which has fewer where the size does not pay for
-                them; None for at most 4, of at most a tenth of the parameters.
+                them; None for at most 4, of at most a fifth of the parameters.
 
         Raises:
             ValueError: ``size`` does not pay for the embeddings and the smallest decoders; names the least size.

@@ -230,6 +230,19 @@ def test_seconds_of_several_processors_are_told_apart(folder) -> None:
     assert re.search(rf"another: {report.name_of('nerv/paper')}[;.]", text)  # in the order in which the jobs ended
 
 
+def test_the_wall_time_of_what_was_made_in_one_go_is_told(folder) -> None:
+    profile = reproduce.load_profile("tiny", folder / "profiles")
+    rows = rows_of(folder)
+    encodes = [row for row in rows if row["what"] == "encode"]
+    at = "2026-01-01T00:{:02}:00+00:00"
+    seconds = {"load": 20.0, "train": 100.0}
+    timed = [{**row, "time": at.format(2 + i), "seconds": seconds, "commit": "c"} for i, row in enumerate(encodes)]
+    in_one_go = report.block(report.Results(profile, timed))
+    assert f", {2 + len(encodes) - 1} minutes from start to end." in in_one_go
+    timed[0]["commit"] = "another"
+    assert "from start to end" not in report.block(report.Results(profile, timed))
+
+
 def test_rows_of_another_selection_are_left_out(folder, tmp_path) -> None:
     write_profile(tmp_path, text=PROFILE.replace('"0:4"', '"0:3"'))
     profile = reproduce.load_profile("tiny", tmp_path)

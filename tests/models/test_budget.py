@@ -74,7 +74,9 @@ def test_parameters_are_counted_right(model, preset):
     assert parameter_count(spec) == build_model(spec, with_encoder=False).parameter_counts()["total"]
 
 
-@pytest.mark.parametrize(("size", "detail"), [(150_000, None), (150_000, 0), (150_000, 4), (62_000, 4)])
+@pytest.mark.parametrize(
+    ("size", "detail"), [(150_000, None), (100_000, None), (150_000, 0), (150_000, 2), (62_000, 4)]
+)
 def test_a_finer_embedding_is_part_of_the_size(size, detail):
     spec = HFLFNeRV.plan(size, 32, 160, 320, preset="best", detail=detail)
     total = build_model(spec, with_encoder=False).parameter_counts()["total"]
@@ -82,8 +84,8 @@ def test_a_finer_embedding_is_part_of_the_size(size, detail):
     assert 0.95 * size <= total <= size
     made = spec.streams["hfd"].detail
     channels = 0 if made is None else made.channels
-    # At a tenth of 150,000, two channels of 32 x 10 x 20; where the size pays for fewer than asked, fewer.
-    assert channels == {(150_000, None): 2, (150_000, 4): 4}.get((size, detail), 0)
+    # A fifth of 100,000 pays for three channels of 32 x 10 x 20; where the size pays for fewer than asked, fewer.
+    assert channels == {(150_000, None): 4, (100_000, None): 3, (150_000, 2): 2}.get((size, detail), 0)
 
 
 def test_the_least_size_of_best_is_enough():
