@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hflfnerv._memory import keep_freed_memory
 from hflfnerv.config import PRESETS, TrainingDefaults
 from hflfnerv.data import load_video
 from hflfnerv.metrics import psnr
@@ -432,6 +433,7 @@ def check_variants(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run variants, or write the table."""
+    keep_freed_memory()
     parser = variants_parser("bench.ablations", __doc__, VARIANTS, PATH)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.command == "report":

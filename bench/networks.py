@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hflfnerv.codec.benchmark import PlainMuon
 from hflfnerv.codec.engine_cuda import CudaEngine
+from hflfnerv.config import PRESETS, TrainingDefaults
 from hflfnerv.models import VideoNetwork, build_model
 from hflfnerv.models.hflf import HFLFNeRV
 from hflfnerv.models.hnerv import HNeRV
@@ -32,12 +34,12 @@ ENGINE_INT8 = "Decoder's engine int8"
 TRAINER = "Trainer bf16"
 
 
-def _network(machine: Machine, model: type[VideoNetwork], *, with_encoder: bool) -> VideoNetwork:
+def _network(machine: Machine, model: type[VideoNetwork], *, with_encoder: bool, preset: str = "paper") -> VideoNetwork:
     size, frames, height, width = machine.shape((1_500_000, FRAMES, 640, 1280), (100_000, 8, 96, 160))
     torch.manual_seed(1)
     # With the encoder comes the table of the time encoding, without which a graph cannot be captured: rows of it are
     # computed on the host.
-    network = build_model(model.plan(size, frames, height, width), with_encoder=True)
+    network = build_model(model.plan(size, frames, height, width, preset=preset), with_encoder=True)
     if not with_encoder:
         network.encoder = None
     return network.to(machine.device)
@@ -156,15 +158,26 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
 
 
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Measure forward, backward and Adam on frames that are on the device, the encoder included."""
+    """Measure forward, backward and the optimiser on frames that are on the device, the encoder included.
+
+    The networks of ``paper``, with Adam, in every batch; those of ``best``, with Muon, in the batch that they train in.
+    """
     for name, model, batch in _points(machine, 120):
         with machine.room(name):
-            yield from _measure_training(machine, name, model, batch)
+            yield from _measure_training(machine, name, model, batch, "paper")
+    for model in (HNeRV, HFLFNeRV):
+        batch = PRESETS["best"][model.name].batch_size
+        name = f"{model.name} 1.5M best, 640x1280, batch {batch}"
+        if machine.wants(name, seconds=120):
+            with machine.room(name):
+                yield from _measure_training(machine, name, model, batch, "best")
 
 
-def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], batch: int) -> Iterator[dict[str, Any]]:
-    network = _network(machine, model, with_encoder=True)
-    spec = network.spec
+def _measure_training(
+    machine: Machine, name: str, model: type[VideoNetwork], batch: int, preset: str
+) -> Iterator[dict[str, Any]]:
+    network = _network(machine, model, with_encoder=True, preset=preset)
+    spec, used = network.spec, PRESETS[preset][model.name]
     x, target = (torch.rand(batch, 3, spec.height, spec.width, device=machine.device) for _ in range(2))
     x, target = (t.contiguous(memory_format=torch.channels_last) for t in (x, target))
     index = torch.arange(batch, device=machine.device) % spec.frames
@@ -175,10 +188,14 @@ def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], ba
             self.autocast = autocast
             self.forward = machine.compile(self.network) if compiled else self.network
             self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3, fused=True, capturable=not machine.dry)
+            hidden = self.network.hidden_weights() if used.optimizer == "muon" else []
+            others = [p for p in self.parameters if not any(p is weight for weight in hidden)]
+            adam = torch.optim.Adam(others, lr=1e-3, fused=True, capturable=not machine.dry)
+            self.optimizers = [adam, PlainMuon(hidden, lr=used.lr)] if hidden else [adam]
 
         def differentiate(self) -> None:
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             # A cast kept from before the capture of a graph would be of weights that have changed since.
             with torch.autocast(
                 machine.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
@@ -192,7 +209,8 @@ def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], ba
 
         def step(self) -> None:
             self.differentiate()
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     bf16 = torch.bfloat16
     trainees = {"auto bf16": Trainee("auto", bf16)}
@@ -202,7 +220,7 @@ def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], ba
     trainees["eager bf16"] = Trainee("reference", bf16)
     trainees[COMPILED] = Trainee("reference", bf16, compiled=True)
     eager = Trainee("reference", None)
-    trainers_step = _trainers_step(machine, network, batch)
+    trainers_step = _trainers_step(machine, network, batch, used)
 
     def check() -> None:
         expected, same = eager.gradients(), trainees["eager bf16"].gradients()
@@ -231,14 +249,14 @@ def _measure_training(machine: Machine, name: str, model: type[VideoNetwork], ba
     yield from rows
 
 
-def _trainers_step(machine: Machine, network: VideoNetwork, batch: int) -> Callable[[], None]:
+def _trainers_step(machine: Machine, network: VideoNetwork, batch: int, used: TrainingDefaults) -> Callable[[], None]:
     """Return the step that ``hflfnerv encode`` takes, as a CUDA graph where there is CUDA."""
     spec = network.spec
     shape = (4 * batch, spec.height, spec.width, 3)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=machine.device)
-    highpass = torch.randn(shape, device=machine.device).half() if network.encoder_input == "highpass" else None
-    clip = Clip(frames, highpass, network.encoder_input)
+    highpass = torch.randn(shape, device=machine.device).half() if used.encoder_input == "highpass" else None
+    clip = Clip(frames, highpass, used.encoder_input)
     # More steps than the clock will take.
-    config = TrainConfig(epochs=2000, lr=1e-3, batch_size=batch, seed=0, precision="bf16")
+    config = TrainConfig(2000, used.lr, batch, 0, "bf16", used.optimizer, used.schedule)
     step = Trainer(copy.deepcopy(network), clip, config, device=machine.device).training_step
     return step if machine.dry else CapturedStep(step, machine.device)

@@ -22,7 +22,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ except ModuleNotFoundError:  # Python 3.10
 # Before torch is loaded, here and in the processes started from here; see hflfnerv.cli.main.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from hflfnerv._memory import keep_freed_memory
 from hflfnerv.config import PRESETS, EncodeConfig, TrainingDefaults, parse_size
 
 from .run import RESULTS, ROOT, environment
@@ -142,7 +143,7 @@ class Profile:
         clips: their names, empty for all that are there.
         selection: frames, resize and crop, as :class:`EncodeConfig` takes them.
         encodes: blocks of networks, sizes, seeds and settings; see ``bench/profiles/cpu.toml``.
-        codecs: preset and CRFs of each conventional codec.
+        codecs: preset and CRFs of each conventional codec, and on which clips, if not on all.
         processes: how many encodes at once.
         threads: of each.
         figure_clip: of the figures that show frames.
@@ -191,19 +192,16 @@ class Profile:
         sources = self.sources(data)
         jobs: dict[str, Encode | Codec] = {}
         for block in self.encodes:
-            names = block.get("clips", list(sources))
-            unknown = [name for name in names if name not in sources]
-            if unknown:
-                raise ValueError(f"clips of a block must be among {', '.join(sources)}, got {', '.join(unknown)}")
+            names = _clips_of(block, sources)
             for seed in block.get("seeds", [1]):
                 for name in names:
                     for config in self._configs(block, seed, device):
                         job = Encode(name, sources[name], config)
                         jobs.setdefault(json.dumps(job.key, sort_keys=True), job)
         for codec, options in self.codecs.items():
-            for name, path in sources.items():
+            for name in _clips_of(options, sources):
                 for crf in options["crf"]:
-                    job_of_codec = Codec(name, path, self.selection, codec, str(options["preset"]), crf)
+                    job_of_codec = Codec(name, sources[name], self.selection, codec, str(options["preset"]), crf)
                     jobs.setdefault(json.dumps(job_of_codec.key, sort_keys=True), job_of_codec)
         return list(jobs.values())
 
@@ -222,6 +220,14 @@ class Profile:
 def profile_names(folder: pathlib.Path = PROFILES) -> list[str]:
     """Return the names of the profiles in a folder."""
     return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def _clips_of(block: Row, sources: Mapping[str, pathlib.Path]) -> list[str]:
+    names: list[str] = block.get("clips", list(sources))
+    unknown = [name for name in names if name not in sources]
+    if unknown:
+        raise ValueError(f"clips of a block must be among {', '.join(sources)}, got {', '.join(unknown)}")
+    return names
 
 
 _KINDS: dict[str, type] = {"encodes": Encode, "codecs": Codec}
@@ -307,6 +313,7 @@ def prepare_worker(threads: int) -> None:
     # Training has its own handler, which keeps a checkpoint; all else is short and is let finish.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()  # as the command line does
     import torch
 
     torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 from torch import Tensor
 
+from hflfnerv._memory import keep_freed_memory
 from hflfnerv.config import PRESETS
 from hflfnerv.data import load_video
 from hflfnerv.models import MODELS, VideoNetwork, build_model
@@ -165,6 +166,7 @@ def filled(document: str, rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train networks, or write the tables."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(prog="python -m bench.stability", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("networks", nargs="*", help=f"all if none is named: {'; '.join(NETWORKS)}")

@@ -88,6 +88,8 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
             if row["metric"] == "throughput":
                 assert {"baseline", "shape", "p20", "p80", "milliseconds"} <= row.keys()
         assert rows[0]["what"] in printed
+    trained = {row["data"].split(",")[0] for row in rows_of(tmp_path / "gpu-training.jsonl")}
+    assert trained == {f"{model} 1.5M{preset}" for model in ("hnerv", "hflf") for preset in ("", " best")}
 
 
 def test_a_failing_part_leaves_the_others(monkeypatch, tmp_path, capsys):

@@ -323,6 +323,18 @@ def test_what_has_rows_is_not_done_again(name, tmp_path) -> None:
     assert [job.title for job in profile.jobs(tmp_path, "cpu") if not reproduce.is_done(job.key, rows)] == []
 
 
+def test_codecs_of_some_clips(folder, tmp_path) -> None:
+    for clips, message in (('["two"]', None), ('["three"]', "clips of a block must be among one, two, got three")):
+        write_profile(tmp_path, text=f"{PROFILE}    clips = {clips}\n")
+        profile = reproduce.load_profile("tiny", tmp_path)
+        if message is None:
+            jobs = profile.jobs(folder / "data", "cpu")
+            assert {job.clip for job in jobs if isinstance(job, reproduce.Codec)} == {"two"}
+        else:
+            with pytest.raises(ValueError, match=message):
+                profile.jobs(folder / "data", "cpu")
+
+
 def test_bad_profiles_and_folders(tmp_path, capsys) -> None:
     with pytest.raises(FileNotFoundError, match="one of bunny, cpu, cpu-seeds, davis, paper, got 'none'"):
         reproduce.load_profile("none")
