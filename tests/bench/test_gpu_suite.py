@@ -89,7 +89,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
                 assert {"baseline", "shape", "p20", "p80", "milliseconds"} <= row.keys()
         assert rows[0]["what"] in printed
     trained = {row["data"].split(",")[0] for row in rows_of(tmp_path / "gpu-training.jsonl")}
-    assert trained == {f"{model} 1.5M{preset}" for model in ("hnerv", "hflf") for preset in ("", " best")}
+    assert trained == {"hnerv 1.5M", "hflf 1.5M best"}
 
 
 def test_a_failing_part_leaves_the_others(monkeypatch, tmp_path, capsys):
