@@ -41,6 +41,8 @@ __all__ = ["VARIANTS", "Variant", "filled", "run", "tables"]
 Row = dict[str, Any]
 Patch = Callable[[Trainer], None]
 PATH = RESULTS / "rate.jsonl"
+#: Rows of the profile cpu from when `best` had 8 bits.
+EARLIER = RESULTS / "reproduce-cpu-8-bits.jsonl"
 SIZE = "0.15M"
 #: The smallest network of ``best`` at this scale has 60,064 parameters.
 SIZES = ("0.062M", "0.08M", "0.15M", "0.3M")
@@ -283,14 +285,14 @@ def _curves(rows: Sequence[Row], clip: str) -> Iterator[Row]:
             if row["variant"] == variant:
                 yield {"implementation": name, **{key: row[key] for key in ("size", "bits_per_pixel", "psnr_db")}}
     measured = {row["size"] for row in rows if row["variant"] == BEFORE}
-    for row in read_rows(results_path("cpu")):
+    for row in [*read_rows(results_path("cpu")), *read_rows(EARLIER)]:
         if row["clip"] != clip:
             continue
         if row["implementation"].startswith("x265"):
             yield row
         elif row["implementation"] in _NETWORKS and row["preset_settings"] and row["config"]["epochs"] == EPOCHS:
             name = _NETWORKS[row["implementation"]]
-            # Of "best" the rows from before it weighed the rate, at sizes that have none here.
+            # Of "best" those rows from before it weighed the rate, at sizes that have none here.
             earlier = not row["config"].get("rate_weight") and row["config"]["size"] not in measured
             if name == "paper" or earlier:
                 yield {**row, "implementation": name, "size": row["config"]["size"]}
