@@ -227,13 +227,14 @@ def without_quantization(settings: TrainingDefaults) -> TrainingDefaults:
     return settings._replace(quantization_share=0.0, rate_weight=0.0)
 
 
-def training_of(settings: TrainingDefaults, epochs: int, seed: int) -> TrainConfig:
+def training_of(settings: TrainingDefaults, epochs: int, seed: int, precision: str = "fp32") -> TrainConfig:
     """Return how a network is trained with these settings."""
     return TrainConfig(
         epochs,
         settings.lr,
         settings.batch_size,
         seed,
+        precision,
         optimizer=settings.optimizer,
         schedule=settings.schedule,
     )
@@ -343,7 +344,7 @@ def run(name: str, clip_name: str, seed: int, data: pathlib.Path, *, epochs: int
     model = variant.model(len(video))
     clip = prepare_clip(video.frames, settings.encoder_input, crop=CROP, removed=0.8)
     model.ablation_clip = clip  # for variants that look at neighbours
-    config = dataclasses.replace(training_of(settings, epochs, seed), precision=variant.precision)
+    config = training_of(settings, epochs, seed, variant.precision)
     trainer = Trainer(model, clip, config, device=torch.device("cpu"))
     started = time.perf_counter()
     trainer.run()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hflfnerv.codec.benchmark import PlainMuon
+from hflfnerv.codec.benchmark import plain_optimizers
 from hflfnerv.codec.engine_cuda import CudaEngine
 from hflfnerv.config import PRESETS, TrainingDefaults
 from hflfnerv.models import VideoNetwork, build_model
@@ -186,10 +186,7 @@ def _measure_training(
             self.autocast = autocast
             self.forward = machine.compile(self.network) if compiled else self.network
             self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-            hidden = self.network.hidden_weights() if used.optimizer == "muon" else []
-            others = [p for p in self.parameters if not any(p is weight for weight in hidden)]
-            adam = torch.optim.Adam(others, lr=1e-3, fused=True, capturable=not machine.dry)
-            self.optimizers = [adam, PlainMuon(hidden, lr=used.lr)] if hidden else [adam]
+            self.optimizers = plain_optimizers(self.network, used, fused=True, capturable=not machine.dry)
 
         def differentiate(self) -> None:
             for optimizer in self.optimizers:

@@ -263,10 +263,11 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     yield f"| clip, {SIZE} | 8 bits | `best` |"
     yield "|---|---|---|"
     for clip in CLIPS:
+        of_clip = list(_curves(rows, clip))
         cells = [
             f"{point['psnr_db']:.2f} dB at {point['bits_per_pixel']:.4f}"
             for name in ours
-            for point in _curves(rows, clip)
+            for point in of_clip
             if point["implementation"] == name and point["size"] == parse_size(SIZE)
         ]
         if len(cells) == 2:

@@ -35,7 +35,7 @@ except ModuleNotFoundError:  # Python 3.10
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from hflfnerv._memory import keep_freed_memory
-from hflfnerv.config import PRESETS, EncodeConfig, TrainingDefaults, parse_size
+from hflfnerv.config import PRESETS, EncodeConfig, TrainingDefaults
 
 from .run import RESULTS, ROOT, environment
 
@@ -519,7 +519,7 @@ def run_jobs(
 
 def _size(job: Encode | Codec) -> int:
     """Return the parameters of a job's network, which say roughly how long it takes."""
-    return parse_size(job.config.size) if isinstance(job, Encode) else 0
+    return job.config.parameters if isinstance(job, Encode) else 0
 
 
 def note_missing_lpips() -> None:

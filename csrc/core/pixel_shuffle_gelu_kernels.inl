@@ -31,56 +31,6 @@ void store_some(T* p, F v, std::int64_t n) {
   std::memcpy(p, some, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// n vectors of consecutive elements become those of residue 0, 1, ... n - 1 modulo n, for n = 2, 4, 16.
-template <int n, class S = Simd>
-inline __attribute__((always_inline)) void part(F* v) {
-  if constexpr (n == 2) {
-    Simd::unzip(v[0], v[1]);
-  } else if constexpr (L == 8 && n == 4) {
-    S::part4(v);
-  } else if constexpr (L == 8 && n == 16) {
-    S::part16(v);
-  } else {
-    F even[n / 2], odd[n / 2];
-    for (int i = 0; i < n / 2; ++i) {
-      even[i] = v[2 * i];
-      odd[i] = v[2 * i + 1];
-      Simd::unzip(even[i], odd[i]);
-    }
-    part<n / 2>(even);
-    part<n / 2>(odd);
-    for (int i = 0; i < n / 2; ++i) {
-      v[2 * i] = even[i];
-      v[2 * i + 1] = odd[i];
-    }
-  }
-}
-
-// The inverse of part.
-template <int n, class S = Simd>
-inline __attribute__((always_inline)) void merge(F* v) {
-  if constexpr (n == 2) {
-    Simd::zip(v[0], v[1]);
-  } else if constexpr (L == 8 && n == 4) {
-    S::merge4(v);
-  } else if constexpr (L == 8 && n == 16) {
-    S::merge16(v);
-  } else {
-    F even[n / 2], odd[n / 2];
-    for (int i = 0; i < n / 2; ++i) {
-      even[i] = v[2 * i];
-      odd[i] = v[2 * i + 1];
-    }
-    merge<n / 2>(even);
-    merge<n / 2>(odd);
-    for (int i = 0; i < n / 2; ++i) {
-      Simd::zip(even[i], odd[i]);
-      v[2 * i] = even[i];
-      v[2 * i + 1] = odd[i];
-    }
-  }
-}
-
 // Asks for what a loop will read soon; these loops advance too slowly for the processor to look far enough ahead itself.
 // Reading ahead of the end does no harm.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 2048, _MM_HINT_T0); }
@@ -129,7 +79,7 @@ struct Kernel {
         prefetch(rows[j] + w);
         v[j] = gelu(Simd::add(Simd::load(rows[j] + w), biases[j]));
       }
-      merge<R>(v);
+      Simd::merge<R>(v);
       for (int j = 0; j < R; ++j) Simd::store(y + R * w + j * L, v[j]);
     }
   }
@@ -162,7 +112,7 @@ struct Kernel {
           prefetch(from + k);
           v[m] = gelu(Simd::add(Simd::load(from + k), Simd::load(task.bias + k)));
         }
-        part<R * R>(v);
+        Simd::part<R * R>(v);
         for (int m = 0; m < R * R; ++m) Simd::store(y + m / R * row + m % R * C + c, v[m]);
       }
     }
@@ -194,7 +144,7 @@ struct Kernel {
           if (c > C - L) c = C - L;
           F v[R * R];
           for (int m = 0; m < R * R; ++m) v[m] = Simd::load(buffer + p * K + R * R * c + m * L);
-          part<R * R>(v);
+          Simd::part<R * R>(v);
           for (int m = 0; m < R * R; ++m) Simd::store(y + m / R * row + m % R * C + c, v[m]);
         }
       }
@@ -278,7 +228,7 @@ struct Kernel {
         prefetch(from + R * w + j * L);
         v[j] = Simd::load(from + R * w + j * L);
       }
-      part<R>(v);
+      Simd::part<R>(v);
       for (int j = 0; j < R; ++j) {
         prefetch(x + rows[j] + w);
         v[j] = Simd::mul(v[j], slope(Simd::add(Simd::load(x + rows[j] + w), biases[j])));
@@ -326,7 +276,7 @@ struct Kernel {
           prefetch(part);
           v[m] = Simd::load(part);
         }
-        merge<R * R>(v);
+        Simd::merge<R * R>(v);
         for (int m = 0; m < R * R; ++m) {
           const std::int64_t k = R * R * c + m * L;
           prefetch(x + at + k);

@@ -65,21 +65,58 @@ struct Simd {
     b = _mm256_permute2f128_ps(low, high, 0x31);
   }
 
-  // The consecutive elements 4 c + m of four vectors, to those of m = 0, 1, 2, 3: 4x4 transpositions within both halves.
-  static void part4(F* v) {
-    const F a = _mm256_permute2f128_ps(v[0], v[2], 0x20), b = _mm256_permute2f128_ps(v[0], v[2], 0x31);
-    const F c = _mm256_permute2f128_ps(v[1], v[3], 0x20), d = _mm256_permute2f128_ps(v[1], v[3], 0x31);
-    transpose4(a, b, c, d, v);
+  // As in simd_avx512.h, by transpositions: these processors have no permutation across two registers in one step.
+  template <int n>
+  static inline __attribute__((always_inline)) void part(F* v) {
+    static_assert(n == 2 || n == 4 || n == 16);
+    if constexpr (n == 2) {
+      unzip(v[0], v[1]);
+    } else if constexpr (n == 4) {
+      const F a = _mm256_permute2f128_ps(v[0], v[2], 0x20), b = _mm256_permute2f128_ps(v[0], v[2], 0x31);
+      const F c = _mm256_permute2f128_ps(v[1], v[3], 0x20), d = _mm256_permute2f128_ps(v[1], v[3], 0x31);
+      transpose_halves(a, b, c, d, v);
+    } else {
+      F low[8], high[8];
+      for (int i = 0; i < 8; ++i) {
+        low[i] = v[2 * i];
+        high[i] = v[2 * i + 1];
+      }
+      transpose(low);
+      transpose(high);
+      for (int i = 0; i < 8; ++i) {
+        v[i] = low[i];
+        v[i + 8] = high[i];
+      }
+    }
   }
-  static void merge4(F* v) {
-    F t[4];
-    transpose4(v[0], v[1], v[2], v[3], t);
-    v[0] = _mm256_permute2f128_ps(t[0], t[1], 0x20);
-    v[1] = _mm256_permute2f128_ps(t[2], t[3], 0x20);
-    v[2] = _mm256_permute2f128_ps(t[0], t[1], 0x31);
-    v[3] = _mm256_permute2f128_ps(t[2], t[3], 0x31);
+  template <int n>
+  static inline __attribute__((always_inline)) void merge(F* v) {
+    static_assert(n == 2 || n == 4 || n == 16);
+    if constexpr (n == 2) {
+      zip(v[0], v[1]);
+    } else if constexpr (n == 4) {
+      F t[4];
+      transpose_halves(v[0], v[1], v[2], v[3], t);
+      v[0] = _mm256_permute2f128_ps(t[0], t[1], 0x20);
+      v[1] = _mm256_permute2f128_ps(t[2], t[3], 0x20);
+      v[2] = _mm256_permute2f128_ps(t[0], t[1], 0x31);
+      v[3] = _mm256_permute2f128_ps(t[2], t[3], 0x31);
+    } else {
+      F low[8], high[8];
+      for (int i = 0; i < 8; ++i) {
+        low[i] = v[i];
+        high[i] = v[i + 8];
+      }
+      transpose(low);
+      transpose(high);
+      for (int i = 0; i < 8; ++i) {
+        v[2 * i] = low[i];
+        v[2 * i + 1] = high[i];
+      }
+    }
   }
-  static void transpose4(F a, F b, F c, F d, F* to) {
+  // 4x4 in each half of four registers.
+  static void transpose_halves(F a, F b, F c, F d, F* to) {
     const F ab_low = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
     const F cd_low = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
     to[0] = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
@@ -87,41 +124,14 @@ struct Simd {
     to[2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
     to[3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
   }
-  // Of 8 vectors, `stride` apart, the element i of the j-th and the element j of the i-th change places.
-  static void transpose8(F* v, int stride) {
+  // 8x8.
+  static void transpose(F* v) {
     F low[4], high[4];
-    transpose4(v[0], v[stride], v[2 * stride], v[3 * stride], low);
-    transpose4(v[4 * stride], v[5 * stride], v[6 * stride], v[7 * stride], high);
+    transpose_halves(v[0], v[1], v[2], v[3], low);
+    transpose_halves(v[4], v[5], v[6], v[7], high);
     for (int i = 0; i < 4; ++i) {
-      v[i * stride] = _mm256_permute2f128_ps(low[i], high[i], 0x20);
-      v[(i + 4) * stride] = _mm256_permute2f128_ps(low[i], high[i], 0x31);
-    }
-  }
-  // The consecutive elements 16 c + m of 16 vectors, to those of m = 0 ... 15.
-  static void part16(F* v) {
-    transpose8(v, 2);
-    transpose8(v + 1, 2);
-    F even[8], odd[8];
-    for (int i = 0; i < 8; ++i) {
-      even[i] = v[2 * i];
-      odd[i] = v[2 * i + 1];
-    }
-    for (int i = 0; i < 8; ++i) {
-      v[i] = even[i];
-      v[i + 8] = odd[i];
-    }
-  }
-  static void merge16(F* v) {
-    F low[8], high[8];
-    for (int i = 0; i < 8; ++i) {
-      low[i] = v[i];
-      high[i] = v[i + 8];
-    }
-    transpose8(low, 1);
-    transpose8(high, 1);
-    for (int i = 0; i < 8; ++i) {
-      v[2 * i] = low[i];
-      v[2 * i + 1] = high[i];
+      v[i] = _mm256_permute2f128_ps(low[i], high[i], 0x20);
+      v[i + 4] = _mm256_permute2f128_ps(low[i], high[i], 0x31);
     }
   }
 

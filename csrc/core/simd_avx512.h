@@ -68,6 +68,47 @@ struct Simd {
     a = lower;
   }
 
+  // n vectors of consecutive elements become those of residue 0, 1, ... n - 1 modulo n, for n = 2, 4, 16.
+  template <int n>
+  static inline __attribute__((always_inline)) void part(F* v) {
+    if constexpr (n == 2) {
+      unzip(v[0], v[1]);
+    } else {
+      F even[n / 2], odd[n / 2];
+      for (int i = 0; i < n / 2; ++i) {
+        even[i] = v[2 * i];
+        odd[i] = v[2 * i + 1];
+        unzip(even[i], odd[i]);
+      }
+      part<n / 2>(even);
+      part<n / 2>(odd);
+      for (int i = 0; i < n / 2; ++i) {
+        v[2 * i] = even[i];
+        v[2 * i + 1] = odd[i];
+      }
+    }
+  }
+  // The inverse of part.
+  template <int n>
+  static inline __attribute__((always_inline)) void merge(F* v) {
+    if constexpr (n == 2) {
+      zip(v[0], v[1]);
+    } else {
+      F even[n / 2], odd[n / 2];
+      for (int i = 0; i < n / 2; ++i) {
+        even[i] = v[2 * i];
+        odd[i] = v[2 * i + 1];
+      }
+      merge<n / 2>(even);
+      merge<n / 2>(odd);
+      for (int i = 0; i < n / 2; ++i) {
+        zip(even[i], odd[i]);
+        v[2 * i] = even[i];
+        v[2 * i + 1] = odd[i];
+      }
+    }
+  }
+
   // v with its first n lanes zeroed.
   static F drop(F v, int n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(0xffffu << n), v); }
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._device import training_precision
-from ..config import PRESETS
+from ..config import PRESETS, TrainingDefaults
 from ..models import MODELS, VideoNetwork, build_model
 from ..models.convnext import DepthwiseConv
 from ..models.streams import use_implementation
@@ -28,7 +28,7 @@ from .engine import to_uint8
 from .engine_cuda import CudaEngine
 from .quantization import quantize, quantize_tensors
 
-__all__ = ["PlainMuon", "eager_step", "measure", "plain_network"]
+__all__ = ["PlainMuon", "eager_step", "measure", "plain_network", "plain_optimizers"]
 
 Row = dict[str, Any]
 OURS, EAGER, COMPILED = "hflfnerv", "eager fp32", "torch.compile max-autotune bf16"
@@ -196,11 +196,7 @@ def eager_step(network: VideoNetwork, device: torch.device, preset: str) -> Call
     """
     model = plain_network(network).to(device)
     used = PRESETS[preset][network.spec.model]
-    hidden = model.hidden_weights() if used.optimizer == "muon" else []
-    others = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in hidden)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=1e-3)]
-    if hidden:
-        optimizers.append(PlainMuon(hidden, lr=used.lr))
+    optimizers = plain_optimizers(model, used)
     batch = used.batch_size
     frames = _random_frames(network, batch).permute(0, 3, 1, 2).contiguous().to(device).float() / 255
     x = None if network.encoder_input is None else frames
@@ -214,6 +210,20 @@ def eager_step(network: VideoNetwork, device: torch.device, preset: str) -> Call
             optimizer.step()
 
     return step
+
+
+def plain_optimizers(model: VideoNetwork, used: TrainingDefaults, **adam: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of a preset as one would write them down.
+
+    Args:
+        model: the network.
+        used: the preset's settings.
+        adam: further options of Adam.
+    """
+    hidden = model.hidden_weights() if used.optimizer == "muon" else []
+    others = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in hidden)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=1e-3, **adam)]
+    return [*optimizers, PlainMuon(hidden, lr=used.lr)] if hidden else optimizers
 
 
 class PlainMuon(torch.optim.Optimizer):

@@ -75,7 +75,7 @@ def test_parameters_are_counted_right(model, preset):
 
 
 @pytest.mark.parametrize(
-    ("size", "detail"), [(150_000, None), (100_000, None), (150_000, 0), (150_000, 2), (62_000, 4)]
+    ("size", "detail"), [(150_000, None), (100_000, None), (150_000, 0), (150_000, 2), (150_000, 4), (62_000, 4)]
 )
 def test_a_finer_embedding_is_part_of_the_size(size, detail):
     spec = HFLFNeRV.plan(size, 32, 160, 320, preset="best", detail=detail)
@@ -85,7 +85,7 @@ def test_a_finer_embedding_is_part_of_the_size(size, detail):
     made = spec.streams["hfd"].detail
     channels = 0 if made is None else made.channels
     # A fifth of 100,000 pays for three channels of 32 x 10 x 20; where the size pays for fewer than asked, fewer.
-    assert channels == {(150_000, None): 4, (100_000, None): 3, (150_000, 2): 2}.get((size, detail), 0)
+    assert channels == {(150_000, None): 4, (100_000, None): 3, (150_000, 2): 2, (150_000, 4): 4}.get((size, detail), 0)
 
 
 def test_the_least_size_of_best_is_enough():
