@@ -17,6 +17,7 @@
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/cpu.h"
 #include "core/frame_decoder.h"
+#include "core/head.h"
 #include "core/huffman.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
@@ -349,6 +350,31 @@ void winograd_wgrad(const Shape8& sizes, std::uintptr_t x, std::uintptr_t dz, st
   hflfnerv::winograd_wgrad(shape, pointer<float>(x), pointer<float>(dz), pointer<float>(dweight), threads, level);
 }
 
+// batch, channels, height, width.
+using Shape4 = std::array<std::int64_t, 4>;
+
+hflfnerv::HeadShape head_shape(const Shape4& n) {
+  if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
+  return {n[0], n[1], n[2], n[3]};
+}
+
+void head_fwd(const Shape4& sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y, int threads,
+              const std::string& simd) {
+  const auto shape = head_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::head_fwd(shape, pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), threads, level);
+}
+
+void head_bwd(const Shape4& sizes, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
+              std::uintptr_t dweight, std::uintptr_t dbias, int threads, const std::string& simd) {
+  const auto shape = head_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::head_bwd(shape, pointer<float>(dy), pointer<float>(x), pointer<float>(weight), pointer<float>(dx),
+                     pointer<float>(dweight), pointer<float>(dbias), threads, level);
+}
+
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 
 void raise_unless_done(const char* error) {
@@ -542,6 +568,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("x"), py::arg("dz"), py::arg("dweight"),
              py::arg("threads"), py::arg("simd") = "auto");
+  module.def("head_fwd", &head_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
+             py::arg("threads"), py::arg("simd") = "auto");
+  module.def("head_bwd", &head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),
+             py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
   module.attr("cuda_architectures") = HFLFNERV_CUDA_ARCHITECTURES;
   module.def("cuda_device_unavailable", &hflfnerv::cuda_device_unavailable, py::arg("device"));

@@ -65,7 +65,7 @@ IMAGE = (1, 16, 50, 60)
 CALLS = [
     (block, tensors(IMAGE, (64, 16, 3, 3), (64,)), ["auto", "winograd", "conv2d+cpp", "reference"]),
     (block, tensors(IMAGE, (64, 16, 5, 5), (64,), layout="contiguous"), ["winograd"]),
-    (ops.conv2d, tensors(IMAGE, (3, 16, 3, 3), (3,)), ["auto", "winograd", "reference"]),
+    (ops.conv2d, tensors(IMAGE, (3, 16, 3, 3), (3,)), ["auto", "direct", "winograd", "reference"]),
     (shuffle, tensors(IMAGE, (16,)), ["auto", "cpp", "reference"]),
     (shuffle, [t.bfloat16() for t in tensors(IMAGE, (16,))], ["cpp"]),
     (ops.highpass, tensors(IMAGE), ["auto", "fft", "reference"]),
@@ -82,7 +82,7 @@ def parameters(calls):
     found = []
     for function, operands, names in calls:
         for impl in names:
-            needs_vectors = ("winograd" in impl or "cpp" in impl) and _cpp.unavailable() is not None
+            needs_vectors = any(name in impl for name in ("direct", "winograd", "cpp")) and _cpp.unavailable() is not None
             marks = [pytest.mark.skip(reason=f"{impl}: {_cpp.unavailable()}")] if needs_vectors else []
             found.append(pytest.param(function, operands, impl, id=f"{function.__name__}-{impl}", marks=marks))
     return found

@@ -27,6 +27,26 @@ def _run_winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return _winograd.in_layout_of(x, weight, out)
 
 
+def _run_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    dtype = compute_dtype(x)
+    out: torch.Tensor = torch.ops.hflfnerv.conv2d(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), "direct"
+    )
+    return _winograd.in_layout_of(x, weight, out)
+
+
+def _direct_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    if x.device.type != "cpu":
+        return _cpp.rejects_tensor(x.device, x.dtype)
+    if compute_dtype(x) != torch.float32:
+        return f"dtype {compute_dtype(x)} is not torch.float32"
+    if weight.shape[0] != 3 or weight.shape[2:] != (3, 3):
+        return f"weight of shape {tuple(weight.shape)} is not that of a 3x3 kernel with three output channels"
+    if x.numel() == 0:
+        return f"x of shape {tuple(x.shape)} is empty"
+    return None
+
+
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     return _winograd.rejects(x, weight, half_padding(weight))
 
@@ -34,6 +54,7 @@ def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 CONV2D = ImplementationTable(
     "conv2d",
     [
+        Implementation("direct", _run_direct, _cpp.unavailable, _direct_rejects),
         Implementation("winograd", _run_winograd, _cpp.unavailable, _winograd_rejects),
         Implementation("reference", _run_reference),
     ],
@@ -43,7 +64,50 @@ CONV2D = ImplementationTable(
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     if impl == "reference":
         return _run_reference(x, weight, bias).contiguous(memory_format=torch.channels_last)
+    if impl == "direct":
+        return _direct_forward(x, weight, bias)
     return _winograd.forward(x, weight, None, bias, 1, "identity", keep_z=False)[0]
+
+
+def _direct_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
+    y = torch.empty_like(x[:, :1].expand(-1, 3, -1, -1), memory_format=torch.channels_last)
+    channels_last, bias = torch.channels_last, _cpp.float_bias(bias)
+    _cpp.load().head_fwd(
+        list(x.shape),
+        _cpp.address(x, torch.float32, channels_last),
+        _cpp.address(weight, torch.float32),
+        _cpp.address(bias, torch.float32),
+        _cpp.address(y, torch.float32, channels_last),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _direct_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    channels_last, x_format = torch.channels_last, memory_format_of(x)
+    dy, x = (t.contiguous(memory_format=channels_last) for t in (dy, x))
+    dx = torch.empty_like(x) if wanted[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
+    dbias = x.new_empty(3) if wanted[2] else None
+    kept = weight.contiguous()
+    _cpp.load().head_bwd(
+        list(x.shape),
+        _cpp.address(dy, torch.float32, channels_last),
+        _cpp.address(x, torch.float32, channels_last),
+        _cpp.address(kept, torch.float32),
+        _cpp.address(dx, torch.float32, channels_last),
+        _cpp.address(dweight, torch.float32),
+        _cpp.address(dbias, torch.float32),
+        torch.get_num_threads(),
+    )
+    if dx is not None:
+        dx = dx.contiguous(memory_format=x_format)
+    if dweight is not None and dweight.stride() != weight.stride():
+        dweight = torch.empty_like(weight).copy_(dweight)
+    return dx, dweight, dbias
 
 
 def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
@@ -54,6 +118,10 @@ def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if impl == "direct":
+        gradients = _direct_backward(dy, x, weight, wanted)
+        dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+        return dx, dweight, dbias
     dbias = dy.sum(dim=(0, 2, 3)) if wanted[2] else x.new_empty(0)
     if impl == "reference":
         padding = list(half_padding(weight))
@@ -121,7 +189,8 @@ def conv2d(
         x: ``[B, C_in, H, W]``, floating point, any strides.
         weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
         bias: ``[C_out]`` in x's dtype, or None.
-        impl: ``"auto"``, ``"winograd"`` (CPU with AVX2 or AVX-512: float32, kernels 3x3 and 5x5, gradients included) or
+        impl: ``"auto"``, ``"direct"`` (CPU with AVX2 or AVX-512: float32, a 3x3 kernel with three output channels,
+            gradients included), ``"winograd"`` (the same for any channels and kernels of 3x3 and 5x5) or
             ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images).
 
     Returns:
@@ -133,7 +202,10 @@ def conv2d(
         BackendUnavailable: the named implementation cannot run; the message says why.
 
     Numerics:
-        ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`.
+        ``"direct"`` sums products as they are, the gradients of weight and bias row by row in float32 and over rows in
+        float64; the bits depend neither on the threads nor, but for the sums over it, on the batch. A value of x that
+        is not finite also reaches pixels to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in
+        :func:`conv_pixel_shuffle_gelu`.
 
     Example:
         >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from winograd_method import channels_last, gradient_sums, sums
 
 from hflfnerv import ops
+from hflfnerv.errors import BackendUnavailable
 from hflfnerv.ops import CONV2D
 from hflfnerv.testing import (
     assert_close_to_reference,
     assert_gradient_close_to_reference,
     make_tensor,
     poisoned_empty,
+    threads,
 )
 
 BY_IMPL = pytest.mark.parametrize(
@@ -26,7 +28,10 @@ BY_IMPL = pytest.mark.parametrize(
     ],
 )
 # B, C_in, C_out, H, W, kernel: heads, an odd number of everything, several blocks of tiles.
-SHAPES = [(1, 28, 3, 37, 50, 3), (2, 13, 3, 12, 18, 3), (1, 9, 17, 21, 11, 5), (2, 3, 64, 19, 30, 3)]
+SHAPES = [
+    *[(1, 28, 3, 37, 50, 3), (2, 13, 3, 12, 18, 3), (1, 2, 3, 35, 33, 3), (2, 17, 3, 1, 1, 3)],
+    *[(1, 9, 17, 21, 11, 5), (2, 3, 64, 19, 30, 3)],
+]
 
 
 def operands(shape, with_bias=True):
@@ -52,7 +57,11 @@ def magnitudes(x, weight, dy):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_forward_and_backward(impl, shape, with_bias):
     tensors = operands(shape, with_bias)
-    batch, _, n, height, width, _ = shape
+    batch, _, n, height, width, kernel = shape
+    if impl == "direct" and (n, kernel) != (3, 3):
+        with pytest.raises(BackendUnavailable, match="is not that of a 3x3 kernel with three output channels"):
+            ops.conv2d(*tensors, impl=impl)
+        return
     dy = make_tensor(batch, n, height, width, seed=3)
     with poisoned_empty():
         y, gradients = run(tensors, dy, impl)
@@ -143,18 +152,35 @@ def test_gradcheck():
 
 def test_what_auto_is():
     x, weight, bias = operands(SHAPES[0])
-    winograd = CONV2D.entries[0].unavailable() is None
-    assert torch.equal(ops.conv2d(x, weight, bias), ops.conv2d(x, weight, bias, impl=CONV2D.names[not winograd]))
+    fast = CONV2D.entries[0].unavailable() is None
+    direct, winograd = ("direct", "winograd") if fast else ("reference", "reference")
+    assert torch.equal(ops.conv2d(x, weight, bias), ops.conv2d(x, weight, bias, impl=direct))
     assert ops.conv2d(x, weight, bias).is_contiguous(memory_format=torch.channels_last)
     plain = ops.conv2d(x.contiguous(), weight.contiguous(), bias)
     assert plain.is_contiguous()
-    assert torch.equal(plain, ops.conv2d(x.contiguous(), weight.contiguous(), bias, impl=CONV2D.names[not winograd]))
+    assert torch.equal(plain, ops.conv2d(x.contiguous(), weight.contiguous(), bias, impl=direct))
+    more = make_tensor(8, 28, 3, 3)
+    assert torch.equal(ops.conv2d(x, more), ops.conv2d(x, more, impl=winograd))
     small = x[..., :6, :6]
     assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))
     wide = make_tensor(3, 28, 9, 9)
     assert torch.equal(ops.conv2d(x, wide), F.conv2d(x, wide, padding=4))
     half = ops.conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(CONV2D.entries[0].unavailable() is not None, reason=str(CONV2D.entries[0].unavailable()))
+def test_direct_is_the_same_on_any_number_of_threads_and_in_any_batch():
+    tensors, dy = operands((3, 13, 3, 40, 21, 3)), make_tensor(3, 3, 40, 21, seed=3)
+    with threads(1):
+        y, gradients = run(tensors, dy, "direct")
+    with threads(3):
+        again, same = run(tensors, dy, "direct")
+    assert torch.equal(y, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    one, (dx, *_) = run((tensors[0][1:2], *tensors[1:]), dy[1:2], "direct")
+    assert torch.equal(one, y[1:2])
+    assert torch.equal(dx, gradients[0][1:2])
 
 
 X, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 3, 3)

@@ -1,0 +1,28 @@
+// A 3x3 convolution to three channels, as the heads of networks are, and its gradients, in float32 by definition: other
+// methods have output channels as lanes, which three of them leave idle.
+//
+// Sums are in an order that depends on the shape alone; results do not depend on the number of threads, nor those of an
+// image on the batch.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu.h"
+
+namespace hflfnerv {
+
+// x is [batch, channels, height, width] and y [batch, 3, height, width], both channels-last; the weight is
+// [3, channels, 3, 3], contiguous, and the padding 1. All sizes are at least 1.
+struct HeadShape {
+  std::int64_t batch, channels, height, width;
+};
+
+// bias has three floats, or is null.
+void head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
+              SimdLevel level);
+
+// The gradients of x, weight and bias for dy; those that are null are not computed.
+void head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx, float* dweight,
+              float* dbias, int threads, SimdLevel level);
+
+}  // namespace hflfnerv

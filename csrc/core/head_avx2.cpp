@@ -1,0 +1,12 @@
+#include "simd_avx2.h"
+
+#include "head_kernels.inl"
+
+namespace hflfnerv {
+
+const HeadKernels& head_kernels_avx2() {
+  static constexpr HeadKernels kernels{fwd, dgrad, wgrad};
+  return kernels;
+}
+
+}  // namespace hflfnerv

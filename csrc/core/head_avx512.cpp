@@ -1,0 +1,12 @@
+#include "simd_avx512.h"
+
+#include "head_kernels.inl"
+
+namespace hflfnerv {
+
+const HeadKernels& head_kernels_avx512() {
+  static constexpr HeadKernels kernels{fwd, dgrad, wgrad};
+  return kernels;
+}
+
+}  // namespace hflfnerv

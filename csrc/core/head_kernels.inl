@@ -1,0 +1,136 @@
+// Included behind the Simd of one instruction set; see head_kernels.h.
+#include "head_kernels.h"
+
+namespace hflfnerv {
+namespace {
+
+using F = Simd::F;
+constexpr int kLanes = Simd::kLanes;
+constexpr bool kManyRegisters = kLanes == 16;  // 32 of them, where vectors of 8 lanes have 16
+constexpr int kRun = kHeadTaps * kHeadColours;  // floats of dy in a row that a pixel of x meets, one after the other
+
+// y of n pixels from column x on; the pixels left of it, in each row, begin at `from`.
+template <int n>
+inline void outputs(const HeadOutputRow& row, const float* const* from, std::int64_t x) {
+  F sums[n][kHeadColours];
+  for (int p = 0; p < n; ++p) {
+    for (F& sum : sums[p]) sum = Simd::zero();
+  }
+  const float* weights = row.weights;
+  for (std::int64_t i = 0; i < kHeadTaps; ++i) {
+    const float* run = from[i];
+    for (std::int64_t k = 0; k < row.steps; ++k, run += kLanes, weights += kHeadColours * kLanes) {
+      F w[kHeadColours];
+      for (int c = 0; c < kHeadColours; ++c) w[c] = Simd::load(weights + c * kLanes);
+      for (int p = 0; p < n; ++p) {
+        const F value = Simd::load(run + p * row.channels);
+        for (int c = 0; c < kHeadColours; ++c) sums[p][c] = Simd::fma(value, w[c], sums[p][c]);
+      }
+    }
+  }
+  for (int p = 0; p < n; ++p) {
+    for (int c = 0; c < kHeadColours; ++c) row.y[(x + p) * kHeadColours + c] = Simd::sum(sums[p][c]) + row.bias[c];
+  }
+}
+
+// The same for a pixel at an end of the row: zeros stand for the pixels that are not there.
+void output_at_edge(const HeadOutputRow& row, std::int64_t x) {
+  const std::int64_t begin = x > 0 ? x - 1 : 0, end = x + 2 < row.width ? x + 2 : row.width, size = row.steps * kLanes;
+  const float* from[kHeadTaps];
+  for (std::int64_t i = 0; i < kHeadTaps; ++i) {
+    float* const copy = row.edge + i * size;
+    for (std::int64_t e = 0; e < size; ++e) copy[e] = 0;
+    const std::int64_t shift = (1 - x) * row.channels;
+    for (std::int64_t e = begin * row.channels; e < end * row.channels; ++e) copy[e + shift] = row.x[i][e];
+    from[i] = copy;
+  }
+  outputs<1>(row, from, x);
+}
+
+void fwd(const HeadOutputRow& row) {
+  constexpr int n = kManyRegisters ? 8 : 4;
+  // Vectors of pixels before this one end within the row.
+  const std::int64_t rest = row.width * row.channels - row.steps * kLanes;
+  const std::int64_t end = rest < 0 ? 1 : rest / row.channels + 2;
+  output_at_edge(row, 0);
+  std::int64_t x = 1;
+  const float* from[kHeadTaps] = {row.x[0], row.x[1], row.x[2]};
+  const auto advance = [&](std::int64_t pixels) {
+    for (const float*& p : from) p += pixels * row.channels;
+    x += pixels;
+  };
+  for (; x + n <= end; advance(n)) outputs<n>(row, from, x);
+  for (; x < end; advance(1)) outputs<1>(row, from, x);
+  for (; x < row.width; ++x) output_at_edge(row, x);
+}
+
+// What is read from p afterwards is read anew: compilers keep values of dy that several pixels meet, in more registers than
+// there are.
+inline void hide(const float*& p) { asm("" : "+r"(p)); }
+
+// dx of n pixels from column x on, in kVectors vectors. Pixels are written in their order: what lies behind the channels of one
+// is the next one's.
+template <int n, int kVectors>
+inline void inputs(const HeadInputRow& row, std::int64_t vector, std::int64_t x) {
+  F sums[n][kVectors];
+  for (int p = 0; p < n; ++p) {
+    for (F& sum : sums[p]) sum = Simd::zero();
+  }
+  const float* weights = row.weights + vector * kHeadProducts * kLanes;
+  for (const float* dy : row.dy) {
+    dy += x * kHeadColours;
+    for (int e = 0; e < kRun; ++e, ++dy, weights += kLanes) {
+      hide(dy);
+      F w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = Simd::load(weights + v * kHeadProducts * kLanes);
+      for (int p = 0; p < n; ++p) {
+        const F slope = Simd::set(dy[p * kHeadColours]);
+        for (int v = 0; v < kVectors; ++v) sums[p][v] = Simd::fma(slope, w[v], sums[p][v]);
+      }
+    }
+  }
+  for (int p = 0; p < n; ++p) {
+    for (int v = 0; v < kVectors; ++v) Simd::store(row.dx + (x + p) * row.channels + row.first[vector + v], sums[p][v]);
+  }
+}
+
+// Of all pixels; the last ones may be computed twice.
+template <int n, int kVectors>
+inline void all_inputs(const HeadInputRow& row, std::int64_t vector) {
+  if (row.width < n) {
+    for (std::int64_t x = 0; x < row.width; ++x) inputs<1, kVectors>(row, vector, x);
+  } else {
+    const std::int64_t last = row.width - n;
+    for (std::int64_t x = 0; x < last; x += n) inputs<n, kVectors>(row, vector, x);
+    inputs<n, kVectors>(row, vector, last);
+  }
+}
+
+void dgrad(const HeadInputRow& row) {
+  constexpr int n = kManyRegisters ? 12 : 6;
+  std::int64_t vector = 0;
+  for (; vector + 2 <= row.vectors; vector += 2) all_inputs<n, 2>(row, vector);
+  if (vector < row.vectors) all_inputs<2 * n, 1>(row, vector);
+}
+
+void wgrad(const HeadInputRow& row) {
+  for (std::int64_t vector = 0; vector < row.vectors; ++vector) {
+    for (int i = 0; i < kHeadTaps; ++i) {
+      F sums[kRun];
+      for (F& sum : sums) sum = Simd::zero();
+      const float* x = row.x + row.first[vector];
+      const float* dy = row.dy[i];
+      for (std::int64_t pixel = 0; pixel < row.width; ++pixel, x += row.channels, dy += kHeadColours) {
+        const F value = Simd::load(x);
+        for (int e = 0; e < kRun; ++e) sums[e] = Simd::fma(value, Simd::set(dy[e]), sums[e]);
+      }
+      const int lanes = row.channels < kLanes ? static_cast<int>(row.channels) : kLanes;
+      for (int e = 0; e < kRun; ++e) {
+        Simd::store_lanes(row.sums + (i * kRun + e) * row.channels + row.first[vector], sums[e], 0, lanes);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hflfnerv
