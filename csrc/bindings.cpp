@@ -19,6 +19,7 @@
 #include "core/frame_decoder.h"
 #include "core/head.h"
 #include "core/huffman.h"
+#include "core/orthogonalise.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
 #include "core/winograd_output.h"
@@ -375,6 +376,22 @@ void head_bwd(const Shape4& sizes, std::uintptr_t dy, std::uintptr_t x, std::uin
                      pointer<float>(dweight), pointer<float>(dbias), threads, level);
 }
 
+// Rows, columns, addresses of x and y.
+using Matrix = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+
+void orthogonalise(const std::vector<Matrix>& matrices, const std::array<float, 3>& quintic, int steps, int threads,
+                   const std::string& simd) {
+  std::vector<hflfnerv::OrthogonaliseMatrix> all;
+  for (const auto& [rows, columns, x, y] : matrices) {
+    if (rows < 1 || columns < 1) throw py::value_error("sizes must be positive");
+    all.push_back({rows, columns, pointer<float>(x), pointer<float>(y)});
+  }
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::orthogonalise(all.data(), static_cast<std::int64_t>(all.size()), {quintic[0], quintic[1], quintic[2], steps},
+                          threads, level);
+}
+
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 
 void raise_unless_done(const char* error) {
@@ -572,6 +589,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"), py::arg("simd") = "auto");
   module.def("head_bwd", &head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),
              py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("orthogonalise", &orthogonalise, py::arg("matrices"), py::arg("quintic"), py::arg("steps"), py::arg("threads"),
+             py::arg("simd") = "auto");
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
   module.attr("cuda_architectures") = HFLFNERV_CUDA_ARCHITECTURES;
   module.def("cuda_device_unavailable", &hflfnerv::cuda_device_unavailable, py::arg("device"));

@@ -82,7 +82,9 @@ def parameters(calls):
     found = []
     for function, operands, names in calls:
         for impl in names:
-            needs_vectors = any(name in impl for name in ("direct", "winograd", "cpp")) and _cpp.unavailable() is not None
+            needs_vectors = (
+                any(name in impl for name in ("direct", "winograd", "cpp")) and _cpp.unavailable() is not None
+            )
             marks = [pytest.mark.skip(reason=f"{impl}: {_cpp.unavailable()}")] if needs_vectors else []
             found.append(pytest.param(function, operands, impl, id=f"{function.__name__}-{impl}", marks=marks))
     return found

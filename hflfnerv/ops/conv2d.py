@@ -71,8 +71,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
 
 def _direct_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
-    y = torch.empty_like(x[:, :1].expand(-1, 3, -1, -1), memory_format=torch.channels_last)
-    channels_last, bias = torch.channels_last, _cpp.float_bias(bias)
+    y, channels_last, bias = _forward_fake(x, weight, bias, "direct"), torch.channels_last, _cpp.float_bias(bias)
     _cpp.load().head_fwd(
         list(x.shape),
         _cpp.address(x, torch.float32, channels_last),
@@ -86,28 +85,28 @@ def _direct_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 def _direct_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     channels_last, x_format = torch.channels_last, memory_format_of(x)
     dy, x = (t.contiguous(memory_format=channels_last) for t in (dy, x))
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
     dbias = x.new_empty(3) if wanted[2] else None
-    kept = weight.contiguous()
+    contiguous = weight.contiguous()
     _cpp.load().head_bwd(
         list(x.shape),
         _cpp.address(dy, torch.float32, channels_last),
         _cpp.address(x, torch.float32, channels_last),
-        _cpp.address(kept, torch.float32),
+        _cpp.address(contiguous, torch.float32),
         _cpp.address(dx, torch.float32, channels_last),
         _cpp.address(dweight, torch.float32),
         _cpp.address(dbias, torch.float32),
         torch.get_num_threads(),
     )
-    if dx is not None:
-        dx = dx.contiguous(memory_format=x_format)
-    if dweight is not None and dweight.stride() != weight.stride():
-        dweight = torch.empty_like(weight).copy_(dweight)
-    return dx, dweight, dbias
+    return (
+        x.new_empty(0) if dx is None else dx.contiguous(memory_format=x_format),
+        x.new_empty(0) if dweight is None else torch.empty_like(weight).copy_(dweight),
+        x.new_empty(0) if dbias is None else dbias,
+    )
 
 
 def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
@@ -119,9 +118,7 @@ def _backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if impl == "direct":
-        gradients = _direct_backward(dy, x, weight, wanted)
-        dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
-        return dx, dweight, dbias
+        return _direct_backward(dy, x, weight, wanted)
     dbias = dy.sum(dim=(0, 2, 3)) if wanted[2] else x.new_empty(0)
     if impl == "reference":
         padding = list(half_padding(weight))

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Muon", "orthogonalise"]
+from .._impl import Implementation, ImplementationTable
+from ..ops import _cpp
+
+__all__ = ["ORTHOGONALISE", "Muon", "orthogonalise"]
 
 # The quintic of Jordan et al. It does not converge to 1: it takes every singular value of (0, 1] to about 0.7..1.2 in
 # the fewest steps, which is as good for an optimiser.
@@ -17,7 +20,7 @@ _STEPS = 5
 _SMALL = 16  # rows below which a step is all overhead
 
 
-def orthogonalise(x: Tensor) -> Tensor:
+def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
     """Take the singular values of a matrix near 1 and keep its singular vectors.
 
     Five Newton-Schulz steps ``X <- a X + (b X X^T + c (X X^T)^2) X`` from ``X = x / |x|_F`` (K. Jordan et al.,
@@ -25,16 +28,58 @@ def orthogonalise(x: Tensor) -> Tensor:
 
     Args:
         x: floating ``[M, N]``; computed in its own dtype.
+        impl: ``"auto"``, ``"cpp"`` (float32 on a CPU with AVX2 or AVX-512) or ``"reference"`` (PyTorch, anywhere).
 
     Returns:
         ``[M, N]`` with singular values in about 0.7..1.2; those under 1e-3 of the norm stay smaller. Zero for zero.
+
+    Raises:
+        ValueError: the name is not as above.
+        BackendUnavailable: the named implementation cannot run; the message says why.
+
+    Numerics:
+        Every step multiplies by a polynomial of ``X X^T``, and these commute: their product is found from the first
+        ``X X^T`` alone, always by ``"cpp"``, which computes half of each product since all are symmetric, and where it
+        takes fewer products, and not in half precision, by ``"reference"``. An error of eps in the small eigenvalues of
+        ``X X^T`` grows to ``a^8 eps``: 2e-3 in float32.
     """
-    (result,) = orthogonalise_all([x])
+    (result,) = orthogonalise_all([x], impl=impl)
     return result
 
 
-def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalise_all(matrices: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]:
     """Return :func:`orthogonalise` of each; those that take the same steps take them together, in one batch."""
+    results: list[Tensor] = ORTHOGONALISE.select(impl, matrices).run(matrices)
+    return results
+
+
+def _run_cpp(matrices: Sequence[Tensor]) -> list[Tensor]:
+    matrices = [x.contiguous() for x in matrices]
+    results = [torch.empty_like(x) for x in matrices]
+    _cpp.load().orthogonalise(
+        [
+            (*x.shape, _cpp.address(x, torch.float32), _cpp.address(y, torch.float32))
+            for x, y in zip(matrices, results, strict=True)
+        ],
+        (_A, _B, _C),
+        _STEPS,
+        torch.get_num_threads(),
+    )
+    return results
+
+
+def _cpp_rejects(matrices: Sequence[Tensor]) -> str | None:
+    for x in matrices:
+        if x.device.type != "cpu":
+            return _cpp.rejects_tensor(x.device, x.dtype)
+        if x.dtype != torch.float32:
+            return f"dtype {x.dtype} is not torch.float32"
+        if x.numel() == 0:
+            return f"a matrix of shape {tuple(x.shape)} is empty"
+    return None
+
+
+def _run_reference(matrices: Sequence[Tensor]) -> list[Tensor]:
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
     wide = [x / x.norm().clamp(min=1e-20) for x in wide]
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -50,6 +95,15 @@ def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [y.mT if x.shape[0] > x.shape[1] else y for x, y in zip(matrices, results, strict=True)]
 
 
+ORTHOGONALISE = ImplementationTable(
+    "orthogonalise",
+    [
+        Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
+        Implementation("reference", _run_reference),
+    ],
+)
+
+
 def _by_steps(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
     """Take the steps for matrices of one shape."""
     x = _stacked(matrices)
@@ -62,9 +116,7 @@ def _by_steps(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
 def _by_gram(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
     """The same for matrices of as many rows, with one product of the size of each in place of ten.
 
-    Every step multiplies by a polynomial of ``X X^T``, and these commute: the product of all five is found from the
-    first ``X X^T`` alone. An error of eps in its small eigenvalues grows to ``a^8 eps``: 2e-3 in float32, too much in
-    half precision.
+    An error of eps in the eigenvalues grows to ``a^8 eps``: too much in half precision.
     """
     gram = _stacked([x @ x.mT for x in matrices])
     product = factor = _factor(gram)
@@ -139,28 +191,47 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            matrices = [self._accelerated(parameter, group["momentum"]) for parameter in parameters]
-            for parameter, update in zip(parameters, orthogonalise_all(matrices), strict=True):
-                _move(parameter, update, group["lr"])
+            if parameters:
+                self._move(parameters, group["lr"], group["momentum"])
         return loss
 
-    def _accelerated(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Update the momentum, and return the matrix to orthogonalise."""
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        matrix = gradient.lerp(average, momentum).flatten(1)
-        return matrix.bfloat16() if matrix.is_cuda else matrix
+    def _move(self, parameters: list[Tensor], lr: float | Tensor, momentum: float) -> None:
+        """Update the momenta, and take a step along what is orthogonalised of them."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        accelerated = torch._foreach_lerp(gradients, averages, momentum)
+        matrices = [_as_matrix(x, parameter) for x, parameter in zip(accelerated, parameters, strict=True)]
+        if matrices[0].is_cuda:
+            matrices = [x.bfloat16() for x in matrices]
+        updates = [
+            _as_weight(x.to(parameter.dtype), parameter)
+            for x, parameter in zip(orthogonalise_all(matrices), parameters, strict=True)
+        ]
+        torch._foreach_mul_(updates, [max(1.0, x.shape[0] / x.shape[1]) ** 0.5 for x in matrices])
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_sub_(parameters, updates)
 
 
-def _move(parameter: Tensor, update: Tensor, lr: float | Tensor) -> None:
-    """Take a step of the optimiser along an orthogonalised matrix."""
-    scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-    update = update.view_as(parameter)
-    if isinstance(lr, Tensor):
-        parameter.sub_(update * (lr * scale))
-    else:
-        parameter.add_(update, alpha=-lr * scale)
+# The order of a matrix's columns changes nothing: that of a weight in memory needs no copy.
+
+
+def _in_pixels(weight: Tensor) -> bool:
+    """Return whether a weight has its input channels last in memory."""
+    return weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _as_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """Return what has the shape of a weight as ``[out, in k k]``, in the weight's order in memory."""
+    return (x.permute(0, 2, 3, 1) if _in_pixels(weight) else x).flatten(1)
+
+
+def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """Undo :func:`_as_matrix`."""
+    if not _in_pixels(weight):
+        return matrix.view_as(weight)
+    out, channels, rows, columns = weight.shape
+    return matrix.view(out, rows, columns, channels).permute(0, 3, 1, 2)

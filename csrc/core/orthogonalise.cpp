@@ -1,0 +1,161 @@
+#include "orthogonalise.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "memory.h"
+#include "orthogonalise_kernels.h"
+#include "parallel.h"
+
+namespace hflfnerv {
+
+#if defined(HFLFNERV_HAVE_AVX2)
+namespace {
+
+// Threads share the products of a matrix from about this many rows and columns on; smaller ones are shared out.
+constexpr std::int64_t kLarge = 128;
+
+const OrthogonaliseKernels& kernels_of([[maybe_unused]] SimdLevel level) {
+#if defined(HFLFNERV_HAVE_AVX512)
+  if (level == SimdLevel::avx512) return orthogonalise_kernels_avx512();
+#endif
+  return orthogonalise_kernels_avx2();
+}
+
+std::int64_t in_wholes(std::int64_t count, std::int64_t of) { return (count + of - 1) / of * of; }
+
+// The shorter side is that of the Gram matrix.
+std::int64_t shorter(const OrthogonaliseMatrix& m) { return std::min(m.rows, m.columns); }
+
+constexpr std::int64_t kSide = 16;  // of what is transposed at once: its lines stay in the first cache
+
+// to[j][i] = scale from[i][j] of rows i and columns j.
+void transpose(const float* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, float* to, std::int64_t to_row,
+               float scale) {
+  for (std::int64_t first = 0; first < rows; first += kSide) {
+    const std::int64_t end = std::min(first + kSide, rows);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      for (std::int64_t i = first; i < end; ++i) to[j * to_row + i] = scale * from[i * from_row + j];
+    }
+  }
+}
+
+double sum_of_squares(const float* x, std::int64_t count) {
+  constexpr int kSums = 8;  // that do not wait for each other
+  double sums[kSums] = {};
+  for (std::int64_t i = 0; i < count; ++i) sums[i % kSums] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return std::accumulate(sums, sums + kSums, 0.0);
+}
+
+class Orthogonaliser {
+ public:
+  Orthogonaliser(const OrthogonaliseMatrix& matrix, const Quintic& quintic, int threads, const OrthogonaliseKernels& kernels)
+      : matrix_(matrix), quintic_(quintic), threads_(threads), kernels_(kernels), n_(shorter(matrix)),
+        length_(std::max(matrix.rows, matrix.columns)), chunks_((n_ + kernels.columns - 1) / kernels.columns),
+        // In cache lines, an odd number of them: rows are then in different sets of the cache.
+        row_((std::max(in_wholes(n_, kernels.columns), in_wholes(n_, kernels.rows) + 15) / 16 | 1) * 16), square_(in_wholes(n_, kernels.rows) * row_),
+        memory_(new_zeros<float>(2 * in_wholes(length_, kernels.rows) * row_ + 6 * square_)) {
+    float* next = memory_.get();
+    const auto take = [&](std::int64_t floats) {
+      float* const taken = next;
+      next += floats;
+      return taken;
+    };
+    x_ = take(in_wholes(length_, kernels.rows) * row_);
+    y_ = take(in_wholes(length_, kernels.rows) * row_);
+    for (float** const square : {&gram_, &square_of_gram_, &factor_, &product_, &half_, &next_}) *square = take(square_);
+  }
+
+  void run() {
+    read();
+    // Of x with its longer side as rows, X^T X of it.
+    multiply_symmetric(x_, 1, row_, x_, length_, gram_);
+    for (int step = 0; step < quintic_.steps; ++step) {
+      const bool first = step == 0, last = step + 1 == quintic_.steps;
+      multiply_symmetric(gram_, row_, 1, gram_, n_, square_of_gram_);
+      set_factor(first ? product_ : factor_);
+      if (!first) {
+        multiply_symmetric(factor_, row_, 1, product_, n_, next_);
+        std::swap(product_, next_);
+      }
+      if (last) break;
+      const float* const factor = first ? product_ : factor_;
+      multiply_symmetric(gram_, row_, 1, factor, n_, half_);
+      multiply_symmetric(half_, row_, 1, factor, n_, gram_);
+    }
+    multiply({x_, row_, 1, product_, row_, y_, row_, in_wholes(length_, kernels_.rows), n_, false});
+    write();
+  }
+
+ private:
+  bool tall() const { return matrix_.rows > matrix_.columns; }
+
+  // x / |x|, the longer side as rows.
+  void read() {
+    const std::int64_t count = matrix_.rows * matrix_.columns;
+    const float scale = static_cast<float>(1 / std::max(std::sqrt(sum_of_squares(matrix_.x, count)), 1e-20));
+    if (tall()) {
+      for (std::int64_t i = 0; i < count; ++i) x_[i / n_ * row_ + i % n_] = matrix_.x[i] * scale;
+    } else {
+      transpose(matrix_.x, length_, n_, length_, x_, row_, scale);
+    }
+  }
+
+  void write() const {
+    if (tall()) {
+      for (std::int64_t row = 0; row < length_; ++row) std::copy(y_ + row * row_, y_ + row * row_ + n_, matrix_.y + row * n_);
+    } else {
+      transpose(y_, row_, length_, n_, matrix_.y, length_, 1);
+    }
+  }
+
+  // a + b G + c G^2, by which a step multiplies.
+  void set_factor(float* factor) const {
+    for (std::int64_t i = 0; i < square_; ++i) factor[i] = quintic_.b * gram_[i] + quintic_.c * square_of_gram_[i];
+    for (std::int64_t i = 0; i < n_; ++i) factor[i * row_ + i] += quintic_.a;
+  }
+
+  // A product of matrices that commute, or of one with itself, is symmetric.
+  void multiply_symmetric(const float* a, std::int64_t a_row, std::int64_t a_inner, const float* b, std::int64_t inner,
+                          float* c) const {
+    multiply({a, a_row, a_inner, b, row_, c, row_, in_wholes(n_, kernels_.rows), inner, true});
+    // What is below the diagonal; of the blocks on it, both triangles are there, and become each other's.
+    for (std::int64_t row = 0; row < n_; row += kSide) {
+      transpose(c + row * row_ + row, row_, std::min(kSide, n_ - row), n_ - row, c + row * row_ + row, row_, 1);
+    }
+  }
+
+  void multiply(const MatrixProduct& task) const {
+    parallel_items(chunks_, threads_, [&](int, std::int64_t chunk) { kernels_.multiply(task, chunk, chunk + 1); });
+  }
+
+  const OrthogonaliseMatrix matrix_;
+  const Quintic quintic_;
+  const int threads_;
+  const OrthogonaliseKernels& kernels_;
+  const std::int64_t n_, length_, chunks_, row_, square_;
+  const Aligned<float> memory_;
+  float *x_, *y_, *gram_, *square_of_gram_, *factor_, *product_, *half_, *next_;
+};
+
+}  // namespace
+
+void orthogonalise(const OrthogonaliseMatrix* matrices, std::int64_t count, const Quintic& quintic, int threads,
+                   SimdLevel level) {
+  const OrthogonaliseKernels& kernels = kernels_of(level);
+  parallel_items(count, threads, [&](int, std::int64_t i) {
+    if (shorter(matrices[i]) < kLarge) Orthogonaliser(matrices[i], quintic, 1, kernels).run();
+  });
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (shorter(matrices[i]) >= kLarge) Orthogonaliser(matrices[i], quintic, threads, kernels).run();
+  }
+}
+
+#else
+
+void orthogonalise(const OrthogonaliseMatrix*, std::int64_t, const Quintic&, int, SimdLevel) {}
+
+#endif
+
+}  // namespace hflfnerv
