@@ -22,6 +22,7 @@
 #include "core/orthogonalise.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "core/stream_loss.h"
 #include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv_pixel_shuffle_gelu.h"
@@ -392,6 +393,42 @@ void orthogonalise(const std::vector<Matrix>& matrices, const std::array<float, 
                           threads, level);
 }
 
+// Address, height and width of an image, and the address of its gradient.
+using Image = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t>;
+
+hflfnerv::StreamLoss stream_loss(const std::array<std::int64_t, 3>& sizes, const std::string& dtype, const Image& low,
+                                 const Image& high, std::uintptr_t target) {
+  const auto image_of = [](const Image& image) -> hflfnerv::StreamImage {
+    const auto& [x, height, width, dx] = image;
+    return {pointer<void>(x), height, width, pointer<void>(dx)};
+  };
+  const hflfnerv::StreamLoss task{sizes[0], sizes[1], sizes[2], float_type_of(dtype), image_of(low), image_of(high),
+                                  pointer<std::uint8_t>(target)};
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1) throw py::value_error("sizes must be positive");
+  for (const hflfnerv::StreamImage* image : {&task.low, &task.high}) {
+    if (image->x != nullptr && (image->height < task.height || image->width < task.width)) {
+      throw py::value_error("images must be at least as large as the frame");
+    }
+  }
+  return task;
+}
+
+void stream_loss_fwd(const std::array<std::int64_t, 3>& sizes, const std::string& dtype, const Image& low, const Image& high,
+                     std::uintptr_t target, std::uintptr_t loss, int threads, const std::string& simd) {
+  const auto task = stream_loss(sizes, dtype, low, high, target);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::stream_loss_fwd(task, pointer<float>(loss), threads, level);
+}
+
+void stream_loss_bwd(const std::array<std::int64_t, 3>& sizes, const std::string& dtype, const Image& low, const Image& high,
+                     std::uintptr_t target, std::uintptr_t dloss, int threads, const std::string& simd) {
+  const auto task = stream_loss(sizes, dtype, low, high, target);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::stream_loss_bwd(task, pointer<float>(dloss), threads, level);
+}
+
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 
 void raise_unless_done(const char* error) {
@@ -591,6 +628,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("orthogonalise", &orthogonalise, py::arg("matrices"), py::arg("quintic"), py::arg("steps"), py::arg("threads"),
              py::arg("simd") = "auto");
+  module.def("stream_loss_fwd", &stream_loss_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("low"), py::arg("high"),
+             py::arg("target"), py::arg("loss"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("stream_loss_bwd", &stream_loss_bwd, py::arg("sizes"), py::arg("dtype"), py::arg("low"), py::arg("high"),
+             py::arg("target"), py::arg("dloss"), py::arg("threads"), py::arg("simd") = "auto");
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
   module.attr("cuda_architectures") = HFLFNERV_CUDA_ARCHITECTURES;
   module.def("cuda_device_unavailable", &hflfnerv::cuda_device_unavailable, py::arg("device"));

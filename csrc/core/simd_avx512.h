@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
 #include "float_types.h"
 #include "gelu_table.h"
 
@@ -22,8 +24,14 @@ struct Simd {
   // Of a NaN as first operand, the second.
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F with_sign_of(F size, F x) { return _mm512_or_ps(size, _mm512_and_ps(x, _mm512_set1_ps(-0.0f))); }
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const std::uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F load(const BFloat16* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -117,6 +125,19 @@ struct Simd {
     const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+
+  // 2^-s for 0 <= s < 126, to 1e-7 of its value.
+  static F exp2_minus(F s) {
+    const F rounded = sub(set(kGeluRound), s);
+    const F f = sub(sub(set(kGeluRound), rounded), s);  // in [-1/2, 1/2]; both differences are exact
+    F value = fma(set(1.3264664e-3f), f, set(9.6715121e-3f));
+    value = fma(value, f, set(5.5507340e-2f));
+    value = fma(value, f, set(2.4022242e-1f));
+    value = fma(value, f, set(6.9314700e-1f));
+    value = fma(value, f, set(1));
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), exponent));
   }
 
   // A table's polynomial at a = min(|x|, limit), coefficients in registers. A NaN stays one.
