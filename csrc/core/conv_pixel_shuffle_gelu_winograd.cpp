@@ -175,11 +175,12 @@ void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, 
   const WinogradUndo task{rows, shape.width, n, shape.r * shape.channels, dy, z, dz, &gelu_table(tanh_form, true)};
   std::vector<double> sums(static_cast<std::size_t>(parts * n), 0.0);
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, parts)));
-  std::vector<float> scratch(static_cast<std::size_t>(n * threads));
+  const std::int64_t floats = rounded(task.scratch_floats());
+  const Aligned<float> scratch = new_zeros<float>(floats * threads);
   advise_large_pages(dz, static_cast<std::size_t>(rows * shape.width * n) * sizeof(float));
   const auto kernel = kernels_of(level).undo;
   parallel_items(parts, threads, [&](int thread, std::int64_t part) {
-    kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch.data() + thread * n);
+    kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch.get() + thread * floats);
   });
   for (std::int64_t i = 0; dbias != nullptr && i < n; ++i) {
     double sum = 0;

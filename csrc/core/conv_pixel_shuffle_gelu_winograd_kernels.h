@@ -83,6 +83,13 @@ struct WinogradUndo {
   const float* z;
   float* dz;
   const GeluTable* gradient;
+
+  // Pixels that are handled at once: what belongs to them stays in the first cache.
+  std::int64_t piece() const {
+    const std::int64_t most = 2048 / out_channels;
+    return most < 1 ? 1 : most < width ? most : width;
+  }
+  std::int64_t scratch_floats() const { return out_channels + piece() * out_channels + 16; }
 };
 
 // `scratch` has plan.scratch_floats(), aligned to cache lines.
@@ -100,7 +107,7 @@ struct WinogradKernels {
   void (*weight_gradient)(const WinogradPlan&, const WinogradWeight&, const float* sums, std::int64_t parts,
                           std::int64_t part_floats, float* dweight, std::int64_t chunk);
   // Rows [begin, end) of dz; adds each row's sum, over columns, to `bias`, out_channels doubles. `scratch` has
-  // out_channels floats.
+  // task.scratch_floats().
   void (*undo)(const WinogradUndo&, std::int64_t begin, std::int64_t end, double* bias, float* scratch);
 };
 

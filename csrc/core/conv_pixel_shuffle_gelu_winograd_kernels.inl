@@ -433,35 +433,71 @@ void weight_gradient(const WinogradPlan& plan, const WinogradWeight& at, const f
   (plan.kernel == 3 ? weight_gradient_of<3> : weight_gradient_of<5>)(plan, at, sums, parts, part_floats, dweight, chunk);
 }
 
+// What belongs to pixels [begin, end) of a row, in the order of z: vectors are written in their order, so that what lies behind
+// a run is the next one's, and do not end behind a row of dy.
+inline void unshuffle(const WinogradUndo& task, std::int64_t row, std::int64_t begin, std::int64_t end, float* to) {
+  const std::int64_t run = task.run, r = task.out_channels / run;
+  for (std::int64_t w = begin; w < end; ++w) {
+    const std::int64_t whole = w + (run + kLanes - 1) / run < task.width ? (run + kLanes - 1) / kLanes * kLanes : run / kLanes * kLanes;
+    for (std::int64_t i = 0; i < r; ++i, to += run) {
+      const float* const dy = task.dy + ((row * r + i) * task.width + w) * run;
+      for (std::int64_t e = 0; e < whole; e += kLanes) Simd::store(to + e, Simd::load(dy + e));
+      for (std::int64_t e = whole; e < run; ++e) to[e] = dy[e];
+    }
+  }
+}
+
+// A row where runs are whole vectors.
+inline void undo_runs(const WinogradUndo& task, const Simd::GeluGradient& gradient, std::int64_t row, float* sums) {
+  const std::int64_t run = task.run, n = task.out_channels, r = n / run;
+  for (std::int64_t i = 0; i < r; ++i) {
+    const float* dy = task.dy + (row * r + i) * task.width * run;
+    for (std::int64_t w = 0; w < task.width; ++w) {
+      const std::int64_t pixel = (row * task.width + w) * n + i * run;
+      for (std::int64_t e = 0; e < run; e += kLanes, dy += kLanes) {
+        const F value = Simd::mul(gradient(Simd::load(task.z + pixel + e)), Simd::load(dy));
+        Simd::store(task.dz + pixel + e, value);
+        Simd::store(sums + i * run + e, Simd::add(Simd::load(sums + i * run + e), value));
+      }
+    }
+  }
+}
+
+// Pixels [begin, end) of any row; `slopes` are overwritten.
+inline void undo_pixels(const WinogradUndo& task, const Simd::GeluGradient& gradient, std::int64_t row, std::int64_t begin,
+                        std::int64_t end, float* sums, float* slopes) {
+  const std::int64_t n = task.out_channels, count = (end - begin) * n, vectors = count / kLanes * kLanes;
+  const float* const z = task.z + (row * task.width + begin) * n;
+  float* const dz = task.dz + (row * task.width + begin) * n;
+  unshuffle(task, row, begin, end, slopes);
+  for (std::int64_t e = 0; e < vectors; e += kLanes) {
+    const F value = Simd::mul(gradient(Simd::load(z + e)), Simd::load(slopes + e));
+    Simd::store(dz + e, value);
+    Simd::store(slopes + e, value);
+  }
+  if (vectors < count) {
+    alignas(64) float z_end[kLanes] = {};
+    for (std::int64_t e = vectors; e < count; ++e) z_end[e - vectors] = z[e];
+    Simd::store(slopes + vectors, Simd::mul(gradient(Simd::load(z_end)), Simd::load(slopes + vectors)));
+    for (std::int64_t e = vectors; e < count; ++e) dz[e] = slopes[e];
+  }
+  const std::int64_t whole = n / kLanes * kLanes;
+  for (const float* slope = slopes; slope != slopes + count; slope += n) {
+    for (std::int64_t e = 0; e < whole; e += kLanes) Simd::store(sums + e, Simd::add(Simd::load(sums + e), Simd::load(slope + e)));
+    for (std::int64_t e = whole; e < n; ++e) sums[e] += slope[e];
+  }
+}
+
 void undo(const WinogradUndo& task, std::int64_t begin, std::int64_t end, double* bias, float* scratch) {
   const Simd::GeluGradient gradient(*task.gradient);
-  const std::int64_t run = task.run, n = task.out_channels, r = n / run, whole = run / kLanes * kLanes;
+  const std::int64_t n = task.out_channels, piece = task.piece();
   for (std::int64_t row = begin; row < end; ++row) {
     for (std::int64_t i = 0; i < n; ++i) scratch[i] = 0;
-    for (std::int64_t i = 0; i < r; ++i) {
-      for (std::int64_t w = 0; w < task.width; ++w) {
-        const float* const dy = task.dy + ((row * r + i) * task.width + w) * run;
-        const std::int64_t pixel = (row * task.width + w) * n + i * run;
-        const float* const z = task.z + pixel;
-        float* const dz = task.dz + pixel;
-        float* const sum = scratch + i * run;
-        for (std::int64_t e = 0; e < whole; e += kLanes) {
-          const F value = Simd::mul(gradient(Simd::load(z + e)), Simd::load(dy + e));
-          Simd::store(dz + e, value);
-          Simd::store(sum + e, Simd::add(Simd::load(sum + e), value));
-        }
-        if (whole < run) {
-          alignas(64) float z_end[kLanes] = {}, dy_end[kLanes] = {};
-          for (std::int64_t e = whole; e < run; ++e) {
-            z_end[e - whole] = z[e];
-            dy_end[e - whole] = dy[e];
-          }
-          Simd::store(z_end, Simd::mul(gradient(Simd::load(z_end)), Simd::load(dy_end)));
-          for (std::int64_t e = whole; e < run; ++e) {
-            dz[e] = z_end[e - whole];
-            sum[e] += z_end[e - whole];
-          }
-        }
+    if (task.run % kLanes == 0) {
+      undo_runs(task, gradient, row, scratch);
+    } else {
+      for (std::int64_t w = 0; w < task.width; w += piece) {
+        undo_pixels(task, gradient, row, w, w + piece < task.width ? w + piece : task.width, scratch, scratch + n);
       }
     }
     for (std::int64_t i = 0; i < n; ++i) bias[i] += static_cast<double>(scratch[i]);
