@@ -16,6 +16,7 @@
 #include "core/conv_pixel_shuffle_gelu.h"
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/cpu.h"
+#include "core/depthwise_conv2d.h"
 #include "core/frame_decoder.h"
 #include "core/head.h"
 #include "core/huffman.h"
@@ -377,6 +378,34 @@ void head_bwd(const Shape4& sizes, std::uintptr_t dy, std::uintptr_t x, std::uin
                      pointer<float>(dweight), pointer<float>(dbias), threads, level);
 }
 
+// batch, channels, height, width, kernel's rows and columns.
+using Shape6 = std::array<std::int64_t, 6>;
+
+hflfnerv::DepthwiseShape depthwise_shape(const Shape6& n) {
+  if (*std::min_element(n.begin(), n.end()) < 1 || n[4] % 2 == 0 || n[5] % 2 == 0) {
+    throw py::value_error("sizes must be positive, and those of the kernel odd");
+  }
+  return {n[0], n[1], n[2], n[3], n[4], n[5]};
+}
+
+void depthwise_conv2d_fwd(const Shape6& sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y,
+                          int threads, const std::string& simd) {
+  const auto shape = depthwise_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::depthwise_conv2d_fwd(shape, pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y),
+                                 threads, level);
+}
+
+void depthwise_conv2d_bwd(const Shape6& sizes, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
+                          std::uintptr_t dweight, std::uintptr_t dbias, int threads, const std::string& simd) {
+  const auto shape = depthwise_shape(sizes);
+  const SimdLevel level = pixel_shuffle_gelu_level(simd);
+  const py::gil_scoped_release release;
+  hflfnerv::depthwise_conv2d_bwd(shape, pointer<float>(dy), pointer<float>(x), pointer<float>(weight), pointer<float>(dx),
+                                 pointer<float>(dweight), pointer<float>(dbias), threads, level);
+}
+
 // Rows, columns, addresses of x and y.
 using Matrix = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
 
@@ -626,6 +655,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"), py::arg("simd") = "auto");
   module.def("head_bwd", &head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),
              py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("depthwise_conv2d_fwd", &depthwise_conv2d_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+             py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("depthwise_conv2d_bwd", &depthwise_conv2d_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"),
+             py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("orthogonalise", &orthogonalise, py::arg("matrices"), py::arg("quintic"), py::arg("steps"), py::arg("threads"),
              py::arg("simd") = "auto");
   module.def("stream_loss_fwd", &stream_loss_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("low"), py::arg("high"),

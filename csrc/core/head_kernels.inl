@@ -1,5 +1,6 @@
 // Included behind the Simd of one instruction set; see head_kernels.h.
 #include "head_kernels.h"
+#include "registers.h"
 
 namespace hflfnerv {
 namespace {
@@ -64,10 +65,6 @@ void fwd(const HeadOutputRow& row) {
   for (; x < row.width; ++x) output_at_edge(row, x);
 }
 
-// What is read from p afterwards is read anew: compilers keep values of dy that several pixels meet, in more registers than
-// there are.
-inline void hide(const float*& p) { asm("" : "+r"(p)); }
-
 // dx of n pixels from column x on, in kVectors vectors. Pixels are written in their order: what lies behind the channels of one
 // is the next one's.
 template <int n, int kVectors>
@@ -80,7 +77,7 @@ inline void inputs(const HeadInputRow& row, std::int64_t vector, std::int64_t x)
   for (const float* dy : row.dy) {
     dy += x * kHeadColours;
     for (int e = 0; e < kRun; ++e, ++dy, weights += kLanes) {
-      hide(dy);
+      hide(dy);  // which several pixels meet
       F w[kVectors];
       for (int v = 0; v < kVectors; ++v) w[v] = Simd::load(weights + v * kHeadProducts * kLanes);
       for (int p = 0; p < n; ++p) {

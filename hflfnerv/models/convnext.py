@@ -41,6 +41,25 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise_conv2d(x, self.weight, self.bias, padding=(rows // 2, columns // 2))
 
 
+class PatchConv(nn.Conv2d):
+    """Convolution of an image whose stride is its kernel's size: on the CPU as a product of patches and weights.
+
+    There PyTorch's gradient of a large kernel takes several times as long as that product.
+    """
+
+    def __init__(self, channels: int, width: int, size: int) -> None:
+        super().__init__(channels, width, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        size = self.kernel_size[0]
+        rows, columns = x.shape[2] // size, x.shape[3] // size
+        pixels = x[:, :, : rows * size, : columns * size].permute(0, 2, 3, 1)
+        patches = pixels.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3).flatten(3)
+        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ConvNeXtBlock(nn.Module):
     """``x + gamma * pwconv2(GELU(pwconv1(LayerNorm(dwconv7x7(x)))))`` (Liu et al., "A ConvNet for the 2020s")."""
 
@@ -79,7 +98,7 @@ class ConvNeXtEncoder(nn.Module):
         self.stages = nn.ModuleList()
         previous = 3
         for index, (stride, width) in enumerate(zip(strides, widths, strict=True)):
-            conv = nn.Conv2d(previous, width, stride, stride)
+            conv = nn.Conv2d(previous, width, stride, stride) if index else PatchConv(previous, width, stride)
             self.downsample_layers.append(
                 nn.Sequential(ChannelNorm(previous), conv) if index else nn.Sequential(conv, ChannelNorm(width))
             )

@@ -1,4 +1,4 @@
-"""PyTorch's depthwise convolution with a weight gradient that is fast on the CPU: for the encoders here.
+"""PyTorch's depthwise convolution, fast on the CPU, and its gradients more so: for the encoders here.
 
 It is none of the public operations: there is nothing to choose, and PyTorch's convolution is its definition.
 """
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._check import check_like, check_tensor, compute_dtype
+from . import _cpp
+from ._check import check_like, check_tensor, compute_dtype, memory_format_of
 
 __all__ = ["depthwise_conv2d"]
 
@@ -50,14 +51,64 @@ class _DepthwiseConv2d(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
+class _DepthwiseKernels(torch.autograd.Function):
+    """Kernels of odd sizes with half of them as padding, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        images, weight, bias = (
+            x.contiguous(memory_format=torch.channels_last),
+            weight.contiguous(),
+            _cpp.float_bias(bias),
+        )
+        y = torch.empty_like(images)
+        _cpp.load().depthwise_conv2d_fwd(
+            _sizes(x, weight), *map(_address, (images, weight, bias, y)), torch.get_num_threads()
+        )
+        return y.contiguous(memory_format=memory_format_of(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layout, wanted = memory_format_of(x), ctx.needs_input_grad
+        dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (*grads, x))
+        weight = weight.contiguous()
+        dx = torch.empty_like(x) if wanted[0] else None
+        dweight = torch.empty_like(weight) if wanted[1] else None
+        dbias = x.new_empty(len(weight)) if wanted[2] else None
+        _cpp.load().depthwise_conv2d_bwd(
+            _sizes(x, weight), *map(_address, (dy, x, weight, dx, dweight, dbias)), torch.get_num_threads()
+        )
+        return None if dx is None else dx.contiguous(memory_format=layout), dweight, dbias
+
+
+def _sizes(x: torch.Tensor, weight: torch.Tensor) -> list[int]:
+    return [*x.shape, *weight.shape[2:]]
+
+
+def _address(t: torch.Tensor | None) -> int:
+    """Return where an image, a weight with one input channel or a bias is."""
+    image = t is not None and t.dim() == 4 and t.shape[1] > 1
+    return _cpp.address(t, torch.float32, torch.channels_last if image else torch.contiguous_format)
+
+
+def _kernels_run(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int], dtype: torch.dtype) -> bool:
+    if torch.compiler.is_compiling() or _cpp.unavailable() is not None or dtype != torch.float32 or x.numel() == 0:
+        return False
+    return all(size % 2 and size // 2 == pad for size, pad in zip(weight.shape[2:], padding, strict=True))
+
+
 def depthwise_conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, padding: tuple[int, int]
 ) -> torch.Tensor:
     """Convolve each channel with a kernel of its own, stride 1.
 
-    Equivalent PyTorch: ``F.conv2d(x, weight, bias, padding=padding, groups=C)``, and that is what it calls. On the CPU
-    the gradient of the weights is taken from a convolution with dense groups of 16 channels, of whose products all but
-    one in 16 are thrown away; it takes a fraction of the time of PyTorch's own, which has no vector form.
+    Equivalent PyTorch: ``F.conv2d(x, weight, bias, padding=padding, groups=C)``. On the CPU, float32 images have
+    kernels of their own here where the sizes of the weight are odd and the padding is their half (AVX2, AVX-512).
+    Elsewhere it calls PyTorch's, but for the weights' gradient on the CPU: that is taken from a convolution with dense
+    groups of 16 channels, of whose products all but one in 16 are thrown away, in a fraction of the time of PyTorch's
+    own, which has no vector form.
 
     Args:
         x: ``[B, C, H, W]``, floating point.
@@ -73,7 +124,7 @@ def depthwise_conv2d(
         ValueError: a shape or device is not as above.
 
     Numerics:
-        The gradient of the weights sums the products of PyTorch's in another order; everything else is PyTorch's.
+        The products are PyTorch's, and may be summed in another order, that of a pixel the same wherever it lies.
 
     Example:
         >>> depthwise_conv2d(torch.zeros(1, 64, 8, 9), torch.zeros(64, 1, 7, 7), None, padding=(3, 3)).shape
@@ -92,10 +143,15 @@ def depthwise_conv2d(
         check_like("bias", bias, x)
         if bias.shape != (channels,):
             raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
-    if x.device.type != "cpu" or channels % _GROUP or x.dtype == torch.float64:
-        return F.conv2d(x, weight, bias, padding=padding, groups=channels)
     dtype = compute_dtype(x)
+    kernels = x.device.type == "cpu" and _kernels_run(x, weight, padding, dtype)
+    if not kernels and (x.device.type != "cpu" or channels % _GROUP or x.dtype == torch.float64):
+        return F.conv2d(x, weight, bias, padding=padding, groups=channels)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    out: torch.Tensor = _DepthwiseConv2d.apply(x, weight, bias, list(padding))  # type: ignore[no-untyped-call]
+    out: torch.Tensor
+    if kernels:
+        out = _DepthwiseKernels.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
+    out = _DepthwiseConv2d.apply(x, weight, bias, list(padding))  # type: ignore[no-untyped-call]
     return out

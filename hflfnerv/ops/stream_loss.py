@@ -89,7 +89,9 @@ def _forward(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | None,
         return reference.stream_loss(low, target, high)
     if impl == "cpp":
         losses = _forward_fake(low, target, high, impl)
-        _call_cpp("stream_loss_fwd", _channels_last(low), target, None if high is None else _channels_last(high), losses)
+        _call_cpp(
+            "stream_loss_fwd", _channels_last(low), target, None if high is None else _channels_last(high), losses
+        )
         return losses
     from ..triton_kernels.stream_loss import stream_loss_fwd
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hflfnerv.ops import _cpp
 from hflfnerv.ops._depthwise_conv2d import depthwise_conv2d
-from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference
+from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, poisoned_empty, threads
 
 
 class ConvolutionGradients(TorchDispatchMode):
@@ -24,6 +25,7 @@ class ConvolutionGradients(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+KERNELS = pytest.mark.skipif(_cpp.unavailable() is not None, reason=str(_cpp.unavailable()))
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
 
@@ -47,36 +49,71 @@ def pytorch(x, weight, bias, padding):
     return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels", [16, 32, 20])
-@pytest.mark.parametrize(("kernel", "padding"), [((7, 7), (3, 3)), ((3, 5), (1, 0))])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_forward_and_backward(dtype, layout, channels, kernel, padding, with_bias):
-    given = operands(dtype, channels, kernel=kernel, layout=layout)
-    given = given if with_bias else (*given[:2], None)
+def check(results, given, dtype, padding):
+    """Compare a result and its gradients with PyTorch's; there may be one less, without the bias."""
+    y, gradients = results
+    given = given if len(gradients) == 3 else (*given[:2], None)
     exact, exact_gradients = run(pytorch, given, torch.float64, padding)
     same, same_gradients = run(pytorch, given, dtype, padding)
-    y, gradients = run(depthwise_conv2d, given, dtype, padding)
-    assert_close_to_reference(y, exact, same)
     # Sums, in an order that is free: what each rounds is the sum of the absolute terms.
-    _, magnitudes = run(pytorch, [None if t is None else t.abs() for t in given], torch.float64, padding, absolute=True)
+    terms = [None if t is None else t.abs() for t in given]
+    size, magnitudes = run(pytorch, terms, torch.float64, padding, absolute=True)
+    assert_close_to_reference(y, exact, same, magnitude=size)
     for four in zip(gradients, exact_gradients, same_gradients, magnitudes, strict=True):
         assert_gradient_close_to_reference(*four[:3], magnitude=four[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [16, 32, 20, 1, 4])
+@pytest.mark.parametrize(("kernel", "padding"), [((7, 7), (3, 3)), ((3, 5), (1, 0))])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_forward_and_backward(dtype, layout, channels, kernel, padding, with_bias):
+    given = operands(dtype, channels, kernel=kernel, layout=layout)
+    check(run(depthwise_conv2d, given if with_bias else (*given[:2], None), dtype, padding), given, dtype, padding)
+
+
 def test_gradients_that_are_not_wanted_are_left_out():
-    given = operands(torch.float32)
-    _, expected = run(depthwise_conv2d, given, torch.float32, (3, 3))
+    given = operands(torch.bfloat16)
+    _, expected = run(depthwise_conv2d, given, torch.bfloat16, (3, 3))
     # The groups of each convolution_backward, and which gradients it makes.
     for position, groups in enumerate([32, 2, 2]):
         leaves = [t.detach().clone().requires_grad_(i == position) for i, t in enumerate(given)]
         y = depthwise_conv2d(*leaves, padding=(3, 3))
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
         with ConvolutionGradients() as made:
             (gradient,) = torch.autograd.grad(y, leaves[position], dy)
         assert made.calls == [(groups, [i == position for i in range(3)])]
         torch.testing.assert_close(gradient, expected[position])
+
+
+@KERNELS
+def test_kernels_make_the_gradients_that_are_wanted_and_call_nothing_of_pytorch():
+    given = operands(torch.float32)
+    _, expected = run(depthwise_conv2d, given, torch.float32, (3, 3))
+    for position in range(3):
+        leaves = [t.detach().clone().requires_grad_(i == position) for i, t in enumerate(given)]
+        with ConvolutionGradients() as made:
+            y = depthwise_conv2d(*leaves, padding=(3, 3))
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+            (gradient,) = torch.autograd.grad(y, leaves[position], dy)
+        assert not made.calls
+        assert torch.equal(gradient, expected[position])
+
+
+@KERNELS
+@pytest.mark.parametrize("size", [(1, 1), (2, 4), (8, 10), (9, 14), (33, 27)])
+def test_kernels_at_any_size_on_any_number_of_threads_and_in_any_batch(size):
+    given = operands(torch.float32, channels=21, size=size)
+    with threads(1), poisoned_empty():
+        y, gradients = run(depthwise_conv2d, given, torch.float32, (3, 3))
+    check((y, gradients), given, torch.float32, (3, 3))
+    with threads(3):
+        again, same = run(depthwise_conv2d, given, torch.float32, (3, 3))
+    assert torch.equal(again, y)
+    assert all(torch.equal(a, b) for a, b in zip(same, gradients, strict=True))
+    with torch.no_grad():
+        assert torch.equal(depthwise_conv2d(given[0][1:], *given[1:], padding=(3, 3)), y[1:])
 
 
 @pytest.mark.parametrize(
@@ -120,5 +157,5 @@ def test_deterministic():
 def test_compile():
     given = operands(torch.float32)
     compiled = torch.compile(depthwise_conv2d, backend="aot_eager", fullgraph=True)
-    expected, actual = (run(function, given, torch.float32, (3, 3)) for function in (depthwise_conv2d, compiled))
-    assert all(torch.equal(a, b) for a, b in zip(expected[1], actual[1], strict=True))
+    # Without the kernels: it is made of PyTorch's operations.
+    check(run(compiled, given, torch.float32, (3, 3)), given, torch.float32, (3, 3))

@@ -165,7 +165,12 @@ LOW, TARGET = torch.zeros(2, 3, 4, 6), torch.zeros(2, 4, 6, 3, dtype=torch.uint8
         ((LOW, TARGET, LOW[..., :5]), {}, ValueError, "high must be [2, 3, H', W']"),
         ((LOW, TARGET, LOW.half()), {}, TypeError, "high must have low's dtype torch.float32, got torch.float16"),
         ((LOW.to("meta"), TARGET), {}, ValueError, "target must be on the device of low, meta, got cpu"),
-        ((LOW, TARGET), {"impl": "cuda"}, ValueError, "impl must be one of ('auto', 'triton', 'cpp', 'reference'), got"),
+        (
+            (LOW, TARGET),
+            {"impl": "cuda"},
+            ValueError,
+            "impl must be one of ('auto', 'triton', 'cpp', 'reference'), got",
+        ),
     ],
 )
 def test_rejects(args, kwargs, error, message):
