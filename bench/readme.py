@@ -168,6 +168,19 @@ def cpu_table(shuffle: list[Row], conv: list[Row]) -> str:
     return "\n".join([*lines, "", note + source])
 
 
+def training_ops_table(rows: list[Row]) -> str:
+    """How many times as fast as PyTorch's the other operations of a training step are."""
+    base = {row["data"]: row["p50"] for row in rows if row["implementation"] == row["baseline"]}
+    lines = ["| forward and backward, float32, channels-last | speed over PyTorch |", "|---|---|"]
+    lines += [
+        f"| {row['data']} | {row['p50'] / base[row['data']]:.1f} x |"
+        for row in rows
+        if row["implementation"] != row["baseline"]
+    ]
+    note = "PyTorch's operations as one writes them down, in the same run; Muon's steps in float32. "
+    return "\n".join([*lines, "", note + source_of("training_ops_cpu", rows)])
+
+
 def speed_table(suite: str, rows: list[Row], title: str, explained: str) -> str:
     """Speeds of all contenders, a column for each network, with their ratios to the baseline's."""
     networks = list(dict.fromkeys(row["data"] for row in rows))
@@ -318,6 +331,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "decode": (decode_table, ("decode_cpu",)),
     "train": (train_table, ("train_cpu",)),
     "cpu": (cpu_table, ("pixel_shuffle_gelu_cpu", "conv_pixel_shuffle_gelu_cpu")),
+    "ops": (training_ops_table, ("training_ops_cpu",)),
     "precision": (precision_table, ("precision",)),
     "fuse": (fuse_table, ("fuse",)),
     "huffman": (huffman_table, ("huffman",)),

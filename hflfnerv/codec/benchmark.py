@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._device import training_precision
 from ..config import PRESETS, TrainingDefaults
 from ..models import MODELS, VideoNetwork, build_model
-from ..models.convnext import DepthwiseConv
+from ..models.convnext import DepthwiseConv, PatchConv
 from ..models.streams import use_implementation
 from ..train import TrainConfig, Trainer, prepare_clip
 from .bitstream import write_bitstream
@@ -28,7 +28,7 @@ from .engine import to_uint8
 from .engine_cuda import CudaEngine
 from .quantization import quantize, quantize_tensors
 
-__all__ = ["PlainMuon", "eager_step", "measure", "plain_network", "plain_optimizers"]
+__all__ = ["PlainMuon", "eager_step", "measure", "newton_schulz", "plain_network", "plain_optimizers"]
 
 Row = dict[str, Any]
 OURS, EAGER, COMPILED = "hflfnerv", "eager fp32", "torch.compile max-autotune bf16"
@@ -128,7 +128,7 @@ def plain_network(network: VideoNetwork) -> VideoNetwork:
     plain.load_state_dict(network.state_dict())
     use_implementation(plain, "reference")
     for module in plain.modules():
-        if isinstance(module, DepthwiseConv):
+        if isinstance(module, (DepthwiseConv, PatchConv)):
             module.forward = functools.partial(nn.Conv2d.forward, module)  # type: ignore[method-assign]
     return plain
 
@@ -246,10 +246,11 @@ class PlainMuon(torch.optim.Optimizer):
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 matrix = parameter.grad.lerp(average, group["momentum"]).flatten(1)
                 scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                parameter.add_(_newton_schulz(matrix).view_as(parameter), alpha=-group["lr"] * scale)
+                parameter.add_(newton_schulz(matrix).view_as(parameter), alpha=-group["lr"] * scale)
 
 
-def _newton_schulz(matrix: Tensor) -> Tensor:
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Orthogonalise a matrix by the steps as they are written down."""
     x: Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
     tall = x.shape[0] > x.shape[1]
     if tall:

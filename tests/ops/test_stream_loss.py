@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
-from hflfnerv.ops import STREAM_LOSS
+from hflfnerv.ops import STREAM_LOSS, _cpp
 from hflfnerv.reference import stream_loss as reference
-from hflfnerv.testing import assert_close_to_reference, implementations, make_tensor
+from hflfnerv.testing import assert_close_to_reference, implementations, make_tensor, threads
 
 BY_IMPL = pytest.mark.parametrize(("impl", "device"), implementations(STREAM_LOSS))
 OP = torch.ops.hflfnerv.stream_loss
@@ -119,13 +119,38 @@ def test_gradcheck(both):
     assert torch.autograd.gradcheck(lambda a, b=None: OP(a, target, b, "reference"), images)
 
 
+@BY_IMPL
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("both", [True, False])
-def test_opcheck(both, layout):
-    low, target, high = operands(image=(6, 9), layout=layout, both=both)
-    torch.library.opcheck(OP, (low, target, high, "reference"))
+def test_opcheck(both, layout, impl, device):
+    low, target, high = operands(image=(6, 9), layout=layout, both=both, device=device)
+    torch.library.opcheck(OP, (low, target, high, impl))
     low, high = (None if t is None else t.detach() for t in (low, high))
-    torch.library.opcheck(BACKWARD_OP, (torch.ones(2), low, target, high, "reference"))
+    torch.library.opcheck(BACKWARD_OP, (torch.ones(2, device=device), low, target, high, impl))
+
+
+@pytest.mark.skipif(_cpp.unavailable() is not None, reason=str(_cpp.unavailable()))
+def test_cpp_is_the_same_on_any_number_of_threads_and_in_any_batch():
+    low, target, high = operands(3, (37, 21), (40, 21))
+    with threads(1):
+        loss, gradients = run(low, target, high, torch.ones(3), impl="cpp")
+    with threads(3):
+        again, same = run(low, target, high, torch.ones(3), impl="cpp")
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    one, alone = run(low[1:2], target[1:2], high[1:2], torch.ones(1), impl="cpp")
+    assert torch.equal(one, loss[1:2])
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(alone, gradients, strict=True))
+
+
+@BY_IMPL
+def test_what_is_not_finite(impl, device):
+    low, target, high = operands(4, device=device)
+    low.data[0, 1, 2, 3], low.data[1, 1, 2, 3], low.data[2, 1, 2, 3] = float("nan"), float("inf"), -float("inf")
+    loss, (dlow, dhigh) = run(low, target, high, torch.ones(4, device=device), impl=impl)
+    assert loss.isnan().tolist() == [True, False, False, False]
+    assert (~dlow.isfinite()).nonzero().tolist() == [[0, 1, 2, 3]]
+    assert (~dhigh.isfinite()).nonzero().tolist() == [[0, 1, 2, 3]]
 
 
 def test_no_second_derivative():
