@@ -13,12 +13,12 @@
 #include <utility>
 #include <vector>
 
+#include "core/conv2d_head.h"
 #include "core/conv_pixel_shuffle_gelu.h"
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/cpu.h"
 #include "core/depthwise_conv2d.h"
 #include "core/frame_decoder.h"
-#include "core/head.h"
 #include "core/huffman.h"
 #include "core/orthogonalise.h"
 #include "core/output_stage.h"
@@ -361,21 +361,22 @@ hflfnerv::HeadShape head_shape(const Shape4& n) {
   return {n[0], n[1], n[2], n[3]};
 }
 
-void head_fwd(const Shape4& sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y, int threads,
-              const std::string& simd) {
+void conv2d_head_fwd(const Shape4& sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y,
+                     int threads, const std::string& simd) {
   const auto shape = head_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::head_fwd(shape, pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), threads, level);
+  hflfnerv::conv2d_head_fwd(shape, pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y),
+                            threads, level);
 }
 
-void head_bwd(const Shape4& sizes, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
-              std::uintptr_t dweight, std::uintptr_t dbias, int threads, const std::string& simd) {
+void conv2d_head_bwd(const Shape4& sizes, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
+                     std::uintptr_t dweight, std::uintptr_t dbias, int threads, const std::string& simd) {
   const auto shape = head_shape(sizes);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::head_bwd(shape, pointer<float>(dy), pointer<float>(x), pointer<float>(weight), pointer<float>(dx),
-                     pointer<float>(dweight), pointer<float>(dbias), threads, level);
+  hflfnerv::conv2d_head_bwd(shape, pointer<float>(dy), pointer<float>(x), pointer<float>(weight), pointer<float>(dx),
+                            pointer<float>(dweight), pointer<float>(dbias), threads, level);
 }
 
 // batch, channels, height, width, kernel's rows and columns.
@@ -651,9 +652,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("x"), py::arg("dz"), py::arg("dweight"),
              py::arg("threads"), py::arg("simd") = "auto");
-  module.def("head_fwd", &head_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"),
-             py::arg("threads"), py::arg("simd") = "auto");
-  module.def("head_bwd", &head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),
+  module.def("conv2d_head_fwd", &conv2d_head_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+             py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("conv2d_head_bwd", &conv2d_head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),
              py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("depthwise_conv2d_fwd", &depthwise_conv2d_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");

@@ -438,7 +438,8 @@ void weight_gradient(const WinogradPlan& plan, const WinogradWeight& at, const f
 inline void unshuffle(const WinogradUndo& task, std::int64_t row, std::int64_t begin, std::int64_t end, float* to) {
   const std::int64_t run = task.run, r = task.out_channels / run;
   for (std::int64_t w = begin; w < end; ++w) {
-    const std::int64_t whole = w + (run + kLanes - 1) / run < task.width ? (run + kLanes - 1) / kLanes * kLanes : run / kLanes * kLanes;
+    const bool inside = w + (run + kLanes - 1) / run < task.width;
+    const std::int64_t whole = (inside ? run + kLanes - 1 : run) / kLanes * kLanes;
     for (std::int64_t i = 0; i < r; ++i, to += run) {
       const float* const dy = task.dy + ((row * r + i) * task.width + w) * run;
       for (std::int64_t e = 0; e < whole; e += kLanes) Simd::store(to + e, Simd::load(dy + e));
@@ -483,7 +484,9 @@ inline void undo_pixels(const WinogradUndo& task, const Simd::GeluGradient& grad
   }
   const std::int64_t whole = n / kLanes * kLanes;
   for (const float* slope = slopes; slope != slopes + count; slope += n) {
-    for (std::int64_t e = 0; e < whole; e += kLanes) Simd::store(sums + e, Simd::add(Simd::load(sums + e), Simd::load(slope + e)));
+    for (std::int64_t e = 0; e < whole; e += kLanes) {
+      Simd::store(sums + e, Simd::add(Simd::load(sums + e), Simd::load(slope + e)));
+    }
     for (std::int64_t e = whole; e < n; ++e) sums[e] += slope[e];
   }
 }

@@ -1,7 +1,6 @@
 #include "depthwise_conv2d.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "depthwise_conv2d_kernels.h"
 #include "memory.h"
@@ -59,10 +58,9 @@ class Parts {
         continue;
       }
       to = std::fill_n(to, border, 0.0f);
-      const float* from = pixel(part, row, images);
+      const float* from = images + pixel(part, row);
       for (std::int64_t w = 0; w < shape_.width; ++w, from += shape_.channels, to += lanes_) {
-        std::copy(from, from + part.lanes, to);
-        std::fill(to + part.lanes, to + lanes_, 0.0f);
+        std::fill_n(std::copy_n(from, part.lanes, to), lanes_ - part.lanes, 0.0f);
       }
       to = std::fill_n(to, border, 0.0f);
     }
@@ -70,8 +68,10 @@ class Parts {
 
   void write(const Part& part, const float* from, float* images) const {
     for (std::int64_t row = part.row; row < part.row + part.rows; ++row) {
-      float* to = images + (pixel(part, row, images) - images);
-      for (std::int64_t w = 0; w < shape_.width; ++w, from += lanes_, to += shape_.channels) std::copy(from, from + part.lanes, to);
+      float* to = images + pixel(part, row);
+      for (std::int64_t w = 0; w < shape_.width; ++w, from += lanes_, to += shape_.channels) {
+        std::copy_n(from, part.lanes, to);
+      }
     }
   }
 
@@ -88,8 +88,9 @@ class Parts {
   }
 
  private:
-  const float* pixel(const Part& part, std::int64_t row, const float* images) const {
-    return images + (part.image * shape_.height + row) * shape_.width * shape_.channels + part.channel;
+  // Where a row begins.
+  std::int64_t pixel(const Part& part, std::int64_t row) const {
+    return (part.image * shape_.height + row) * shape_.width * shape_.channels + part.channel;
   }
 
   const DepthwiseShape shape_;
@@ -118,7 +119,8 @@ void depthwise_conv2d_fwd(const DepthwiseShape& shape, const float* x, const flo
     const Part part = parts[item];
     float* const results = tile + parts.tile_floats();
     parts.read(part, x, tile);
-    conv(parts.tile(part), tile, weights.get() + part.vector * parts.taps() * lanes, biases.get() + part.channel, results);
+    const float* const own_weights = weights.get() + part.vector * parts.taps() * lanes;
+    conv(parts.tile(part), tile, own_weights, biases.get() + part.channel, results);
     parts.write(part, results, y);
   });
 }
@@ -172,7 +174,8 @@ void depthwise_conv2d_bwd(const DepthwiseShape& shape, const float* dy, const fl
 #else
 
 void depthwise_conv2d_fwd(const DepthwiseShape&, const float*, const float*, const float*, float*, int, SimdLevel) {}
-void depthwise_conv2d_bwd(const DepthwiseShape&, const float*, const float*, const float*, float*, float*, float*, int, SimdLevel) {}
+void depthwise_conv2d_bwd(const DepthwiseShape&, const float*, const float*, const float*, float*, float*, float*, int,
+                          SimdLevel) {}
 
 #endif
 

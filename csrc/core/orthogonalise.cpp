@@ -31,8 +31,8 @@ std::int64_t shorter(const OrthogonaliseMatrix& m) { return std::min(m.rows, m.c
 constexpr std::int64_t kSide = 16;  // of what is transposed at once: its lines stay in the first cache
 
 // to[j][i] = scale from[i][j] of rows i and columns j.
-void transpose(const float* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, float* to, std::int64_t to_row,
-               float scale) {
+void transpose(const float* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, float* to,
+               std::int64_t to_row, float scale) {
   for (std::int64_t first = 0; first < rows; first += kSide) {
     const std::int64_t end = std::min(first + kSide, rows);
     for (std::int64_t j = 0; j < columns; ++j) {
@@ -51,10 +51,16 @@ double sum_of_squares(const float* x, std::int64_t count) {
 class Orthogonaliser {
  public:
   Orthogonaliser(const OrthogonaliseMatrix& matrix, const Quintic& quintic, int threads, const OrthogonaliseKernels& kernels)
-      : matrix_(matrix), quintic_(quintic), threads_(threads), kernels_(kernels), n_(shorter(matrix)),
-        length_(std::max(matrix.rows, matrix.columns)), chunks_((n_ + kernels.columns - 1) / kernels.columns),
+      : matrix_(matrix),
+        quintic_(quintic),
+        threads_(threads),
+        kernels_(kernels),
+        n_(shorter(matrix)),
+        length_(std::max(matrix.rows, matrix.columns)),
+        chunks_((n_ + kernels.columns - 1) / kernels.columns),
         // In cache lines, an odd number of them: rows are then in different sets of the cache.
-        row_((std::max(in_wholes(n_, kernels.columns), in_wholes(n_, kernels.rows) + 15) / 16 | 1) * 16), square_(in_wholes(n_, kernels.rows) * row_),
+        row_((std::max(in_wholes(n_, kernels.columns), in_wholes(n_, kernels.rows) + 15) / 16 | 1) * 16),
+        square_(in_wholes(n_, kernels.rows) * row_),
         memory_(new_zeros<float>(2 * in_wholes(length_, kernels.rows) * row_ + 6 * square_)) {
     float* next = memory_.get();
     const auto take = [&](std::int64_t floats) {
@@ -104,7 +110,7 @@ class Orthogonaliser {
 
   void write() const {
     if (tall()) {
-      for (std::int64_t row = 0; row < length_; ++row) std::copy(y_ + row * row_, y_ + row * row_ + n_, matrix_.y + row * n_);
+      for (std::int64_t row = 0; row < length_; ++row) std::copy_n(y_ + row * row_, n_, matrix_.y + row * n_);
     } else {
       transpose(y_, row_, length_, n_, matrix_.y, length_, 1);
     }

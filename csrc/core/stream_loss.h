@@ -1,6 +1,6 @@
 // The loss of frames that are made of the images of one or two streams, and its gradient, each in one pass over the images;
-// what hflfnerv/reference/stream_loss.py defines. Values are computed in float32 and summed in float64, in an order that depends
-// on the shape alone.
+// what hflfnerv/reference/stream_loss.py defines. Values are computed in float32 and summed in float64, in an order that
+// depends on the shape alone.
 #pragma once
 
 #include <cstdint>

@@ -21,13 +21,15 @@ constexpr Quintic kQuintic{3.4445f, -4.7750f, 2.0315f, 5};
 std::mt19937 generator(1);
 
 // a b, or a b^T.
-Doubles multiply(const Doubles& a, std::int64_t rows, std::int64_t inner, const Doubles& b, std::int64_t columns, bool transposed) {
+Doubles multiply(const Doubles& a, std::int64_t rows, std::int64_t inner, const Doubles& b, std::int64_t columns,
+                 bool transposed) {
   Doubles c(static_cast<std::size_t>(rows * columns));
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < columns; ++j) {
       for (std::int64_t k = 0; k < inner; ++k) {
-        c[static_cast<std::size_t>(i * columns + j)] += a[static_cast<std::size_t>(i * inner + k)] *
-                                                        b[static_cast<std::size_t>(transposed ? j * inner + k : k * columns + j)];
+        const std::int64_t of_b = transposed ? j * inner + k : k * columns + j;
+        c[static_cast<std::size_t>(i * columns + j)] +=
+            a[static_cast<std::size_t>(i * inner + k)] * b[static_cast<std::size_t>(of_b)];
       }
     }
   }

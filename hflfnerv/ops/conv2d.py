@@ -72,7 +72,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
 def _direct_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
     y, channels_last, bias = _forward_fake(x, weight, bias, "direct"), torch.channels_last, _cpp.float_bias(bias)
-    _cpp.load().head_fwd(
+    _cpp.load().conv2d_head_fwd(
         list(x.shape),
         _cpp.address(x, torch.float32, channels_last),
         _cpp.address(weight, torch.float32),
@@ -92,7 +92,7 @@ def _direct_backward(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
     dbias = x.new_empty(3) if wanted[2] else None
     contiguous = weight.contiguous()
-    _cpp.load().head_bwd(
+    _cpp.load().conv2d_head_bwd(
         list(x.shape),
         _cpp.address(dy, torch.float32, channels_last),
         _cpp.address(x, torch.float32, channels_last),

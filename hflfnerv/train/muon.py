@@ -205,8 +205,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         accelerated = torch._foreach_lerp(gradients, averages, momentum)
         matrices = [_as_matrix(x, parameter) for x, parameter in zip(accelerated, parameters, strict=True)]
-        if matrices[0].is_cuda:
-            matrices = [x.bfloat16() for x in matrices]
+        matrices = [x.bfloat16() if x.is_cuda else x for x in matrices]
         updates = [
             _as_weight(x.to(parameter.dtype), parameter)
             for x, parameter in zip(orthogonalise_all(matrices), parameters, strict=True)

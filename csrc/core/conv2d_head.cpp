@@ -1,9 +1,9 @@
-#include "head.h"
+#include "conv2d_head.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "head_kernels.h"
+#include "conv2d_head_kernels.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -16,9 +16,9 @@ constexpr std::int64_t kBand = 16;  // rows that are computed one after the othe
 
 const HeadKernels& kernels_of([[maybe_unused]] SimdLevel level) {
 #if defined(HFLFNERV_HAVE_AVX512)
-  if (level == SimdLevel::avx512) return head_kernels_avx512();
+  if (level == SimdLevel::avx512) return conv2d_head_kernels_avx512();
 #endif
-  return head_kernels_avx2();
+  return conv2d_head_kernels_avx2();
 }
 
 std::int64_t lanes_of(SimdLevel level) { return level == SimdLevel::avx512 ? 16 : 8; }
@@ -61,8 +61,8 @@ void copy_rows(const float* image, std::int64_t height, std::int64_t size, std::
 
 }  // namespace
 
-void head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
-              SimdLevel level) {
+void conv2d_head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
+                     SimdLevel level) {
   const Bands bands(shape);
   const std::int64_t lanes = lanes_of(level), run = kHeadTaps * shape.channels, steps = (run + lanes - 1) / lanes;
   const Aligned<float> weights = new_zeros<float>(kHeadTaps * steps * kHeadColours * lanes);
@@ -96,8 +96,8 @@ void head_fwd(const HeadShape& shape, const float* x, const float* weight, const
   });
 }
 
-void head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx, float* dweight,
-              float* dbias, int threads, SimdLevel level) {
+void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx,
+                     float* dweight, float* dbias, int threads, SimdLevel level) {
   const Bands bands(shape);
   const std::int64_t lanes = lanes_of(level), channels = shape.channels;
   std::vector<std::int64_t> first;
@@ -176,8 +176,8 @@ void head_bwd(const HeadShape& shape, const float* dy, const float* x, const flo
 
 #else
 
-void head_fwd(const HeadShape&, const float*, const float*, const float*, float*, int, SimdLevel) {}
-void head_bwd(const HeadShape&, const float*, const float*, const float*, float*, float*, float*, int, SimdLevel) {}
+void conv2d_head_fwd(const HeadShape&, const float*, const float*, const float*, float*, int, SimdLevel) {}
+void conv2d_head_bwd(const HeadShape&, const float*, const float*, const float*, float*, float*, float*, int, SimdLevel) {}
 
 #endif
 

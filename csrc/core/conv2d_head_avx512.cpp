@@ -1,10 +1,10 @@
-#include "simd_avx2.h"
+#include "simd_avx512.h"
 
-#include "head_kernels.inl"
+#include "conv2d_head_kernels.inl"
 
 namespace hflfnerv {
 
-const HeadKernels& head_kernels_avx2() {
+const HeadKernels& conv2d_head_kernels_avx512() {
   static constexpr HeadKernels kernels{fwd, dgrad, wgrad};
   return kernels;
 }

@@ -1,11 +1,11 @@
-// What head.cpp hands to the code compiled for one instruction set.
+// What conv2d_head.cpp hands to the code compiled for one instruction set.
 //
 // In the forward pass lanes are the floats of three pixels side by side, which a row of the kernel covers. In the backward pass
 // they are channels of a pixel, read and written in vectors of which the last may overlap the one before, so that none ends
 // behind the pixel; pixels of fewer channels than lanes are in memory with a margin of a vector behind them.
 #pragma once
 
-#include "head.h"
+#include "conv2d_head.h"
 
 namespace hflfnerv {
 
@@ -42,7 +42,7 @@ struct HeadKernels {
   void (*wgrad)(const HeadInputRow&);  // writes sums over the row of x times dy
 };
 
-const HeadKernels& head_kernels_avx2();
-const HeadKernels& head_kernels_avx512();
+const HeadKernels& conv2d_head_kernels_avx2();
+const HeadKernels& conv2d_head_kernels_avx512();
 
 }  // namespace hflfnerv

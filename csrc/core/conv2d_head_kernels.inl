@@ -1,5 +1,5 @@
-// Included behind the Simd of one instruction set; see head_kernels.h.
-#include "head_kernels.h"
+// Included behind the Simd of one instruction set; see conv2d_head_kernels.h.
+#include "conv2d_head_kernels.h"
 #include "registers.h"
 
 namespace hflfnerv {

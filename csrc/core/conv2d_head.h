@@ -18,11 +18,11 @@ struct HeadShape {
 };
 
 // bias has three floats, or is null.
-void head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
-              SimdLevel level);
+void conv2d_head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
+                     SimdLevel level);
 
 // The gradients of x, weight and bias for dy; those that are null are not computed.
-void head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx, float* dweight,
-              float* dbias, int threads, SimdLevel level);
+void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx,
+                     float* dweight, float* dbias, int threads, SimdLevel level);
 
 }  // namespace hflfnerv

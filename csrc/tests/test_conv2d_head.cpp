@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "core/head.h"
+#include "core/conv2d_head.h"
 #include "core/pixel_shuffle_gelu.h"
 #include "tests/check.h"
 
@@ -45,21 +45,21 @@ void check(const HeadShape& s, SimdLevel level) {
   const auto fresh = [](std::size_t n) { return Floats(n, std::nanf("")); };
   const auto run = [&](int threads) {
     Results r{fresh(dy.size()), fresh(x.size()), fresh(weight.size()), fresh(3)};
-    head_fwd(s, x.data(), weight.data(), bias.data(), r.y.data(), threads, level);
-    head_bwd(s, dy.data(), x.data(), weight.data(), r.dx.data(), r.dweight.data(), r.dbias.data(), threads, level);
+    conv2d_head_fwd(s, x.data(), weight.data(), bias.data(), r.y.data(), threads, level);
+    conv2d_head_bwd(s, dy.data(), x.data(), weight.data(), r.dx.data(), r.dweight.data(), r.dbias.data(), threads, level);
     return r;
   };
   const Results results = run(1);
   CHECK(results == run(3));
   // One gradient alone is the same.
   Results alone = results;
-  head_bwd(s, dy.data(), x.data(), weight.data(), alone.dx.data(), nullptr, nullptr, 2, level);
-  head_bwd(s, dy.data(), x.data(), weight.data(), nullptr, alone.dweight.data(), nullptr, 2, level);
-  head_bwd(s, dy.data(), x.data(), weight.data(), nullptr, nullptr, alone.dbias.data(), 2, level);
+  conv2d_head_bwd(s, dy.data(), x.data(), weight.data(), alone.dx.data(), nullptr, nullptr, 2, level);
+  conv2d_head_bwd(s, dy.data(), x.data(), weight.data(), nullptr, alone.dweight.data(), nullptr, 2, level);
+  conv2d_head_bwd(s, dy.data(), x.data(), weight.data(), nullptr, nullptr, alone.dbias.data(), 2, level);
   CHECK(alone == results);
   // Without bias, one less of each.
   Floats plain = fresh(dy.size());
-  head_fwd(s, x.data(), weight.data(), nullptr, plain.data(), 1, level);
+  conv2d_head_fwd(s, x.data(), weight.data(), nullptr, plain.data(), 1, level);
   for (std::size_t i = 0; i < plain.size(); ++i) CHECK(plain[i] + bias[i % 3] == results.y[i]);
 
   Doubles y(dy.size()), dx(x.size()), dweight(weight.size()), dbias(3);
