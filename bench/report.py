@@ -391,6 +391,28 @@ def similarity_table(results: Results) -> Iterator[str]:
         yield from markdown(("network", "stream", "cosine, block by block"), lines)
 
 
+def rate_bound(anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]) -> str:
+    """Say how far rates at equal PSNR are apart at least, for curves that have no PSNR in common; else a dash.
+
+    A curve all of whose points are better, and whose smallest file is smaller than the largest of the other, needs less
+    than the former to be as good as the latter.
+
+    Args:
+        anchor: bits per pixel and PSNR of each point.
+        test: as ``anchor``.
+    """
+
+    def ends(worse: Sequence[tuple[float, float]], better: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+        (best_rate, best), (least_rate, least) = max(worse, key=lambda p: p[1]), min(better, key=lambda p: p[1])
+        return (best_rate, least_rate) if least > best and least_rate < best_rate else None
+
+    if found := ends(anchor, test):
+        return f"under {100 * (found[1] / found[0] - 1):+.1f} %"
+    if found := ends(test, anchor):
+        return f"over {100 * (found[0] / found[1] - 1):+.1f} %"
+    return "–"
+
+
 def rate_table(results: Results) -> Iterator[str]:
     """The paper's Fig. 6 as numbers, with Bjontegaard deltas."""
     clips, points = results.curves()
@@ -409,6 +431,9 @@ def rate_table(results: Results) -> Iterator[str]:
     head = ("", "setting: bits per pixel, PSNR in dB" + ("" if points[0]["ms_ssim"] is None else ", MS-SSIM"))
     yield from markdown(head, ((name, "; ".join(texts)) for name, texts in cells.items()))
     anchors = [name for name in cells if name.startswith("x265") or name in (PROPOSED, "hnerv/best")]
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in cells}
+    for point in points:
+        curves[point["implementation"]].append((point["bits_per_pixel"], point["psnr_db"]))
     lines = []
     for anchor in anchors:
         for delta in bjontegaard(points, anchor):
@@ -416,13 +441,16 @@ def rate_table(results: Results) -> Iterator[str]:
             lines.append(
                 (
                     f"{delta['implementation']} against {anchor}",
-                    "–" if rate is None else f"{rate:+.1f} %",
+                    rate_bound(curves[anchor], curves[delta["implementation"]]) if rate is None else f"{rate:+.1f} %",
                     "–" if psnr is None else f"{psnr:+.2f} dB",
                 )
             )
     if lines:
         yield from markdown(("Bjontegaard delta", "rate at equal PSNR", "PSNR at equal rate"), lines)
-        yield "A dash: the curves have no such range in common, or one has a single point or does not rise."
+        yield (
+            "Under, over: no PSNR in common, all of one curve is better; what the best point of the other needs more. "
+            "A dash: no range in common, or one curve has a single point or does not rise."
+        )
         yield ""
 
 

@@ -49,22 +49,25 @@ def _image(*shape: int, seed: int = 0) -> torch.Tensor:
     return make_tensor(*shape, layout="channels_last", seed=seed)
 
 
-def _point(what: str, data: str, shape: Sequence[int], runs: dict[str, Callable[[], Any]], check: Any) -> Point:
+def _point(
+    what: str, data: str, shape: Sequence[int], runs: dict[str, Callable[[], Any]], check: Callable[[], None]
+) -> Point:
     threads = torch.get_num_threads()
     contenders = [Contender(name, run, 1, f"{threads} threads") for name, run in runs.items()]
     facts = {"threads": threads}
     return Point(what, data, "float32", shape, "calls/s", 1, contenders, BASELINE, check, facts)
 
 
-def _differentiated(
+def _convolution(
     what: str,
     data: str,
     leaves: Sequence[torch.Tensor],
-    functions: dict[str, Callable[..., torch.Tensor]],
-    magnitude: Callable[..., torch.Tensor] | None,
+    name: str,
+    ours: Callable[..., torch.Tensor],
+    plain: Callable[..., torch.Tensor],
 ) -> Point:
-    """Return a forward and backward pass; ``magnitude`` is the function of absolute values where it is a sum."""
-    dy = torch.randn_like(functions[BASELINE](*leaves))
+    """Return a forward and backward pass of sums: their terms' absolute values are what each rounds."""
+    dy = torch.randn_like(plain(*leaves))
 
     def step(
         function: Callable[..., torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
@@ -74,18 +77,14 @@ def _differentiated(
         return [y.detach(), *torch.autograd.grad(y, own, change(dy))]
 
     def check() -> None:
-        exact, same = step(functions[BASELINE], torch.Tensor.double), step(functions[BASELINE])
-        sizes: Sequence[torch.Tensor | None] = [None] * len(exact)
-        if magnitude is not None:
-            sizes = step(magnitude, lambda t: t.double().abs())
-        for name, function in functions.items():
-            if name != BASELINE:
-                y, *gradients = step(function)
-                assert_close_to_reference(y, exact[0], same[0], magnitude=sizes[0])
-                for gradient, *others, size in zip(gradients, exact[1:], same[1:], sizes[1:], strict=True):
-                    assert_gradient_close_to_reference(gradient, *others, magnitude=size)
+        exact, same = step(plain, torch.Tensor.double), step(plain)
+        magnitudes = step(plain, lambda t: t.double().abs())
+        (y, *of_y), *gradients = zip(step(ours), exact, same, magnitudes, strict=True)
+        assert_close_to_reference(y, *of_y[:2], magnitude=of_y[2])
+        for gradient, true, rounded, magnitude in gradients:
+            assert_gradient_close_to_reference(gradient, true, rounded, magnitude=magnitude)
 
-    runs = {name: lambda function=function: step(function) for name, function in functions.items()}
+    runs = {name: lambda: step(ours), BASELINE: lambda: step(plain)}
     return _point(what, data, leaves[0].shape, runs, check)
 
 
@@ -95,9 +94,11 @@ def _head(channels: int, height: int, width: int) -> Point:
     def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, bias, padding=1)
 
-    functions = {"direct": lambda *t: ops.conv2d(*t, impl="direct"), BASELINE: plain}
+    def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return ops.conv2d(x, weight, bias, impl="direct")
+
     data = f"head, {channels} -> 3, k = 3, {height} x {width}"
-    return _differentiated("conv2d", data, [x, weight, make_tensor(3, seed=2)], functions, plain)
+    return _convolution("conv2d", data, [x, weight, make_tensor(3, seed=2)], "direct", ours, plain)
 
 
 def _loss(height: int, width: int) -> Point:
@@ -135,9 +136,11 @@ def _depthwise(channels: int, height: int, width: int) -> Point:
     def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, bias, padding=3, groups=channels)
 
-    functions = {"cpp": lambda *t: depthwise_conv2d(*t, padding=(3, 3)), BASELINE: plain}
+    def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv2d(x, weight, bias, padding=(3, 3))
+
     data = f"depthwise convolution, {channels} channels, k = 7, {height} x {width}"
-    return _differentiated("depthwise_conv2d", data, leaves, functions, plain)
+    return _convolution("depthwise_conv2d", data, leaves, "cpp", ours, plain)
 
 
 def _orthogonalise(rows: int, columns: int) -> Point:

@@ -294,6 +294,20 @@ def test_the_report_writes_figures_and_the_document(folder, tmp_path, monkeypatc
         report.filled("nothing", folder / "results")
 
 
+@pytest.mark.parametrize(
+    ("anchor", "test", "expected"),
+    [
+        ([(0.5, 22.0), (1.0, 25.0)], [(0.2, 27.0), (0.4, 29.0)], "under -80.0 %"),
+        ([(0.2, 27.0), (0.4, 29.0)], [(0.5, 22.0), (1.0, 25.0)], "over +400.0 %"),
+        ([(0.5, 22.0), (1.0, 25.0)], [(0.2, 24.0), (0.4, 29.0)], "–"),  # a PSNR in common
+        ([(0.5, 22.0), (1.0, 25.0)], [(1.2, 27.0), (1.4, 29.0)], "–"),  # better, but larger too
+        ([(0.5, 23.0), (1.0, 22.0)], [(0.4, 24.0)], "under -20.0 %"),
+    ],
+)
+def test_rates_of_curves_without_a_common_quality(anchor, test, expected) -> None:
+    assert report.rate_bound(anchor, test) == expected
+
+
 def test_the_document_is_what_the_results_say() -> None:
     text = report.DOCUMENT.read_text()
     assert report.filled(text) == text
