@@ -327,7 +327,7 @@ def test_profiles_make_jobs(name, tmp_path) -> None:
     assert len(set(stems)) == len(stems)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-seeds"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-grid", "cpu-seeds"])
 def test_what_has_rows_is_not_done_again(name, tmp_path) -> None:
     """A new setting must not make the rows from before it another job's: reproduce.BEFORE says what it was then."""
     profile = reproduce.load_profile(name)
@@ -350,7 +350,7 @@ def test_codecs_of_some_clips(folder, tmp_path) -> None:
 
 
 def test_bad_profiles_and_folders(tmp_path, capsys) -> None:
-    with pytest.raises(FileNotFoundError, match="one of bunny, cpu, cpu-seeds, davis, paper, got 'none'"):
+    with pytest.raises(FileNotFoundError, match="one of bunny, cpu, cpu-grid, cpu-seeds, davis, paper, got 'none'"):
         reproduce.load_profile("none")
     write_profile(tmp_path, text=PROFILE.replace('size = "60k"', ""))
     with pytest.raises(ValueError, match="must have 'size'"):
