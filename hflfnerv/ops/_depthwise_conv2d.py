@@ -57,11 +57,8 @@ class _DepthwiseKernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        images, weight, bias = (
-            x.contiguous(memory_format=torch.channels_last),
-            weight.contiguous(),
-            _cpp.float_bias(bias),
-        )
+        images = x.contiguous(memory_format=torch.channels_last)
+        weight, bias = weight.contiguous(), _cpp.float_bias(bias)
         y = torch.empty_like(images)
         _cpp.load().depthwise_conv2d_fwd(
             _sizes(x, weight), *map(_address, (images, weight, bias, y)), torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,18 +20,10 @@ def _run_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return F.conv2d(x, weight, bias, padding=half_padding(weight))
 
 
-def _run_winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _run_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, impl: str) -> torch.Tensor:
     dtype = compute_dtype(x)
     out: torch.Tensor = torch.ops.hflfnerv.conv2d(
-        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), "winograd"
-    )
-    return _winograd.in_layout_of(x, weight, out)
-
-
-def _run_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    dtype = compute_dtype(x)
-    out: torch.Tensor = torch.ops.hflfnerv.conv2d(
-        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), "direct"
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), impl
     )
     return _winograd.in_layout_of(x, weight, out)
 
@@ -54,8 +47,10 @@ def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 CONV2D = ImplementationTable(
     "conv2d",
     [
-        Implementation("direct", _run_direct, _cpp.unavailable, _direct_rejects),
-        Implementation("winograd", _run_winograd, _cpp.unavailable, _winograd_rejects),
+        Implementation("direct", functools.partial(_run_kernels, impl="direct"), _cpp.unavailable, _direct_rejects),
+        Implementation(
+            "winograd", functools.partial(_run_kernels, impl="winograd"), _cpp.unavailable, _winograd_rejects
+        ),
         Implementation("reference", _run_reference),
     ],
 )

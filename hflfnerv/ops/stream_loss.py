@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ __all__ = ["STREAM_LOSS", "stream_loss"]
 _INT32_MAX = 2**31 - 1
 
 
-def _run_triton(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.stream_loss(low, target, high, "triton")
+def _run_kernels(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | None, *, impl: str) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.stream_loss(low, target, high, impl)
     return out
 
 
@@ -30,11 +31,6 @@ def _triton_rejects(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor 
     return rejects_tensor(low.device, low.dtype)
 
 
-def _run_cpp(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.stream_loss(low, target, high, "cpp")
-    return out
-
-
 def _cpp_rejects(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | None) -> str | None:
     return _cpp.rejects_tensor(low.device, low.dtype)
 
@@ -42,8 +38,8 @@ def _cpp_rejects(low: torch.Tensor, target: torch.Tensor, high: torch.Tensor | N
 STREAM_LOSS = ImplementationTable(
     "stream_loss",
     [
-        Implementation("triton", _run_triton, unavailable, _triton_rejects),
-        Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
+        Implementation("triton", functools.partial(_run_kernels, impl="triton"), unavailable, _triton_rejects),
+        Implementation("cpp", functools.partial(_run_kernels, impl="cpp"), _cpp.unavailable, _cpp_rejects),
         Implementation("reference", reference.stream_loss),
     ],
 )
