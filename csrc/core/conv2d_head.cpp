@@ -4,8 +4,7 @@
 #include <vector>
 
 #include "conv2d_head_kernels.h"
-#include "memory.h"
-#include "parallel.h"
+#include "scratch.h"
 
 namespace hflfnerv {
 
@@ -43,10 +42,6 @@ struct Bands {
   std::int64_t height, per_image, count;
 };
 
-int threads_for(std::int64_t items, int threads) {
-  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
-}
-
 // Copies rows [first, first + count) of an image of `height` rows of `size` floats, zeros where there are none.
 void copy_rows(const float* image, std::int64_t height, std::int64_t size, std::int64_t first, std::int64_t count, float* to,
                std::int64_t stride) {
@@ -77,21 +72,17 @@ void conv2d_head_fwd(const HeadShape& shape, const float* x, const float* weight
   }
   float biases[kHeadColours] = {};
   if (bias != nullptr) std::copy(bias, bias + kHeadColours, biases);
-  // A row of zeros, and what the kernel takes for the ends of a row.
-  const std::int64_t row = shape.width * shape.channels, edge = kHeadTaps * steps * lanes;
-  threads = threads_for(bands.count, threads);
-  const Aligned<float> scratch = new_zeros<float>(row + edge * threads);
-  const float* const zeros = scratch.get() + edge * threads;
+  const std::int64_t row = shape.width * shape.channels;
+  const Aligned<float> zeros = new_zeros<float>(row);
   const auto kernel = kernels_of(level).fwd;
-  parallel_items(bands.count, threads, [&](int thread, std::int64_t item) {
+  parallel_items_with_scratch(bands.count, threads, kHeadTaps * steps * lanes, [&](float* edge, std::int64_t item) {
     const Band band = bands[item];
     const float* const image = x + band.image * shape.height * row;
     for (std::int64_t at = band.first; at < band.first + band.rows; ++at) {
-      const float* const above = at > 0 ? image + (at - 1) * row : zeros;
-      const float* const below = at + 1 < shape.height ? image + (at + 1) * row : zeros;
+      const float* const above = at > 0 ? image + (at - 1) * row : zeros.get();
+      const float* const below = at + 1 < shape.height ? image + (at + 1) * row : zeros.get();
       float* const to = y + (band.image * shape.height + at) * shape.width * kHeadColours;
-      kernel({shape.channels, shape.width, steps, weights.get(), {above, image + at * row, below}, biases, to,
-              scratch.get() + thread * edge});
+      kernel({shape.channels, shape.width, steps, weights.get(), {above, image + at * row, below}, biases, to, edge});
     }
   });
 }
@@ -118,14 +109,11 @@ void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, co
   const std::int64_t products = kHeadProducts * channels, narrow = channels < lanes ? row + lanes : 0;
   // Rows of dy with zeros around them, sums of a row, and a row of x and one of dx.
   const std::int64_t floats = slopes + products + 2 * narrow;
-  threads = threads_for(bands.count, threads);
-  const Aligned<float> scratch = new_zeros<float>(floats * threads);
   std::vector<double> sums(static_cast<std::size_t>(bands.count * (products + kHeadColours)), 0.0);
   if (dx != nullptr) advise_large_pages(dx, static_cast<std::size_t>(shape.batch * shape.height * row) * sizeof(float));
   const HeadKernels& kernels = kernels_of(level);
-  parallel_items(bands.count, threads, [&](int thread, std::int64_t item) {
+  parallel_items_with_scratch(bands.count, threads, floats, [&](float* own, std::int64_t item) {
     const Band band = bands[item];
-    float* const own = scratch.get() + thread * floats;
     float* const row_sums = own + slopes;
     float* const copies = row_sums + products;
     double* const own_sums = sums.data() + item * (products + kHeadColours);

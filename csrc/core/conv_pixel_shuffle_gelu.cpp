@@ -13,7 +13,7 @@
 
 #include "conv_kernel.h"
 #include "cpu.h"
-#include "parallel.h"
+#include "scratch.h"
 #endif
 
 namespace hflfnerv {
@@ -57,7 +57,7 @@ void conv_pixel_shuffle_gelu_fwd(const ConvPixelShuffleShape& shape, bool tanh_f
   const ConvPlan& plan = kernel.plan();
 
   const std::int64_t rows = shape.batch * height, band = band_rows(shape, layout);
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, rows)));
+  threads = threads_for(rows, threads);
   // Each thread's memory: planes, rest with margins, scratch.
   const std::int64_t in_rows = band + shape.kernel_h - 1;
   const std::int64_t plane_elements = in_rows * layout.plane_row();

@@ -4,8 +4,7 @@
 #include <vector>
 
 #include "conv_pixel_shuffle_gelu_winograd_kernels.h"
-#include "memory.h"
-#include "parallel.h"
+#include "scratch.h"
 
 namespace hflfnerv {
 
@@ -46,9 +45,6 @@ struct WeightOffsets {
   std::vector<std::int64_t> out, in;
 };
 
-// A thread's memory begins at a cache line.
-std::int64_t rounded(std::int64_t floats) { return (floats + 15) / 16 * 16; }
-
 // For lanes that lie in one or several runs of `run` floats, `stride` apart.
 struct Stores {
   Stores(const WinogradPlan& plan, std::int64_t run, std::int64_t stride) {
@@ -83,14 +79,11 @@ const GeluTable* table_of(WinogradActivation activation) {
 
 void run_conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, int threads,
               SimdLevel level) {
-  const std::int64_t floats = rounded(plan.scratch_floats());
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, plan.blocks())));
-  const Aligned<float> scratch = new_zeros<float>(floats * threads);
   advise_large_pages(out.y, static_cast<std::size_t>(plan.batch * out.image_floats) * sizeof(float));
   const auto conv = kernels_of(level).conv;
-  parallel_items(plan.blocks(), threads, [&](int thread, std::int64_t block) {
+  parallel_items_with_scratch(plan.blocks(), threads, plan.scratch_floats(), [&](float* scratch, std::int64_t block) {
     const std::int64_t begin = block * plan.block();
-    conv(plan, x, points, out, begin, std::min(begin + plan.block(), plan.tiles()), scratch.get() + thread * floats);
+    conv(plan, x, points, out, begin, std::min(begin + plan.block(), plan.tiles()), scratch);
   });
 }
 
@@ -154,7 +147,7 @@ WinogradBands::~WinogradBands() = default;
 WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
 
 std::int64_t WinogradBands::count() const { return prepared_->plan.tile_rows(); }
-std::int64_t WinogradBands::scratch_floats() const { return rounded(prepared_->plan.scratch_floats()); }
+std::int64_t WinogradBands::scratch_floats() const { return in_lines(prepared_->plan.scratch_floats()); }
 
 void WinogradBands::run(std::int64_t band, float* y, float* scratch) const {
   const WinogradPlan& plan = prepared_->plan;
@@ -174,13 +167,10 @@ void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, 
   const std::int64_t n = shape.out_channels(), rows = shape.batch * shape.height, parts = std::min(rows, kParts);
   const WinogradUndo task{rows, shape.width, n, shape.r * shape.channels, dy, z, dz, &gelu_table(tanh_form, true)};
   std::vector<double> sums(static_cast<std::size_t>(parts * n), 0.0);
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, parts)));
-  const std::int64_t floats = rounded(task.scratch_floats());
-  const Aligned<float> scratch = new_zeros<float>(floats * threads);
   advise_large_pages(dz, static_cast<std::size_t>(rows * shape.width * n) * sizeof(float));
   const auto kernel = kernels_of(level).undo;
-  parallel_items(parts, threads, [&](int thread, std::int64_t part) {
-    kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch.get() + thread * floats);
+  parallel_items_with_scratch(parts, threads, task.scratch_floats(), [&](float* scratch, std::int64_t part) {
+    kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch);
   });
   for (std::int64_t i = 0; dbias != nullptr && i < n; ++i) {
     double sum = 0;
@@ -208,18 +198,17 @@ void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz,
   // which the tiles of x are evaluated anew. Sums of one part take 64 / taps times the memory of the weight: those of more
   // parts are not worth more than 256 MB.
   constexpr std::int64_t kBlocks = 4, kParts = 8, kItems = 16, kFloats = std::int64_t{1} << 26;
-  const std::int64_t part_floats = plan.chunks() * plan.chunk_floats(), floats = rounded(plan.scratch_floats());
+  const std::int64_t part_floats = plan.chunks() * plan.chunk_floats();
   const std::int64_t most = std::clamp<std::int64_t>(kFloats / part_floats, 1, kParts);
   const std::int64_t parts = std::clamp<std::int64_t>(plan.blocks() / kBlocks, 1, most);
   const std::int64_t groups = std::min(plan.chunks(), (kItems + parts - 1) / parts), items = parts * groups;
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
-  const Aligned<float> sums = new_zeros<float>(parts * part_floats), scratch = new_zeros<float>(floats * threads);
-  parallel_items(items, threads, [&](int thread, std::int64_t item) {
+  const Aligned<float> sums = new_zeros<float>(parts * part_floats);
+  parallel_items_with_scratch(items, threads, plan.scratch_floats(), [&](float* scratch, std::int64_t item) {
     const std::int64_t part = item / groups, group = item % groups;
     for (std::int64_t block = plan.blocks() * part / parts; block < plan.blocks() * (part + 1) / parts; ++block) {
       const std::int64_t begin = block * plan.block();
       kernels.wgrad(plan, x, dz, sums.get() + part * part_floats, begin, std::min(begin + plan.block(), plan.tiles()),
-                    plan.chunks() * group / groups, plan.chunks() * (group + 1) / groups, scratch.get() + thread * floats);
+                    plan.chunks() * group / groups, plan.chunks() * (group + 1) / groups, scratch);
     }
   });
   const WeightOffsets offsets(shape);

@@ -3,8 +3,7 @@
 #include <algorithm>
 
 #include "depthwise_conv2d_kernels.h"
-#include "memory.h"
-#include "parallel.h"
+#include "scratch.h"
 
 namespace hflfnerv {
 
@@ -97,15 +96,6 @@ class Parts {
   const std::int64_t lanes_;
 };
 
-// Runs run(memory of the thread, item) on all parts.
-template <class Run>
-void for_parts(std::int64_t count, std::int64_t floats, int threads, const Run& run) {
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, count)));
-  const std::int64_t own = (floats + 15) / 16 * 16;
-  const Aligned<float> memory = new_aligned<float>(own * threads);
-  parallel_items(count, threads, [&](int thread, std::int64_t item) { run(memory.get() + thread * own, item); });
-}
-
 }  // namespace
 
 void depthwise_conv2d_fwd(const DepthwiseShape& shape, const float* x, const float* weight, const float* bias, float* y,
@@ -115,7 +105,8 @@ void depthwise_conv2d_fwd(const DepthwiseShape& shape, const float* x, const flo
   const Aligned<float> weights = parts.weights(weight, false), biases = new_zeros<float>(parts.vectors() * lanes);
   if (bias != nullptr) std::copy(bias, bias + shape.channels, biases.get());
   const auto conv = kernels_of(level).conv;
-  for_parts(parts.count(), parts.tile_floats() + parts.result_floats(), threads, [&](float* tile, std::int64_t item) {
+  const std::int64_t floats = parts.tile_floats() + parts.result_floats();
+  parallel_items_with_scratch(parts.count(), threads, floats, [&](float* tile, std::int64_t item) {
     const Part part = parts[item];
     float* const results = tile + parts.tile_floats();
     parts.read(part, x, tile);
@@ -133,7 +124,8 @@ void depthwise_conv2d_bwd(const DepthwiseShape& shape, const float* dy, const fl
   // Of each part: the sums of all taps, and that of dy.
   const Aligned<float> sums = new_aligned<float>(parts.count() * sums_of_part);
   const DepthwiseKernels& kernels = kernels_of(level);
-  for_parts(parts.count(), 2 * parts.tile_floats() + parts.result_floats(), threads, [&](float* slopes, std::int64_t item) {
+  const std::int64_t floats = 2 * parts.tile_floats() + parts.result_floats();
+  parallel_items_with_scratch(parts.count(), threads, floats, [&](float* slopes, std::int64_t item) {
     const Part part = parts[item];
     const DepthwiseTile tile = parts.tile(part);
     float* const inputs = slopes + parts.tile_floats();

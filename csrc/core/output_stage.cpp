@@ -7,7 +7,7 @@
 
 #include "conv_pixel_shuffle_gelu_amx.h"
 #include "output_weights.h"
-#include "parallel.h"
+#include "scratch.h"
 
 namespace hflfnerv {
 namespace {
@@ -92,7 +92,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
   const std::int64_t scratch_bytes = output_scratch_floats(shape.groups) * 4;
   const Aligned<float> biases = output_biases(shape.biases, shape.groups);
   const std::int64_t bands = (shape.height + kBand - 1) / kBand, items = shape.batch * bands;
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
+  threads = threads_for(items, threads);
   const Aligned<char> memory = new_zeros<char>((thread_bytes + scratch_bytes) * threads);
   std::vector<OutputStream> streams(static_cast<std::size_t>(count) * static_cast<std::size_t>(threads));
   advise_large_pages(out, static_cast<std::size_t>(shape.batch * shape.height * shape.width * kColours * (bytes ? 1 : 4)));

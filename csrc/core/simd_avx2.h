@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "exp2.inl"
 #include "float_types.h"
 #include "gelu_table.h"
 
@@ -157,16 +158,9 @@ struct Simd {
   // t, d and s of gelu_table.h by an exponential and a quotient: looking coefficients up takes two permutations and a blend
   // for each where a register has 8 lanes, and permutations are what these processors have least of.
 
-  // 2^-s for 0 <= s < 126, to 1e-7 of its value.
-  static F exp2_minus(F s) {
-    const F rounded = sub(set(kGeluRound), s);
-    const F f = sub(sub(set(kGeluRound), rounded), s);  // in [-1/2, 1/2]; both differences are exact
-    F value = fma(set(1.3264664e-3f), f, set(9.6715121e-3f));
-    value = fma(value, f, set(5.5507340e-2f));
-    value = fma(value, f, set(2.4022242e-1f));
-    value = fma(value, f, set(6.9314700e-1f));
-    value = fma(value, f, set(1));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+  // value times two to the power of the integer in the low bits of `integer`.
+  static F add_exponent(F value, F integer) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(integer), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
   }
 
@@ -179,7 +173,7 @@ struct Simd {
 
   // exp(-a²/2) and Phi(-a) exp(a²/2); the quotient of polynomials is fitted to 5e-10.
   static Tail normal_tail(F a) {
-    const F e = exp2_minus(mul(mul(a, set(0.72134752f)), a));
+    const F e = exp2_minus<Simd>(mul(mul(a, set(0.72134752f)), a));
     F p = fma(set(1.0164797e-2f), a, set(8.7649889e-2f));
     p = fma(p, a, set(3.0041605e-1f));
     p = fma(p, a, set(0.5f));
@@ -193,7 +187,7 @@ struct Simd {
   // 1 / (1 + exp(u)) with u = 2 sqrt(2/pi) (a + 0.044715 a³).
   static Tail logistic_tail(F a) {
     const F square = mul(a, a);
-    const F e = exp2_minus(mul(a, fma(square, set(0.10294324f), set(2.3022082f))));  // in powers of 2
+    const F e = exp2_minus<Simd>(mul(a, fma(square, set(0.10294324f), set(2.3022082f))));  // in powers of 2
     const F ratio = _mm256_div_ps(set(1), add(set(1), e));
     return {e, ratio, mul(ratio, fma(square, set(0.21406445f), set(1.5957691f)))};
   }
@@ -216,7 +210,7 @@ struct Simd {
     explicit Tanh(const GeluTable&) {}
     F operator()(F x) const {
       const F a = _mm256_min_ps(set(kTanhLimit), _mm256_andnot_ps(set(-0.0f), x));
-      const F e = exp2_minus(mul(a, set(2.8853901f)));
+      const F e = exp2_minus<Simd>(mul(a, set(2.8853901f)));
       const F s = fma(a, zero(), _mm256_div_ps(e, add(set(1), e)));  // NaN for a NaN
       return _mm256_or_ps(_mm256_fnmadd_ps(set(2), s, set(1)), _mm256_and_ps(x, set(-0.0f)));
     }

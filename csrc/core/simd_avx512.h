@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "exp2.inl"
 #include "float_types.h"
 #include "gelu_table.h"
 
@@ -127,16 +128,9 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
 
-  // 2^-s for 0 <= s < 126, to 1e-7 of its value.
-  static F exp2_minus(F s) {
-    const F rounded = sub(set(kGeluRound), s);
-    const F f = sub(sub(set(kGeluRound), rounded), s);  // in [-1/2, 1/2]; both differences are exact
-    F value = fma(set(1.3264664e-3f), f, set(9.6715121e-3f));
-    value = fma(value, f, set(5.5507340e-2f));
-    value = fma(value, f, set(2.4022242e-1f));
-    value = fma(value, f, set(6.9314700e-1f));
-    value = fma(value, f, set(1));
-    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
+  // value times two to the power of the integer in the low bits of `integer`.
+  static F add_exponent(F value, F integer) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(integer), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), exponent));
   }
 

@@ -12,7 +12,7 @@ constexpr int kLanes = Simd::kLanes;
 // tanh(x) = ±(1 - e) / (1 + e) with e = exp(-2 |x|), within 1e-7; NaN for a NaN.
 inline F tanh(F x) {
   const F size = Simd::min(Simd::set(kTanhLimit), Simd::abs(x));  // the second of them where that is a NaN
-  const F e = Simd::exp2_minus(Simd::mul(size, Simd::set(2.8853901f)));
+  const F e = exp2_minus<Simd>(Simd::mul(size, Simd::set(2.8853901f)));
   const F value = Simd::div(Simd::sub(Simd::set(1), e), Simd::add(Simd::set(1), e));
   return Simd::with_sign_of(Simd::fma(size, Simd::zero(), value), x);
 }

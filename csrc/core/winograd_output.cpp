@@ -6,7 +6,7 @@
 
 #include "memory.h"
 #include "output_weights.h"
-#include "parallel.h"
+#include "scratch.h"
 
 namespace hflfnerv {
 namespace {
@@ -48,13 +48,13 @@ void winograd_output_fwd(const OutputShape& shape, const WinogradStream* streams
     prepared.push_back({WinogradBands(s->shape, s->activation, s->x, s->points, s->bias, row, level), pixel, row,
                         s->shape.height * s->shape.r, feature_floats, output_vectors(s->head, pixel, lanes)});
     // The last row is zeros.
-    feature_floats += ((kKept + rows + 1) * row + kRestMargin + 15) / 16 * 16;
+    feature_floats += in_lines((kKept + rows + 1) * row + kRestMargin);
     scratch_floats = std::max(scratch_floats, prepared.back().bands.scratch_floats());
   }
   const Aligned<float> biases = output_biases(shape.biases, shape.groups);
   // The frame's last row takes one more of the features.
   const std::int64_t bands = (shape.height + rows) / rows, floats = feature_floats + scratch_floats;
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, bands)));
+  threads = threads_for(bands, threads);
   const Aligned<float> memory = new_zeros<float>(floats * threads);
   std::vector<std::int64_t> last(static_cast<std::size_t>(threads), -1);
   std::vector<OutputStream> inputs(static_cast<std::size_t>(count) * static_cast<std::size_t>(threads));
