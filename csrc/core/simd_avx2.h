@@ -155,14 +155,14 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
 
-  // t, d and s of gelu_table.h by an exponential and a quotient: looking coefficients up takes two permutations and a blend
-  // for each where a register has 8 lanes, and permutations are what these processors have least of.
-
   // value times two to the power of the integer in the low bits of `integer`.
   static F add_exponent(F value, F integer) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(integer), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
   }
+
+  // t, d and s of gelu_table.h by an exponential and a quotient: looking coefficients up takes two permutations and a blend
+  // for each where a register has 8 lanes, and permutations are what these processors have least of.
 
   // For a = min(|x|, limit).
   struct Tail {
