@@ -20,8 +20,6 @@ const HeadKernels& kernels_of([[maybe_unused]] SimdLevel level) {
   return conv2d_head_kernels_avx2();
 }
 
-std::int64_t lanes_of(SimdLevel level) { return level == SimdLevel::avx512 ? 16 : 8; }
-
 // The element of the weight that belongs to a row and column of the kernel.
 float weight_at(const HeadShape& shape, const float* weight, std::int64_t colour, std::int64_t channel, std::int64_t tap) {
   return weight[(colour * shape.channels + channel) * kHeadTaps * kHeadTaps + tap];

@@ -19,8 +19,6 @@ const WinogradKernels& kernels_of(SimdLevel level) {
   return winograd_kernels_avx2();
 }
 
-std::int64_t lanes_of(SimdLevel level) { return level == SimdLevel::avx512 ? 16 : 8; }
-
 constexpr std::int64_t kGradientPoints = 8;
 
 WinogradPlan plan_of(const WinogradShape& shape, std::int64_t axis, bool data_gradient, SimdLevel level) {

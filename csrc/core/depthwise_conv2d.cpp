@@ -28,7 +28,7 @@ struct Part {
 class Parts {
  public:
   Parts(const DepthwiseShape& shape, SimdLevel level)
-      : shape_(shape), lanes_(level == SimdLevel::avx512 ? 16 : 8) {}
+      : shape_(shape), lanes_(lanes_of(level)) {}
 
   std::int64_t lanes() const { return lanes_; }
   std::int64_t vectors() const { return (shape_.channels + lanes_ - 1) / lanes_; }

@@ -64,7 +64,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
 #if !defined(HFLFNERV_HAVE_AMX)
   amx = false;
 #endif
-  const std::int64_t lanes = level == SimdLevel::avx512 ? 16 : 8;
+  const std::int64_t lanes = lanes_of(level);
   amx = amx && type == FloatType::bf16;
   const std::int64_t element = amx ? 2 : 4;
   std::vector<Prepared> prepared;

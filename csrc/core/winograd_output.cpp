@@ -38,7 +38,7 @@ bool winograd_output_fits(const WinogradStream* streams, int count, SimdLevel le
 void winograd_output_fwd(const OutputShape& shape, const WinogradStream* streams, int count, void* out, bool bytes, int threads,
                          SimdLevel level) {
 #if defined(HFLFNERV_HAVE_AVX2)
-  const std::int64_t lanes = level == SimdLevel::avx512 ? 16 : 8;
+  const std::int64_t lanes = lanes_of(level);
   const std::int64_t rows = band_rows(streams[0].shape);
   std::vector<Prepared> prepared;
   std::int64_t feature_floats = 0, scratch_floats = 0;
