@@ -275,6 +275,10 @@ def _by_shape(call: Call) -> str:
             return "reference"
         fits = _cpp.unavailable() is None and _winograd_rejects(call) is None
         return "conv2d+cpp" if fits and not _winograd.pays(call.x, call.weight) else "auto"
+    if call.x.is_cuda and _is_large(call.x, call.weight) and _cuda.unavailable() is None and _cuda_rejects(call) is None:
+        batch, _, height, width = call.x.shape
+        if batch * height * width >= 25600:
+            return "cuda"
     if unavailable() is not None or _triton_rejects(call) is not None:
         return "auto"
     return "triton" if _predicted_faster(call.x, call.weight) else "auto"
