@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._activations import gelu, gelu_derivative
+from ._activations import gelu, gelu_derivative, gelu_form
 from ._float32 import precision_of
 from ._tiles import Tile, column_blocks, halves, limits_of, padded_columns
 
@@ -46,6 +46,14 @@ def pad_channels_kernel(
 
 
 @triton.jit
+def _add_product(a, b, sums, PRECISION: tl.constexpr):
+    if PRECISION == "ieee":
+        # Without tensor cores. A step's sum of its own, added as a whole, loses less than one long chain of additions.
+        return sums + tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def _columns(z, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask, W, N: tl.constexpr, R: tl.constexpr, GELU, KEEP_Z):
     """Bias, GELU and the shuffled store of the columns n of one tile."""
     RUN: tl.constexpr = N // R  # (j, c)
@@ -58,7 +66,7 @@ def _columns(z, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask, W, N: tl.cons
         tl.store(z_ptr + (z_pixel[:, None] + n[None, :]), z.to(z_ptr.dtype.element_ty), mask=mask)
     y_offset = y_pixel[:, None] + (n // RUN * (W * RUN) + n % RUN)[None, :]
     if GELU != "":
-        z = gelu(z, GELU == "tanh")
+        z = gelu(z, GELU)
     tl.store(y_ptr + y_offset, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -114,10 +122,10 @@ def conv_pixel_shuffle_gelu_fwd_kernel(
         inside = (x_row >= 0) & (x_row < H) & (x_column >= 0) & (x_column < W)
         x = tl.load(x_tile_ptr + x_offset, mask=inside, other=0.0)
         weight = tl.load(weight_ptr + (k * NP)[:, None] + n[None, :])
-        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
+        accumulator = _add_product(x, weight, accumulator, PRECISION)
         if BLOCK_N2 > 0:
             weight2 = tl.load(weight_ptr + (k * NP)[:, None] + n2[None, :])
-            accumulator2 = tl.dot(x, weight2, accumulator2, input_precision=PRECISION)
+            accumulator2 = _add_product(x, weight2, accumulator2, PRECISION)
     first_row = m_start // W
     y_ptr += first_row.to(tl.int64) * W * N
     y_pixel = (row - first_row) * (W * N) + w * (N // R)
@@ -154,15 +162,16 @@ def conv_pixel_shuffle_gelu_bwd_kernel(
     W,
     RUN: tl.constexpr,
     R: tl.constexpr,
+    PIXEL: tl.constexpr,
     PAD: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    # q = (j, c) is contiguous in dy as in z and dz: pixels w of one row by q, for one row i of the R by R square.
-    # Behind the last i come the PAD channels of dz that are zero.
+    # q = (j, c) is contiguous in z and dz, and in dy unless its pixels, PIXEL elements apart, are padded: pixels w of
+    # one row by q, for one row i of the R by R square. Behind the last i come the PAD channels of dz that are zero.
     q_blocks: tl.constexpr = (RUN + PAD + BLOCK_Q - 1) // BLOCK_Q
     pid = tl.program_id(0)
     w_blocks = tl.cdiv(W, BLOCK_W * STEPS)
@@ -171,7 +180,8 @@ def conv_pixel_shuffle_gelu_bwd_kernel(
     part = (pid // q_blocks // R).to(tl.int64)
     row = part // w_blocks  # b H + h
     w_first = (part - row * w_blocks).to(tl.int32) * (BLOCK_W * STEPS)
-    dy_row_ptr = dy_ptr + (row * R + i) * W * RUN
+    dy_row_ptr = dy_ptr + (row * R + i) * W * (R * PIXEL)
+    dy_column = q if PIXEL * R == RUN else q // (RUN // R) * PIXEL + q % (RUN // R)
     z_base = row * W * (R * RUN) + i * RUN
     dz_base = row * W * (R * RUN + PAD) + i * RUN
     stored = tl.where(i == R - 1, RUN + PAD, RUN)
@@ -182,8 +192,8 @@ def conv_pixel_shuffle_gelu_bwd_kernel(
         mask = (w < W)[:, None] & (q < RUN)[None, :]
         z_offset = (w * (R * RUN))[:, None] + q[None, :]
         z = tl.load(z_ptr + z_base + z_offset, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_row_ptr + (w * RUN)[:, None] + q[None, :], mask=mask, other=0.0).to(tl.float32)
-        dz = dy * gelu_derivative(z, TANH)
+        dy = tl.load(dy_row_ptr + (w * (R * PIXEL))[:, None] + dy_column[None, :], mask=mask, other=0.0).to(tl.float32)
+        dz = dy * gelu_derivative(z, FORM)
         dz_offset = (w * (R * RUN + PAD))[:, None] + q[None, :]
         tl.store(dz_ptr + dz_base + dz_offset, dz.to(dz_ptr.dtype.element_ty), mask=(w < W)[:, None] & (q < stored))
         if HAS_BIAS:
@@ -245,11 +255,11 @@ def conv_pixel_shuffle_gelu_wgrad_kernel(
         x = tl.trans(tl.load(x_ptr + x_offset, mask=inside, other=0.0))
         dz_mask = mask_m[:, None] & (n < ZP)[None, :]
         dz = tl.load(dz_ptr + ((m_offset * ZP)[:, None] + n[None, :]), mask=dz_mask, other=0.0)
-        accumulator = tl.dot(x, dz, accumulator, input_precision=PRECISION)
+        accumulator = _add_product(x, dz, accumulator, PRECISION)
         if BLOCK_N2 > 0:
             dz_mask = mask_m[:, None] & (n2 < ZP)[None, :]
             dz2 = tl.load(dz_ptr + ((m_offset * ZP)[:, None] + n2[None, :]), mask=dz_mask, other=0.0)
-            accumulator2 = tl.dot(x, dz2, accumulator2, input_precision=PRECISION)
+            accumulator2 = _add_product(x, dz2, accumulator2, PRECISION)
         # The pixels BLOCK_M further on, without a division for each of them.
         left -= BLOCK_M
         x_ptr += BLOCK_M * CP
@@ -327,20 +337,39 @@ def _is_dense_and_aligned(x):
     return x.shape[1] % _GROUP == 0 and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
 
 
-def _pad_channels(x):
-    """Return x as ``[B, H, W, C]`` with channels padded by zeros to a multiple of 8; a view where x is that already."""
+def _pixels_apart(x):
+    """Return the elements from one pixel of a channels-last x to the next, None where its strides say anything else."""
+    _, channels, height, width = x.shape
+    pixel = x.stride(3)
+    return pixel if x.stride() == (height * width * pixel, 1, width * pixel, pixel) and pixel >= channels else None
+
+
+def _pad_channels(x, *, finite=True):
+    """Return x as ``[B, H, W, C]`` with channels padded to a multiple of 8; a view where x is that already.
+
+    Args:
+        x: ``[B, C, H, W]``, in any layout.
+        finite: what is behind the channels must be zeros. Otherwise it may be anything, such as what lies between
+            pixels that are apart, as the CUDA kernel leaves them.
+    """
     if _is_dense_and_aligned(x):
         return x.permute(0, 2, 3, 1)
     batch, channels, height, width = x.shape
-    # Pixels may lie apart, as the CUDA kernel leaves them; what is between them is not known to be finite.
-    pixel = x.stride(3)
-    if x.stride() != (height * width * pixel, 1, width * pixel, pixel) or pixel < channels:
+    padded, pixel = triton.cdiv(channels, _GROUP) * _GROUP, _pixels_apart(x)
+    if not finite and pixel == padded and x.data_ptr() % 16 == 0 and _reaches(x, padded):
+        return x.as_strided((batch, height, width, padded), (height * width * pixel, width * pixel, pixel, 1))
+    if pixel is None:
         x, pixel = x.contiguous(memory_format=torch.channels_last), channels
-    padded = triton.cdiv(channels, _GROUP) * _GROUP
     y = torch.empty((batch, height, width, padded), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(y.numel(), _BLOCK),)
     pad_channels_kernel[grid](x, y, y.numel(), C=channels, CP=padded, PIXEL=pixel, BLOCK=_BLOCK, enable_fp_fusion=True)
     return y
+
+
+def _reaches(x, padded):
+    """Return whether the memory of x goes on behind the channels of its last pixel as far as those of padded ones."""
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1 + padded - x.shape[1]) * x.element_size() <= x.untyped_storage().nbytes()
 
 
 def pack_weight(weight, r):
@@ -359,7 +388,7 @@ def pack_weight(weight, r):
 
 
 def _convolve(x, packed, bias, y, z, kernel_size, r, form, tile, precision):
-    """Run the forward kernel; the form of GELU is "erf", "tanh" or "" for none."""
+    """Run the forward kernel; the form of GELU is one of gelu_form, or "" for none."""
     batch, _, height, width = x.shape
     n = y.shape[1] * r * r
     precision = precision or precision_of(x.dtype)
@@ -418,13 +447,15 @@ def conv_pixel_shuffle_gelu_fwd(
     y = torch.empty((batch, n // (r * r), height * r, width * r), **options)
     z = torch.empty((batch, n, height, width), **options) if keep_z else None
     if y.numel() > 0:
-        form = "erf" if approximate == "none" else approximate
+        form = gelu_form(approximate, x.dtype)
         _convolve(x, packed, bias, y, z, kernel_size, r, form, tile, precision)
     return y, z
 
 
 def conv_pixel_shuffle_gelu_bwd(dy, z, r, approximate, with_bias):
     """Return ``(dz, dbias)`` for dy ``[B, C, H r, W r]`` and z ``[B, C r², H, W]``, both channels-last.
+
+    The pixels of dy may be padded in memory. What is between them is not read.
 
     dz is channels-last, in the channel order (i, j, c) of z, with as many zero channels behind them as make a multiple
     of 8; dbias is in the order (c, i, j) of the bias, or None. It is summed in two passes, a sum per program and then
@@ -452,8 +483,9 @@ def conv_pixel_shuffle_gelu_bwd(dy, z, r, approximate, with_bias):
             width,
             RUN=run,
             R=r,
+            PIXEL=dy.stride(3),
             PAD=padding,
-            TANH=approximate == "tanh",
+            FORM=gelu_form(approximate, z.dtype),
             HAS_BIAS=with_bias,
             BLOCK_W=block_w,
             BLOCK_Q=block_q,
@@ -519,7 +551,8 @@ def conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r, *, tile=None, precision=None
     parts = triton.cdiv(pixels, share)
     partial = torch.empty((parts, depth, padded_columns(n)), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        padded = _pad_channels(x)
+        # What is behind the channels reaches only rows of the result that are left out.
+        padded = _pad_channels(x, finite=False)
         conv_pixel_shuffle_gelu_wgrad_kernel[(blocks * parts,)](
             padded,
             dz,

@@ -75,13 +75,13 @@ def _columns(
     R: tl.constexpr,
     NP: tl.constexpr,
     YP: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     QUANTIZE: tl.constexpr,
 ):
     """Scale, bias, GELU, quantisation and the shuffled store of the columns n of one tile."""
     scale = tl.load(columns_ptr + n)
     bias = tl.load(columns_ptr + NP + n)
-    y = gelu(sums.to(tl.float32) * scale[None, :] + bias[None, :], TANH)
+    y = gelu(sums.to(tl.float32) * scale[None, :] + bias[None, :], FORM)
     if QUANTIZE:
         inverse = tl.load(columns_ptr + 2 * NP + n)
         zero = tl.load(columns_ptr + 3 * NP + n)
@@ -115,7 +115,7 @@ def conv_pixel_shuffle_gelu_int8_fwd_kernel(
     R: tl.constexpr,
     NP: tl.constexpr,
     YP: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,21 +157,21 @@ def conv_pixel_shuffle_gelu_int8_fwd_kernel(
     y_pixel = (image * y_image + (h - first_h) * R * y_row + w * R) * YP
     # In parts, so that addresses and results of all columns need not be in registers at once.
     if BLOCK_N < 64:
-        _columns(accumulator, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, TANH, QUANTIZE)
+        _columns(accumulator, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, FORM, QUANTIZE)
     else:
         left, right = halves(accumulator)
         first, second = halves(left)
         third, fourth = halves(right)
         n = n_start + tl.arange(0, BLOCK_N // 4)
-        _columns(first, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, TANH, QUANTIZE)
+        _columns(first, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, FORM, QUANTIZE)
         n += BLOCK_N // 4
-        _columns(second, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, TANH, QUANTIZE)
+        _columns(second, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, FORM, QUANTIZE)
         n += BLOCK_N // 4
-        _columns(third, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, TANH, QUANTIZE)
+        _columns(third, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, FORM, QUANTIZE)
         n += BLOCK_N // 4
-        _columns(fourth, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, TANH, QUANTIZE)
+        _columns(fourth, n, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, FORM, QUANTIZE)
     if BLOCK_N2 > 0:
-        _columns(accumulator2, n2, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, TANH, QUANTIZE)
+        _columns(accumulator2, n2, columns_ptr, y_ptr, y_pixel, y_row, mask, C, RUN, R, NP, YP, FORM, QUANTIZE)
 
 
 def tiles(pixels, n, limits):
@@ -320,7 +320,7 @@ def conv_pixel_shuffle_gelu_int8_fwd(x, packed, columns, out, kernel_size, r, ap
             R=r,
             NP=packed.shape[0],
             YP=out.stride(3),
-            TANH=approximate == "tanh",
+            FORM="tanh" if approximate == "tanh" else "erf",
             QUANTIZE=out.dtype == torch.int8,
             BLOCK_M=tile.block_m,
             BLOCK_N=block_n,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._activations import gelu, gelu_derivative
+from ._activations import gelu, gelu_derivative, gelu_form
 
 _TILE = 2048
 _STEPS = 8  # tiles that a channels-last backward program goes through before it writes its share of the bias gradient
@@ -43,7 +43,7 @@ def pixel_shuffle_gelu_nchw_fwd_kernel(
     W,
     HW,
     R: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -52,7 +52,7 @@ def pixel_shuffle_gelu_nchw_fwd_kernel(
     z = tl.load(x_ptr + base + x_offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + channel, mask=tl.arange(0, BLOCK_J)[None, :] < R, other=0.0).to(tl.float32)
-    tl.store(y_ptr + base + y_offset, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + base + y_offset, gelu(z, FORM).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def pixel_shuffle_gelu_nchw_bwd_kernel(
     W,
     HW,
     R: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -76,7 +76,7 @@ def pixel_shuffle_gelu_nchw_bwd_kernel(
     dy = tl.load(dy_ptr + base + y_offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + channel, mask=tl.arange(0, BLOCK_J)[None, :] < R, other=0.0).to(tl.float32)
-    dx = dy * gelu_derivative(z, TANH)
+    dx = dy * gelu_derivative(z, FORM)
     tl.store(dx_ptr + base + x_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         sums = tl.sum(dx, axis=0)[None, :]
@@ -110,7 +110,7 @@ def pixel_shuffle_gelu_nhwc_fwd_kernel(
     W,
     C: tl.constexpr,
     R: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -126,7 +126,7 @@ def pixel_shuffle_gelu_nhwc_fwd_kernel(
     z = tl.load(x_ptr + base + x_offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += _nhwc_bias(bias_ptr, c_start, C, R, BLOCK_C, BLOCK_RR)
-    tl.store(y_ptr + base + y_offset, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + base + y_offset, gelu(z, FORM).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def pixel_shuffle_gelu_nhwc_bwd_kernel(
     W,
     C: tl.constexpr,
     R: tl.constexpr,
-    TANH: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -163,7 +163,7 @@ def pixel_shuffle_gelu_nhwc_bwd_kernel(
         dy = tl.load(dy_ptr + base + y_offset, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             z += bias
-        dx = dy * gelu_derivative(z, TANH)
+        dx = dy * gelu_derivative(z, FORM)
         tl.store(dx_ptr + base + x_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
             total += dx
@@ -199,7 +199,7 @@ def pixel_shuffle_gelu_fwd(x, r, bias, approximate):
     y = torch.empty((batch, channels, height * r, width * r), dtype=x.dtype, device=x.device, memory_format=layout)
     if y.numel() == 0:
         return y
-    options = {"R": r, "TANH": approximate == "tanh", "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
+    options = {"R": r, "FORM": gelu_form(approximate, x.dtype), "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
     with torch.cuda.device_of(x):
         if _is_channels_last(x):
             blocks = _nhwc_blocks(channels, r)
@@ -225,7 +225,7 @@ def pixel_shuffle_gelu_bwd(dy, x, r, bias, approximate):
     if x.numel() == 0:
         return dx, None if bias is None else torch.zeros_like(bias)
     channels //= r * r
-    options = {"R": r, "TANH": approximate == "tanh", "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
+    options = {"R": r, "FORM": gelu_form(approximate, x.dtype), "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
     with torch.cuda.device_of(x):
         if _is_channels_last(x):
             blocks = _nhwc_blocks(channels, r)

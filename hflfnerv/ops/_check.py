@@ -53,7 +53,8 @@ def check_approximate(approximate: object) -> None:
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype in which an operation on x computes: autocast's where that is on, else x's own."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    # Of "meta", PyTorch before 2.13 does not know whether autocast is on.
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 

@@ -60,7 +60,7 @@ def _run_fft(x: torch.Tensor, removed: float) -> torch.Tensor:
     height, width = x.shape[-2:]
     dtype = _working_dtype(x.dtype)
     weights = half_spectrum_weights(height, width, removed, dtype=dtype, device=x.device)
-    spectrum = torch.fft.rfft2(x.to(dtype))
+    spectrum = torch.fft.rfft2(x.to(dtype).contiguous())
     y: torch.Tensor = torch.fft.irfft2(spectrum * weights, s=(height, width)).to(x.dtype)
     return y
 
@@ -90,7 +90,8 @@ def _forward(x: torch.Tensor, removed: float, impl: str) -> torch.Tensor:
     from ..triton_kernels.highpass import highpass_fwd
 
     height, width = x.shape[-2:]
-    spectrum = torch.fft.rfft2(x.float()).contiguous()
+    # Libraries round otherwise for other strides.
+    spectrum = torch.fft.rfft2(x.float().contiguous()).contiguous()
     highpass_fwd(
         spectrum,
         width,

@@ -53,7 +53,9 @@ def test_forward_and_backward(impl, device, size, image, layout, dtype, both):
     loss, gradients = run(low, target, high, dloss, impl=impl)
     expected, expected_gradients = run(low, target, high, dloss, dtype=torch.float64)
     same, same_gradients = run(low, target, high, dloss)
-    assert_close_to_reference(loss, expected, same)
+    # Triton's tanh is within 2e-7, its images within 3e-7 for both: off by mean(2 |e| 3e-7) <= 6e-7 sqrt(mean(e²)).
+    inexact = 6e-7 * expected.sqrt() if impl == "triton" else torch.zeros_like(expected)
+    assert_close_to_reference(loss, expected, same, magnitude=expected + inexact / (torch.finfo(loss.dtype).eps / 2))
     for actual, true, rounded in zip(gradients, expected_gradients, same_gradients, strict=True):
         assert_close_to_reference(actual, true, rounded)
         assert not actual[:, :, size[0] :].any()
