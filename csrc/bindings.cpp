@@ -465,10 +465,11 @@ void raise_unless_done(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }
 
-// The same ten numbers, then the strides of x between images, rows and pixels, and between pixels of y; in elements.
-using Shape14 = std::array<std::int64_t, 14>;
+// The same ten numbers, then the strides of x between images, rows and pixels, and between pixels of y, in elements; and 0,
+// or the upscale factor of the block of whose x this is the gradient.
+using CudaShape = std::array<std::int64_t, 15>;
 
-hflfnerv::conv_layout::Plan conv_pixel_shuffle_gelu_cuda_plan(const Shape14& sizes, int device) {
+hflfnerv::conv_layout::Plan conv_pixel_shuffle_gelu_cuda_plan(const CudaShape& sizes, int device) {
   const auto n = [&](int i) {
     const std::int64_t size = sizes[static_cast<std::size_t>(i)];
     if (size < 0 || size > INT32_MAX) {
@@ -478,11 +479,11 @@ hflfnerv::conv_layout::Plan conv_pixel_shuffle_gelu_cuda_plan(const Shape14& siz
   };
   hflfnerv::conv_layout::Plan plan;
   raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_plan(
-      {n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), n(9), sizes[12], sizes[11], sizes[10], n(13)}, device, plan));
+      {n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), n(9), sizes[12], sizes[11], sizes[10], n(13), n(14)}, device, plan));
   return plan;
 }
 
-void conv_pixel_shuffle_gelu_cuda_pack(const Shape14& sizes, int device, std::uintptr_t weight, std::uintptr_t packed,
+void conv_pixel_shuffle_gelu_cuda_pack(const CudaShape& sizes, int device, std::uintptr_t weight, std::uintptr_t packed,
                                        std::uintptr_t stream) {
   const auto plan = conv_pixel_shuffle_gelu_cuda_plan(sizes, device);
   const py::gil_scoped_release release;
@@ -490,14 +491,21 @@ void conv_pixel_shuffle_gelu_cuda_pack(const Shape14& sizes, int device, std::ui
                                                                 pointer<void>(stream)));
 }
 
-void conv_pixel_shuffle_gelu_cuda_fwd(const Shape14& sizes, int device, const std::string& dtype, bool tanh_form,
-                                      std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t y,
-                                      std::uintptr_t z, std::uintptr_t stream) {
+hflfnerv::Activation cuda_activation(const std::string& name) {
+  if (name == "none") return hflfnerv::Activation::none;
+  if (name == "gelu") return hflfnerv::Activation::gelu;
+  if (name == "gelu_tanh") return hflfnerv::Activation::gelu_tanh;
+  throw py::value_error("activation must be 'none', 'gelu' or 'gelu_tanh', got '" + name + "'");
+}
+
+void conv_pixel_shuffle_gelu_cuda_fwd(const CudaShape& sizes, int device, const std::string& dtype,
+                                      const std::string& activation, std::uintptr_t x, std::uintptr_t packed,
+                                      std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z, std::uintptr_t stream) {
   const hflfnerv::FloatType type = float_type_of(dtype);
   if (type == hflfnerv::FloatType::f32) throw py::value_error("dtype must be 'float16' or 'bfloat16', got 'float32'");
   const hflfnerv::ConvPixelShuffleGeluCuda call{conv_pixel_shuffle_gelu_cuda_plan(sizes, device),
                                                 type == hflfnerv::FloatType::bf16,
-                                                tanh_form,
+                                                cuda_activation(activation),
                                                 pointer<void>(x),
                                                 pointer<void>(packed),
                                                 pointer<void>(bias),
@@ -632,7 +640,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("huffman_code_lengths", &huffman_code_lengths, py::arg("counts"), py::arg("max_bits"));
   module.def("pixel_shuffle_gelu_simd", [] { return kLevelNames[static_cast<int>(hflfnerv::pixel_shuffle_gelu_level())]; });
   module.def("pixel_shuffle_gelu_fwd", &pixel_shuffle_gelu_fwd, py::arg("shape"), py::arg("channels_last"),
-             py::arg("dtype"), py::arg("tanh_form"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"),
+             py::arg("dtype"), py::arg("activation"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"),
              py::arg("simd") = "auto");
   module.def("pixel_shuffle_gelu_bwd", &pixel_shuffle_gelu_bwd, py::arg("shape"), py::arg("channels_last"),
              py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"),
@@ -671,16 +679,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_device_unavailable", &hflfnerv::cuda_device_unavailable, py::arg("device"));
   module.def(
       "conv_pixel_shuffle_gelu_cuda_packed_elements",
-      [](const Shape14& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).packed_elements(); },
+      [](const CudaShape& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).packed_elements(); },
       py::arg("sizes"), py::arg("device"));
   module.def(
       "conv_pixel_shuffle_gelu_cuda_columns",
-      [](const Shape14& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).columns; },
+      [](const CudaShape& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).columns; },
       py::arg("sizes"), py::arg("device"));
   module.def("conv_pixel_shuffle_gelu_cuda_pack", &conv_pixel_shuffle_gelu_cuda_pack, py::arg("sizes"),
              py::arg("device"), py::arg("weight"), py::arg("packed"), py::arg("stream"));
   module.def("conv_pixel_shuffle_gelu_cuda_fwd", &conv_pixel_shuffle_gelu_cuda_fwd, py::arg("sizes"), py::arg("device"),
-             py::arg("dtype"), py::arg("tanh_form"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"),
+             py::arg("dtype"), py::arg("activation"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"),
              py::arg("z"), py::arg("stream"));
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),

@@ -1,9 +1,10 @@
 // The upsampling block on Hopper's tensor cores. What lies where is in conv_pixel_shuffle_gelu_layout.h.
 //
-// One block stays on each multiprocessor and takes tiles of 256 pixels in turn. A thread of warp 0 copies the tile's input
-// with its halo into shared memory, once for all taps, a chunk of channels at a time; a thread of warp 1 copies the weight
-// in stages, or once and for all where it fits. Two warpgroups multiply, two patches each. The first is ahead of the second,
-// so that one has the tensor cores while the other applies GELU and stores.
+// One block stays on each multiprocessor and takes tiles of 256 pixels in turn. One thread copies the tile's input
+// with its halo into shared memory, once for all taps, a chunk of channels at a time; another one the weight
+// in stages, or once and for all where it fits. Four warpgroups multiply, a patch each. The first two are ahead of the other
+// two, so that one pair has the tensor cores while the other applies GELU and stores. What a product takes besides its
+// instruction has to be little: a stage of one patch is five products, no more than 400 cycles.
 #include "cuda/conv_pixel_shuffle_gelu.h"
 
 #include <cuda_runtime.h>
@@ -16,11 +17,16 @@ namespace {
 
 using namespace conv_layout;
 
-constexpr int kThreads = (1 + kConsumers) * 128;
+constexpr int kThreads = kConsumers * 128 + 128;  // the last warpgroup copies
+// Registers of a thread: at launch, and as the warpgroups share them out afterwards. What one takes another must have given.
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8, kConsumerRegisters = 112, kProducerRegisters = 32;
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kLaunchRegisters,
+              "a block that waits for more registers than it began with waits for ever");
 
 template <class T>
 struct Arguments {
   Plan plan;
+  bool activates;
   Gelu gelu;
   const T* packed;
   const T* bias;
@@ -32,7 +38,7 @@ struct Arguments {
 
 using namespace hopper;
 
-constexpr int kEach = kPatches / kConsumers;  // patches of a warpgroup
+static_assert(kConsumers == kPatches, "each warpgroup has one patch");
 
 // The barriers of a ring: one pair for each of its places.
 struct Ring {
@@ -70,12 +76,21 @@ __device__ float activate(const Gelu& gelu, float x) {
   return fmaf(half, tanh_approximately(gelu.argument(x)), half);
 }
 
-// Stores the elements of `count` neighbouring slots, as pairs, where `offsets` says; where that is -1, there is none.
-// `align`: elements to which `to` is aligned, at most 8.
+// A value of which the compiler does not know where it comes from, so that it keeps it in a register.
+__device__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Offsets of slots, from the first element of a pixel's results: -1 where there is none; of those that begin what a thread
+// stores, alone() of it unless all of that can be stored at once.
+__device__ int alone(int offset) { return -2 - offset; }
+
+// Stores the elements of kCount neighbouring slots, as pairs, where `offsets` says.
 template <int kCount, class T>
-__device__ void store(T* to, const int* offsets, int align, const std::uint32_t (&pairs)[kCount / 2]) {
+__device__ void store(T* to, const int* offsets, const std::uint32_t (&pairs)[kCount / 2]) {
   const int first = offsets[0];
-  if (align >= kCount && first % kCount == 0 && first >= 0 && offsets[kCount - 1] == first + kCount - 1) {
+  if (first >= 0) {
     if constexpr (kCount == 8) *reinterpret_cast<uint4*>(to + first) = {pairs[0], pairs[1], pairs[2], pairs[3]};
     if constexpr (kCount == 4) *reinterpret_cast<uint2*>(to + first) = {pairs[0], pairs[1]};
     if constexpr (kCount == 2) *reinterpret_cast<std::uint32_t*>(to + first) = pairs[0];
@@ -83,65 +98,98 @@ __device__ void store(T* to, const int* offsets, int align, const std::uint32_t 
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int offset = offsets[i];
+    const int offset = i == 0 && first < -1 ? alone(first) : offsets[i];
     const std::uint16_t bits = static_cast<std::uint16_t>(pairs[i / 2] >> i % 2 * 16);
     if (offset >= 0) *reinterpret_cast<std::uint16_t*>(to + offset) = bits;
   }
 }
 
-// Where the results of one pixel go, and how they are aligned there.
+// The biases of kCount neighbouring slots.
+template <int kCount>
+__device__ void load(float (&values)[kCount], const float* from) {
+  if constexpr (kCount == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    values[0] = two.x, values[1] = two.y;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + k);
+      values[k] = four.x, values[k + 1] = four.y, values[k + 2] = four.z, values[k + 3] = four.w;
+    }
+  }
+}
+
+// Where the results of one pixel go.
 template <class T>
 struct Target {
   T* to;
   const int* offsets;
-  int align;
 };
 
 // Bias, GELU and the stores of slots kStart and following of one pixel: row i of the two that a thread has.
 template <int kColumns, int kStart, class T>
-__device__ void finish(const float (&sums)[kColumns / 2], int i, const Arguments<T>& call, const float* biases,
+__device__ void finish(const float (&sums)[kColumns / 2], int i, int lane, const Arguments<T>& call, const float* biases,
                        const Target<T>& y, const Target<T>& z) {
   if constexpr (kStart < kColumns) {
     constexpr int kWidth = block_width(kColumns, kStart), kCount = kWidth / 4;
-    const int slot = first_slot(threadIdx.x, kStart, kWidth);
+    const int slot = first_slot(lane, kStart, kWidth);
     std::uint32_t pairs[kCount / 2];
     float values[kCount];
+    load(values, biases + slot);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      values[k] = sums[sum_of_slot(kStart, k, i)] + biases[slot + k];
-    }
+    for (int k = 0; k < kCount; ++k) values[k] += sums[sum_of_slot(kStart, k, i)];
     if (z.to != nullptr) {
 #pragma unroll
       for (int k = 0; k < kCount; k += 2) pairs[k / 2] = two(T(), values[k], values[k + 1]);
-      store<kCount>(z.to, z.offsets + slot, z.align, pairs);
+      store<kCount>(z.to, z.offsets + slot, pairs);
+    }
+    if (call.activates) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) values[k] = activate(call.gelu, values[k]);
     }
 #pragma unroll
-    for (int k = 0; k < kCount; k += 2) {
-      pairs[k / 2] = two(T(), activate(call.gelu, values[k]), activate(call.gelu, values[k + 1]));
-    }
-    store<kCount>(y.to, y.offsets + slot, y.align, pairs);
-    finish<kColumns, kStart + kWidth>(sums, i, call, biases, y, z);
+    for (int k = 0; k < kCount; k += 2) pairs[k / 2] = two(T(), values[k], values[k + 1]);
+    store<kCount>(y.to, y.offsets + slot, pairs);
+    finish<kColumns, kStart + kWidth>(sums, i, lane, call, biases, y, z);
   }
 }
 
 // What the threads of a block share beside slots and stages.
 struct Tables {
+  std::uint32_t* changes;  // of descriptors, by table_entry
   int* y_offsets;
   int* z_offsets;
   float* biases;
   int* gathered;  // offset in bytes, in a slot, of each (tap, channel) of the gathered chunk
 };
 
+// Elements to which all pixels' first results are aligned where `elements` lie between them, at most 8.
+__device__ int alignment(int elements) {
+  return elements % 8 == 0 ? 8 : elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;
+}
+
 template <class T>
 __device__ void fill_tables(const Arguments<T>& call, const Tables& tables) {
   const Plan& plan = call.plan;
   const Problem& p = plan.problem;
   const Runs runs = runs_of(p);
+  for (int entry = threadIdx.x; entry < plan.full_entries() + plan.half_entries(); entry += kThreads) {
+    tables.changes[entry] = table_entry(plan, entry);
+  }
+  const int y_align = alignment(p.r * p.y_pixel), z_align = alignment(p.n());
   for (int slot = threadIdx.x; slot < plan.column_tiles * plan.columns; slot += kThreads) {
-    const int n = runs.n_of_slot(slot);
-    tables.y_offsets[slot] = n < 0 ? -1 : y_offset(p, n);
-    tables.z_offsets[slot] = n;
-    tables.biases[slot] = n < 0 || call.bias == nullptr ? 0.0f : static_cast<float>(call.bias[weight_channel(p, n)]);
+    const int n = runs.n_of_slot(slot), within = slot % plan.columns, start = block_start(plan.columns, within);
+    const int count = block_width(plan.columns, start) / 4, last = runs.n_of_slot(slot + count - 1);
+    const int y = n < 0 ? -1 : y_offset(p, n);
+    const auto first = [&](int offset, int align, int last_offset) {
+      const bool begins = (within - start) % count == 0 && offset >= 0;
+      const bool at_once = align >= count && offset % count == 0 && last_offset == offset + count - 1;
+      return begins && !at_once ? alone(offset) : offset;
+    };
+    tables.y_offsets[slot] = first(y, y_align, last < 0 ? -1 : y_offset(p, last));
+    tables.z_offsets[slot] = first(n, z_align, last);
+    tables.biases[slot] =
+        n < 0 || call.bias == nullptr ? 0.0f : static_cast<float>(call.bias[shuffle_channel(n, p.out_channels, p.r)]);
   }
   if (plan.cut.gathered_channels == 0) return;
   const int chunk = plan.cut.chunks() - 1, taps = p.taps();
@@ -150,7 +198,7 @@ __device__ void fill_tables(const Arguments<T>& call, const Tables& tables) {
   }
 }
 
-// Warp 0: the halo of every tile, chunk after chunk.
+// One thread: the halo of every tile, chunk after chunk.
 __device__ void load_input(const Plan& plan, const CUtensorMap* map, std::uint32_t shared, Ring ring) {
   const Problem& p = plan.problem;
   const int bytes = plan.halo_rows * plan.pitch * kGroup * kElementBytes;
@@ -169,7 +217,7 @@ __device__ void load_input(const Plan& plan, const CUtensorMap* map, std::uint32
   }
 }
 
-// Warp 1: the weight of every tile, stage after stage; once, if it stays.
+// One thread: the weight of every tile, stage after stage; once, if it stays.
 template <class T>
 __device__ void load_weight(const Plan& plan, const T* packed, std::uint32_t shared, Ring ring) {
   const int step_bytes = plan.step_bytes(), taps = plan.problem.taps();
@@ -192,147 +240,123 @@ __device__ void load_weight(const Plan& plan, const T* packed, std::uint32_t sha
 }
 
 // One stage of a full or half chunk: afterwards the products of the stages before it are done. The number of steps is a
-// constant in each copy and their addresses come first: only in straight code does the assembler let products follow each
-// other without waiting.
+// constant in each copy: only in straight code does the assembler let products follow each other without waiting.
 template <class T, int kCount = kStageSteps, int kSums>
-__device__ void multiply_stage(float (&sums)[kEach][kSums], const std::uint32_t (&slot_low)[kEach],
-                               std::uint32_t input_high, std::uint32_t weight_low, std::uint32_t weight_high, int add,
-                               Steps& steps, int count) {
+__device__ void multiply_stage(float (&sums)[kSums], std::uint32_t slot_low, std::uint32_t input_high,
+                               std::uint32_t weight_low, std::uint32_t weight_high, int add,
+                               const std::uint32_t (&changes)[kStageSteps], int count) {
   if constexpr (kCount > 1) {
     if (count < kCount) {
-      multiply_stage<T, kCount - 1>(sums, slot_low, input_high, weight_low, weight_high, add, steps, count);
+      multiply_stage<T, kCount - 1>(sums, slot_low, input_high, weight_low, weight_high, add, changes, count);
       return;
     }
   }
   constexpr std::uint32_t kStepUnits = 2 * kSums * kStepK * kElementBytes / 16;
-  std::uint32_t changes[kCount];
-#pragma unroll
-  for (int step = 0; step < kCount; ++step) {
-    steps.next();
-    changes[step] = steps.descriptor_change();
-  }
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kCount; ++step) {
-#pragma unroll
-    for (int m = 0; m < kEach; ++m) {
-      wgmma(T(), sums[m], join(slot_low[m] + changes[step], input_high),
-            join(weight_low + step * kStepUnits, weight_high), step > 0 ? 1 : add);
-    }
+    wgmma(T(), sums, join(slot_low + changes[step], input_high), join(weight_low + step * kStepUnits, weight_high),
+          step > 0 ? 1 : add);
   }
   wgmma_commit();
   wgmma_wait<1>();
 }
 
-// A warpgroup that multiplies: its patches of every tile.
+// A warpgroup that multiplies: its patch of every tile.
 template <class T, int kColumns>
-__device__ void multiply(const Arguments<T>& call, int group, std::uint32_t shared, const char* shared_pointer,
+__device__ void multiply(const Arguments<T>& call, int patch, std::uint32_t shared, const char* shared_pointer,
                          const Tables& tables, Ring inputs, Ring weights, Ring turns) {
   const Plan& plan = call.plan;
   const Problem& p = plan.problem;
   constexpr std::uint32_t kStepUnits = kColumns * kStepK * kElementBytes / 16;
-  const int taps = p.taps(), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int row = fragment_row(warp, lane), channels_n = p.n();
+  const bool resident = plan.resident, behind = patch >= kConsumers / 2;
+  const int taps = p.taps(), lane = opaque(threadIdx.x % 32), row = fragment_row(threadIdx.x / 32 % 4, lane);
+  const int channels_n = p.n(), y_row = p.out_width() * p.r * p.y_pixel;
   const std::uint32_t input_high = descriptor_high(plan.pitch * 16), weight_high = descriptor_high(kWeightStrideBytes);
-  const int y_row = p.out_width() * p.r * p.y_pixel;
-  const int y_align = p.r * p.y_pixel % 8 == 0 ? 8 : p.r * p.y_pixel % 4 == 0 ? 4 : p.r * p.y_pixel % 2 == 0 ? 2 : 1;
-  const int z_align = channels_n % 8 == 0 ? 8 : channels_n % 4 == 0 ? 4 : channels_n % 2 == 0 ? 2 : 1;
-  float sums[kEach][kColumns / 2];
+  const std::uint32_t patch_low = descriptor_low(shared + plan.patch_offset(patch) * 16, 0);
+  const std::uint32_t slot_units = plan.slot_bytes / 16, stage_units = plan.stage_bytes / 16;
+  const std::uint32_t weight_base = descriptor_low(shared + plan.weight_offset, kWeightLeadingBytes);
+  bool weight_is_there = false;  // to stay
+  float sums[kColumns / 2];
 
   for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x, turns.next()) {
     const Tile tile = plan.tile(index);
-    int add = 0, lead = plan.lead;
-    if (group == 1) {
+    int add = 0, lead = behind ? 0 : plan.lead;
+    if (behind) {
       barrier_wait(turns.full_barrier(), turns.phase);
       __syncwarp();
       if (lane == 0) barrier_arrive(turns.empty_barrier());
     }
-    std::uint32_t resident = shared + plan.weight_offset;
+    std::uint32_t resident_low = weight_base;
     std::uint32_t used_weight = 0, used_input = 0;  // barriers of what the products under way read
     for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk, inputs.next()) {
       const ChunkKind kind = plan.cut.kind(chunk);
-      std::uint32_t slot_low[kEach];
-#pragma unroll
-      for (int m = 0; m < kEach; ++m) {
-        slot_low[m] = descriptor_low(
-            shared + inputs.index * plan.slot_bytes + plan.patch_offset(kEach * group + m) * 16, 0);
-      }
-      Steps steps(kind, taps, p.kernel_w, plan.pitch, plan.plane_bytes);
+      const std::uint32_t slot_low = patch_low + inputs.index * slot_units;
+      const std::uint32_t* changes_at = tables.changes + (kind == ChunkKind::full ? 0 : plan.full_entries());
       barrier_wait(inputs.full_barrier(), inputs.phase);
       const int all = plan.cut.steps(chunk, taps);
-      for (int first = 0; first < all; first += kStageSteps, weights.next()) {
-        barrier_wait(weights.full_barrier(), plan.resident ? 0 : weights.phase);
-        const std::uint32_t weight =
-            plan.resident ? resident : shared + plan.weight_offset + weights.index * plan.stage_bytes;
-        std::uint32_t b = descriptor_low(weight, kWeightLeadingBytes);
+      for (int first = 0; first < all; first += kStageSteps, weights.next(), changes_at += kStageEntries) {
         const int count = min(all - first, kStageSteps);
+        if (!weight_is_there) barrier_wait(weights.full_barrier(), weights.phase);
+        const std::uint32_t b = resident ? resident_low : weight_base + weights.index * stage_units;
         if (kind == ChunkKind::gathered) {
           const char* pixel = shared_pointer + inputs.index * plan.slot_bytes +
-                              (patch_row(row) * plan.pitch + patch_column(row)) * 16;
-          for (int step = 0; step < count; ++step, b += kStepUnits, add = 1) {
-            std::uint32_t a[kEach][4];
+                              (plan.patch_offset(patch) + patch_row(row) * plan.pitch + patch_column(row)) * 16;
+          for (int step = 0; step < count; ++step, add = 1) {
+            std::uint32_t a[4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int* offsets = tables.gathered + (first + step) * kStepK + half * 8 + fragment_column(lane);
               const int left = offsets[0], right = offsets[1];
 #pragma unroll
-              for (int m = 0; m < kEach; ++m) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  // Row 8 of a fragment is the pixel below row 0.
-                  const char* at = pixel + (plan.patch_offset(kEach * group + m) + i * plan.pitch) * 16;
-                  a[m][2 * half + i] = *reinterpret_cast<const std::uint16_t*>(at + left) |
-                                       *reinterpret_cast<const std::uint16_t*>(at + right) << 16;
-                }
+              for (int i = 0; i < 2; ++i) {
+                // Row 8 of a fragment is the pixel below row 0.
+                const char* at = pixel + i * plan.pitch * 16;
+                a[2 * half + i] = *reinterpret_cast<const std::uint16_t*>(at + left) |
+                                  *reinterpret_cast<const std::uint16_t*>(at + right) << 16;
               }
             }
             wgmma_fence();
-#pragma unroll
-            for (int m = 0; m < kEach; ++m) {
-              wgmma(T(), sums[m], a[m], join(b, weight_high), add);
-            }
+            wgmma(T(), sums, a, join(b + step * kStepUnits, weight_high), add);
             wgmma_commit();
             wgmma_wait<0>();
           }
         } else {
-          multiply_stage<T>(sums, slot_low, input_high, b, weight_high, add, steps, count);
+          const uint4 four = *reinterpret_cast<const uint4*>(changes_at);
+          const std::uint32_t changes[kStageSteps] = {four.x, four.y, four.z, four.w, changes_at[4]};
+          multiply_stage<T>(sums, slot_low, input_high, b, weight_high, add, changes, count);
           add = 1;
         }
         // What came before this stage is done.
         if (lane == 0 && used_weight != 0) barrier_arrive(used_weight);
         if (lane == 0 && used_input != 0) barrier_arrive(used_input);
-        if (--lead == 0 && group == 0) {
+        if (--lead == 0) {
           barrier_wait(turns.empty_barrier(), turns.phase ^ 1);
           __syncwarp();
           if (lane == 0) barrier_arrive(turns.full_barrier());
         }
-        used_weight = plan.resident ? 0 : weights.empty_barrier();
+        used_weight = resident ? 0 : weights.empty_barrier();
         used_input = first + count == all ? inputs.empty_barrier() : 0;
-        resident = weight + count * plan.step_bytes();
+        resident_low += count * kStepUnits;
       }
     }
+    weight_is_there = resident;
     wgmma_wait<0>();
-#pragma unroll
-    for (int m = 0; m < kEach; ++m) keep_in_place(sums[m]);
+    keep_in_place(sums);
     if (lane == 0 && used_weight != 0) barrier_arrive(used_weight);
     if (lane == 0) barrier_arrive(used_input);
 
 #pragma unroll
-    for (int m = 0; m < kEach; ++m) {
-      const int patch = kEach * group + m;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int h = tile.row + patch / plan.patch_columns * kPatch + patch_row(row + 8 * i);
-        const int w = tile.column + patch % plan.patch_columns * kPatch + patch_column(row + 8 * i);
-        if (h >= p.out_height() || w >= p.out_width()) continue;
-        const std::int64_t y_line = (std::int64_t(tile.image) * p.out_height() + h) * p.r;
-        const std::int64_t pixel = (std::int64_t(tile.image) * p.out_height() + h) * p.out_width() + w;
-        const Target<T> y{call.y + y_line * y_row + std::int64_t(w) * p.r * p.y_pixel,
-                          tables.y_offsets + tile.first_slot, y_align};
-        const Target<T> z{call.z == nullptr ? nullptr : call.z + pixel * channels_n,
-                          tables.z_offsets + tile.first_slot, z_align};
-        finish<kColumns, 0>(sums[m], i, call, tables.biases + tile.first_slot, y, z);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int h = tile.row + patch / plan.patch_columns * kPatch + patch_row(row + 8 * i);
+      const int w = tile.column + patch % plan.patch_columns * kPatch + patch_column(row + 8 * i);
+      if (h >= p.out_height() || w >= p.out_width()) continue;
+      const std::int64_t y_line = (std::int64_t(tile.image) * p.out_height() + h) * p.r;
+      const std::int64_t pixel = (std::int64_t(tile.image) * p.out_height() + h) * p.out_width() + w;
+      const Target<T> y{call.y + y_line * y_row + std::int64_t(w) * p.r * p.y_pixel,
+                        tables.y_offsets + tile.first_slot};
+      const Target<T> z{call.z == nullptr ? nullptr : call.z + pixel * channels_n, tables.z_offsets + tile.first_slot};
+      finish<kColumns, 0>(sums, i, lane, call, tables.biases + tile.first_slot, y, z);
     }
     __syncwarp();  // behind pixels that are not in the image
   }
@@ -348,8 +372,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Plan& plan = call.plan;
   const std::uint32_t shared = shared_address(shared_pointer), barriers = shared + plan.barriers_offset;
   const int slots = plan.column_tiles * plan.columns;
-  int* table = reinterpret_cast<int*>(shared_pointer + plan.tables_offset);
-  const Tables tables{table, table + slots, reinterpret_cast<float*>(table + 2 * slots), table + 3 * slots};
+  std::uint32_t* changes = reinterpret_cast<std::uint32_t*>(shared_pointer + plan.tables_offset);
+  int* table = reinterpret_cast<int*>(changes + plan.full_entries() + plan.half_entries());
+  const Tables tables{changes, table, table + slots, reinterpret_cast<float*>(table + 2 * slots), table + 3 * slots};
   Ring inputs(barriers, plan.slots), weights(barriers + 16 * plan.slots, plan.stages);
   Ring turns(barriers + 16 * (plan.slots + plan.stages), 1);  // of a tile's products: given, taken
   if (threadIdx.x == 0) {
@@ -361,21 +386,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(weights.full + 8 * i, 1);
       barrier_init(weights.empty + 8 * i, kConsumers * 4);
     }
-    barrier_init(turns.full, 4);
-    barrier_init(turns.empty, 4);
+    barrier_init(turns.full, kConsumers / 2 * 4);
+    barrier_init(turns.empty, kConsumers / 2 * 4);
     fence_barrier_init();
   }
   fill_tables(call, tables);
   __syncthreads();
 
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler sees that a warp agrees on it
-  if (group == 0) {
-    registers_shrink<40>();
-    if (threadIdx.x == 0) load_input(plan, &map, shared, inputs);
-    if (threadIdx.x == 32) load_weight(plan, call.packed, shared + plan.weight_offset, weights);
+  const int patch = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler sees that a warp agrees on it
+  if (patch < kConsumers) {
+    registers_grow<kConsumerRegisters>();
+    multiply<T, kColumns>(call, patch, shared, shared_pointer, tables, inputs, weights, turns);
   } else {
-    registers_grow<232>();
-    multiply<T, kColumns>(call, group - 1, shared, shared_pointer, tables, inputs, weights, turns);
+    registers_shrink<kProducerRegisters>();
+    if (threadIdx.x == kConsumers * 128) load_input(plan, &map, shared, inputs);
+    if (threadIdx.x == kConsumers * 128 + 32) load_weight(plan, call.packed, shared + plan.weight_offset, weights);
   }
 #endif
 }
@@ -419,7 +444,8 @@ template <class T, int kColumns>
 const char* launch(const ConvPixelShuffleGeluCuda& call, const CUtensorMap& map, cudaStream_t stream) {
   const auto kernel = conv_pixel_shuffle_gelu_kernel<T, kColumns>;
   const Arguments<T> arguments{call.plan,
-                               call.tanh_form ? kGeluTanh : kGelu,
+                               call.activation != Activation::none,
+                               call.activation == Activation::gelu_tanh ? kGeluTanh : kGelu,
                                static_cast<const T*>(call.packed),
                                static_cast<const T*>(call.bias),
                                static_cast<T*>(call.y),
@@ -441,6 +467,10 @@ const char* launch(const ConvPixelShuffleGeluCuda& call, const CUtensorMap& map,
   switch (call.plan.columns) {
     case 32:
       return launch<T, 32>(call, map, stream);
+    case 40:
+      return launch<T, 40>(call, map, stream);
+    case 48:
+      return launch<T, 48>(call, map, stream);
     case 64:
       return launch<T, 64>(call, map, stream);
     case 80:
@@ -451,10 +481,8 @@ const char* launch(const ConvPixelShuffleGeluCuda& call, const CUtensorMap& map,
       return launch<T, 112>(call, map, stream);
     case 128:
       return launch<T, 128>(call, map, stream);
-    case 136:
-      return launch<T, 136>(call, map, stream);
     default:
-      return launch<T, 160>(call, map, stream);
+      return launch<T, 136>(call, map, stream);
   }
 }
 

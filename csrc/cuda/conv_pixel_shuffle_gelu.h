@@ -7,10 +7,12 @@
 
 namespace hflfnerv {
 
+enum class Activation { none, gelu, gelu_tanh };
+
 struct ConvPixelShuffleGeluCuda {
   conv_layout::Plan plan;
   bool bfloat16;   // else float16
-  bool tanh_form;  // of GELU
+  Activation activation;
   const void* x;       // channels adjacent, strides as in plan.problem, multiples of 8; aligned to 16 bytes
   const void* packed;  // from conv_pixel_shuffle_gelu_cuda_pack
   const void* bias;    // [out_channels r r] in the order of the weight, or null
@@ -28,7 +30,8 @@ const char* cuda_device_unavailable(int device);
 const char* conv_pixel_shuffle_gelu_cuda_plan(const conv_layout::Problem& problem, int device, conv_layout::Plan& plan);
 
 // weight: [out_channels r r, channels, kernel_h, kernel_w], contiguous, two bytes an element; packed:
-// plan.packed_elements() of them. What is packed for one plan serves those with the same columns whose problems differ in
+// plan.packed_elements() of them. Of a plan that is a gradient the weight is the block's, [channels, out_channels, kernel_h,
+// kernel_w]. What is packed for one plan serves those with the same columns whose problems differ in
 // the image alone.
 const char* conv_pixel_shuffle_gelu_cuda_pack(const conv_layout::Plan& plan, const void* weight, void* packed,
                                               void* stream);

@@ -28,12 +28,13 @@ constexpr int kGroup = 8;         // channels of a plane: 16 bytes, a row of a c
 constexpr int kStepK = 16;        // K of one wgmma
 constexpr int kPatch = 8;         // rows and columns of a patch
 constexpr int kPatches = 4;       // of a tile
-constexpr int kConsumers = 2;     // warpgroups that multiply, with kPatches / kConsumers patches each
+constexpr int kConsumers = 4;     // warpgroups that multiply, one patch each
 constexpr int kStageSteps = 5;    // K steps of one stage of the weight, at most
+constexpr int kStageEntries = 8;  // of a stage in the table of descriptor changes: two aligned loads of four
 constexpr int kMaxSlots = 8;      // chunks of input in shared memory
 constexpr int kMaxStages = 16;    // stages of the weight in shared memory, unless all of it stays there
 constexpr int kElementBytes = 2;  // bfloat16, float16
-constexpr int kColumnChoices[] = {32, 64, 80, 96, 112, 128, 136, 160};
+constexpr int kColumnChoices[] = {32, 40, 48, 64, 80, 96, 112, 128, 136};
 
 HFLFNERV_HOST_DEVICE inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -44,6 +45,9 @@ struct Problem {
   int kernel_h, kernel_w, padding_h, padding_w;
   std::int64_t x_pixel, x_row, x_image;
   int y_pixel;  // out_channels, or more where each pixel of y is padded
+  // 0; or, where this is the gradient of a block's x from that of its convolution, whose channels are in the order of n, the
+  // block's upscale factor: the weight is then the block's own.
+  int gradient_of_r;
 
   HFLFNERV_HOST_DEVICE int taps() const { return kernel_h * kernel_w; }
   HFLFNERV_HOST_DEVICE int n() const { return out_channels * r * r; }
@@ -93,50 +97,18 @@ inline Channels cut_channels(int channels, int taps) {
   return cut;
 }
 
-// The taps of a kernel in their order; `at` counts pixels in a plane from where the first one reads.
-struct Taps {
-  int kernel_w, pitch, column = 0, at = 0;
-
-  HFLFNERV_HOST_DEVICE Taps(int kernel_w_, int pitch_) : kernel_w(kernel_w_), pitch(pitch_) {}
-  HFLFNERV_HOST_DEVICE void next() {
-    ++at;
-    if (++column == kernel_w) {
-      column = 0;
-      at += pitch - kernel_w;
-    }
-  }
-};
-
-// The steps of a full or half chunk: where the two 8-wide halves of K read, in units of 16 bytes from the chunk's first
-// plane. A half chunk with an odd number of taps repeats a tap in its last step, with zero weights.
-struct Steps {
-  Taps tap;
-  bool pairs;
-  int plane, left, first = 0, second = 0;
-
-  HFLFNERV_HOST_DEVICE Steps(ChunkKind kind, int taps, int kernel_w, int pitch, int plane_bytes)
-      : tap(kernel_w, pitch), pairs(kind == ChunkKind::half), plane(plane_bytes / 16), left(taps) {}
-  HFLFNERV_HOST_DEVICE void next() {
-    first = tap.at;
-    if (!pairs) {
-      second = first + plane;
-    } else {
-      if (left == 1) {
-        first = second;
-      } else {
-        tap.next();
-        --left;
-      }
-      second = tap.at;
-    }
-    tap.next();
-    --left;
-  }
-  // To be added to a descriptor that has no leading bytes.
-  HFLFNERV_HOST_DEVICE std::uint32_t descriptor_change() const {
-    return static_cast<std::uint32_t>(first) | static_cast<std::uint32_t>(second - first) << 16;
-  }
-};
+// The steps of a full or half chunk: where the two 8-wide halves of K read, in pixels of 16 bytes from where the first tap
+// reads in the chunk's first plane, as it is to be added to a descriptor that has no leading bytes. A half chunk with an odd
+// number of taps repeats a tap in its last step, with zero weights.
+HFLFNERV_HOST_DEVICE inline std::uint32_t descriptor_change(ChunkKind kind, int step, int taps, int kernel_w, int pitch,
+                                                            int plane_bytes) {
+  const auto at = [&](int tap) { return tap / kernel_w * pitch + tap % kernel_w; };
+  const bool pairs = kind == ChunkKind::half;
+  const int second_tap = 2 * step + 1 < taps ? 2 * step + 1 : taps - 1;
+  const int first = at(!pairs ? step : 2 * step + 1 < taps ? 2 * step : taps - 1);
+  const int second = pairs ? at(second_tap) : first + plane_bytes / 16;
+  return static_cast<std::uint32_t>(first) | static_cast<std::uint32_t>(second - first) << 16;
+}
 
 // What row k of a step's weight is for: a tap and a channel, or tap -1 where it is zero.
 struct KSource {
@@ -172,12 +144,21 @@ HFLFNERV_HOST_DEVICE constexpr int sum_of_slot(int start, int k, int i) {
   return (start / 8 + k / 2) * 4 + 2 * i + k % 2;
 }
 
-// The column of the product for a slot of a tile: the same, seen from the weight.
-HFLFNERV_HOST_DEVICE inline int column_of_slot(int columns, int slot) {
+// First slot, or column, of the block in which one of a tile is.
+HFLFNERV_HOST_DEVICE inline int block_start(int columns, int slot) {
   int start = 0;
   while (slot >= start + block_width(columns, start)) start += block_width(columns, start);
-  const int each = block_width(columns, start) / 4, k = (slot - start) % each;
+  return start;
+}
+
+// The column of the product for a slot of a tile: the same, seen from the weight; and the slot for a column.
+HFLFNERV_HOST_DEVICE inline int column_of_slot(int columns, int slot) {
+  const int start = block_start(columns, slot), each = block_width(columns, start) / 4, k = (slot - start) % each;
   return start + k / 2 * 8 + (slot - start) / each * 2 + k % 2;
+}
+HFLFNERV_HOST_DEVICE inline int slot_of_column(int columns, int column) {
+  const int start = block_start(columns, column), each = block_width(columns, start) / 4, within = column - start;
+  return start + within % 8 / 2 * each + within / 8 * 2 + within % 2;
 }
 
 // Channels of the result are numbered n = (i r + j) out_channels + c. In memory a pixel's results are runs of adjacent
@@ -199,8 +180,8 @@ HFLFNERV_HOST_DEVICE inline Runs runs_of(const Problem& p) {
 }
 
 // Number of n among the weight's output channels, which PixelShuffle takes in the order (c, i, j).
-HFLFNERV_HOST_DEVICE inline int weight_channel(const Problem& p, int n) {
-  return n % p.out_channels * (p.r * p.r) + n / p.out_channels;
+HFLFNERV_HOST_DEVICE inline int shuffle_channel(int n, int out_channels, int r) {
+  return n % out_channels * (r * r) + n / out_channels;
 }
 
 // Offset in y of n, from the first of the r x r pixels that come from one.
@@ -263,7 +244,7 @@ struct Plan {
   int tile_rows, tile_columns, tiles;   // tiles of an image in both directions, and all there are
   int slots, slot_bytes, stages, stage_bytes;
   bool resident;                        // the whole weight stays in shared memory
-  int lead;                             // stages of a tile by which the first warpgroup is ahead of the second
+  int lead;                             // stages of a tile by which half of the warpgroups is ahead of the other
   int weight_offset, tables_offset, barriers_offset, shared_bytes;  // shared memory begins with the slots
   int blocks;
 
@@ -279,10 +260,23 @@ struct Plan {
     return {image, row % tile_rows * tile_height(), index / column_tiles % tile_columns * tile_width(),
             index % column_tiles * columns};
   }
+  // Entries of the table of descriptor changes: the stages of a full chunk, then those of a half one.
+  HFLFNERV_HOST_DEVICE int full_entries() const { return divide_up(problem.taps(), kStageSteps) * kStageEntries; }
+  HFLFNERV_HOST_DEVICE int half_entries() const {
+    return divide_up((problem.taps() + 1) / 2, kStageSteps) * kStageEntries;
+  }
   HFLFNERV_HOST_DEVICE std::int64_t packed_elements() const {
     return std::int64_t(column_tiles) * cut.all_steps(problem.taps()) * columns * kStepK;
   }
 };
+
+// Entry of the table of descriptor changes; those of no step are never used.
+HFLFNERV_HOST_DEVICE inline std::uint32_t table_entry(const Plan& plan, int entry) {
+  const int in_half = entry - plan.full_entries(), within = in_half < 0 ? entry : in_half;
+  const int step = within / kStageEntries * kStageSteps + within % kStageEntries;
+  return descriptor_change(in_half < 0 ? ChunkKind::full : ChunkKind::half, step, plan.problem.taps(),
+                           plan.problem.kernel_w, plan.pitch, plan.plane_bytes);
+}
 
 // Where element k of the gathered chunk's (tap, channel) pairs lies, in bytes from a pixel's place in the plane. Beyond the
 // last pair, where the weight is zero: the first one, whose value is as finite as the image.
@@ -302,12 +296,14 @@ HFLFNERV_HOST_DEVICE inline std::int64_t packed_source(const Plan& plan, std::in
   while (step >= plan.cut.steps(chunk, p.taps())) step -= plan.cut.steps(chunk++, p.taps());
   // The inverse of step_element, then of column_of_slot, which permutes a few slots.
   const int core = within / 64, column = core / 2 * 8 + within % 64 / 8, k = core % 2 * 8 + within % 8;
-  int slot = column / 32 * 32;
-  while (column_of_slot(plan.columns, slot) != column) ++slot;
-  const int n = runs_of(p).n_of_slot(first_slot + slot);
+  const int n = runs_of(p).n_of_slot(first_slot + slot_of_column(plan.columns, column));
   const KSource source = k_source(plan.cut, p.channels, p.taps(), chunk, step, k);
   if (n < 0 || source.tap < 0) return -1;
-  return (std::int64_t(weight_channel(p, n)) * p.channels + source.channel) * p.taps() + source.tap;
+  if (p.gradient_of_r > 0) {  // taps turned, and the two kinds of channels exchanged
+    const int row = shuffle_channel(source.channel, p.channels / (p.gradient_of_r * p.gradient_of_r), p.gradient_of_r);
+    return (std::int64_t(row) * p.n() + n) * p.taps() + p.taps() - 1 - source.tap;
+  }
+  return (std::int64_t(shuffle_channel(n, p.out_channels, p.r)) * p.channels + source.channel) * p.taps() + source.tap;
 }
 
 // How wide the tiles are: whatever keeps the busiest multiprocessor busy for the shortest time. A wgmma of n columns takes
@@ -350,7 +346,8 @@ inline const char* make_plan(const Problem& p, int multiprocessors, int shared_l
   const int chunks = plan.cut.chunks(), all_steps = plan.cut.all_steps(p.taps());
   plan.slot_bytes = plan.plane_bytes * (plan.cut.full > 0 ? 2 : 1);
   const int gathered = plan.cut.gathered_channels > 0 ? plan.cut.steps(chunks - 1, p.taps()) * kStepK : 0;
-  const int table_bytes = plan.column_tiles * plan.columns * 12 + gathered * 4;
+  const int table_bytes =
+      (plan.full_entries() + plan.half_entries() + plan.column_tiles * plan.columns * 3 + gathered) * 4;
   const int left = shared_limit - divide_up(table_bytes, 8) * 8 - 2 * (kMaxSlots + kMaxStages + 1) * 8;
   int all_stages = 0;
   for (int chunk = 0; chunk < chunks; ++chunk) all_stages += divide_up(plan.cut.steps(chunk, p.taps()), kStageSteps);

@@ -108,53 +108,70 @@ __device__ inline void keep_in_place(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-#define HFLFNERV_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define HFLFNERV_F4(d, i) "+f"(d[kFirst + i]), "+f"(d[kFirst + i + 1]), "+f"(d[kFirst + i + 2]), "+f"(d[kFirst + i + 3])
 #define HFLFNERV_F8(d, i) HFLFNERV_F4(d, i), HFLFNERV_F4(d, i + 4)
 #define HFLFNERV_F16(d, i) HFLFNERV_F8(d, i), HFLFNERV_F8(d, i + 8)
 #define HFLFNERV_F32(d) HFLFNERV_F16(d, 0), HFLFNERV_F16(d, 16)
 #define HFLFNERV_F64(d) HFLFNERV_F32(d), HFLFNERV_F16(d, 32), HFLFNERV_F16(d, 48)
 #define HFLFNERV_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define HFLFNERV_R32 HFLFNERV_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define HFLFNERV_R40 HFLFNERV_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define HFLFNERV_R20 HFLFNERV_R16 ",%16,%17,%18,%19"
+#define HFLFNERV_R24 HFLFNERV_R20 ",%20,%21,%22,%23"
+#define HFLFNERV_R36 HFLFNERV_R32 ",%32,%33,%34,%35"
+#define HFLFNERV_R40 HFLFNERV_R36 ",%36,%37,%38,%39"
 #define HFLFNERV_R48 HFLFNERV_R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define HFLFNERV_R56 HFLFNERV_R48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define HFLFNERV_R64 HFLFNERV_R56 ",%56,%57,%58,%59,%60,%61,%62,%63"
-#define HFLFNERV_R68 HFLFNERV_R64 ",%64,%65,%66,%67"
-#define HFLFNERV_R80 HFLFNERV_R68 ",%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 
-// Both operands from shared memory, by descriptor, or A's fragment from registers; `add` 0: the sums begin at zero. o0 to
-// o5 number the operands behind the outputs, which are the last arguments.
-#define HFLFNERV_WGMMA(columns, type, name, registers, o0, o1, o2, o3, o4, o5, ...)                               \
-  __device__ inline void wgmma(type, float(&d)[columns / 2], std::uint64_t a, std::uint64_t b, int add) {         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" registers "}, %" #o0  \
-                 ", %" #o1 ", p, 1, 1, 0, 0;\n}\n"                                                                \
-                 : __VA_ARGS__                                                                                    \
-                 : "l"(a), "l"(b), "r"(add));                                                                     \
-  }                                                                                                               \
-  __device__ inline void wgmma(type, float(&d)[columns / 2], const std::uint32_t(&a)[4], std::uint64_t b, int add) { \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" registers "}, {%" #o0 \
-                 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}\n"                                    \
-                 : __VA_ARGS__                                                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                 \
+template <int kColumns>
+struct Columns {};
+
+// Both operands from shared memory, by descriptor, or A's fragment from registers; `add` 0: the sums, those from kFirst, begin
+// at zero. o0 to o5 number the operands behind the outputs, which are the last arguments.
+#define HFLFNERV_WGMMA(columns, type, name, registers, o0, o1, o2, o3, o4, o5, ...)                                   \
+  template <int kFirst, int kSums>                                                                                    \
+  __device__ inline void wgmma(Columns<columns>, type, float(&d)[kSums], std::uint64_t a, std::uint64_t b, int add) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" registers "}, %" #o0      \
+                 ", %" #o1 ", p, 1, 1, 0, 0;\n}\n"                                                                    \
+                 : __VA_ARGS__                                                                                        \
+                 : "l"(a), "l"(b), "r"(add));                                                                         \
+  }                                                                                                                   \
+  template <int kFirst, int kSums>                                                                                    \
+  __device__ inline void wgmma(Columns<columns>, type, float(&d)[kSums], const std::uint32_t(&a)[4], std::uint64_t b, \
+                               int add) {                                                                             \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" registers "}, {%" #o0     \
+                 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}\n"                                        \
+                 : __VA_ARGS__                                                                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                     \
   }
-#define HFLFNERV_WGMMA_BOTH(columns, registers, ...)                       \
-  HFLFNERV_WGMMA(columns, __nv_bfloat16, "bf16", registers, __VA_ARGS__)   \
+#define HFLFNERV_WGMMA_BOTH(columns, registers, ...)                     \
+  HFLFNERV_WGMMA(columns, __nv_bfloat16, "bf16", registers, __VA_ARGS__) \
   HFLFNERV_WGMMA(columns, __half, "f16", registers, __VA_ARGS__)
 
 HFLFNERV_WGMMA_BOTH(32, HFLFNERV_R16, 16, 17, 18, 19, 20, 21, HFLFNERV_F16(d, 0))
+HFLFNERV_WGMMA_BOTH(40, HFLFNERV_R20, 20, 21, 22, 23, 24, 25, HFLFNERV_F16(d, 0), HFLFNERV_F4(d, 16))
+HFLFNERV_WGMMA_BOTH(48, HFLFNERV_R24, 24, 25, 26, 27, 28, 29, HFLFNERV_F16(d, 0), HFLFNERV_F8(d, 16))
 HFLFNERV_WGMMA_BOTH(64, HFLFNERV_R32, 32, 33, 34, 35, 36, 37, HFLFNERV_F32(d))
+HFLFNERV_WGMMA_BOTH(72, HFLFNERV_R36, 36, 37, 38, 39, 40, 41, HFLFNERV_F32(d), HFLFNERV_F4(d, 32))
 HFLFNERV_WGMMA_BOTH(80, HFLFNERV_R40, 40, 41, 42, 43, 44, 45, HFLFNERV_F32(d), HFLFNERV_F8(d, 32))
 HFLFNERV_WGMMA_BOTH(96, HFLFNERV_R48, 48, 49, 50, 51, 52, 53, HFLFNERV_F32(d), HFLFNERV_F16(d, 32))
 HFLFNERV_WGMMA_BOTH(112, HFLFNERV_R56, 56, 57, 58, 59, 60, 61, HFLFNERV_F32(d), HFLFNERV_F16(d, 32),
                     HFLFNERV_F8(d, 48))
 HFLFNERV_WGMMA_BOTH(128, HFLFNERV_R64, 64, 65, 66, 67, 68, 69, HFLFNERV_F64(d))
-HFLFNERV_WGMMA_BOTH(136, HFLFNERV_R68, 68, 69, 70, 71, 72, 73, HFLFNERV_F64(d), HFLFNERV_F4(d, 64))
-HFLFNERV_WGMMA_BOTH(160, HFLFNERV_R80, 80, 81, 82, 83, 84, 85, HFLFNERV_F64(d), HFLFNERV_F16(d, 64))
 
 #undef HFLFNERV_WGMMA_BOTH
 #undef HFLFNERV_WGMMA
+
+// The products of all columns. More than 128 are two instructions, which read A twice and need fewer registers at once.
+template <class T, class A, int kSums>
+__device__ inline void wgmma(T type, float (&sums)[kSums], const A& a, std::uint64_t b, int add) {
+  constexpr int kColumns = 2 * kSums, kLeft = kColumns <= 128 ? kColumns : kColumns / 16 * 8 + kColumns % 16;
+  wgmma<0>(Columns<kLeft>(), type, sums, a, b, add);
+  // Descriptors count units of 16 bytes; eight columns of a step are 256.
+  if constexpr (kLeft < kColumns) wgmma<kLeft / 2>(Columns<kColumns - kLeft>(), type, sums, a, b + kLeft / 8 * 16, add);
+}
 
 }  // namespace hopper
 }  // namespace hflfnerv

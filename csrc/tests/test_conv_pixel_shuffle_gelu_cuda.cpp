@@ -58,7 +58,7 @@ struct Case {
 
 void check(const Case& c) {
   Problem p{c.batch,    c.channels, c.height,    c.width,     c.out_channels, c.r, c.kernel_h,
-            c.kernel_w, c.padding_h, c.padding_w, 0,           0,              0,   0};
+            c.kernel_w, c.padding_h, c.padding_w, 0,           0,              0,   0,          0};
   p.x_pixel = (c.channels + 7) / 8 * 8 + (c.padded ? 8 : 0);
   p.x_row = p.x_pixel * (c.width + c.padded);
   p.x_image = p.x_row * c.height;
@@ -79,8 +79,9 @@ void check(const Case& c) {
     if (i % p.x_pixel >= c.channels) x[i] = kPoison;
   }
   CHECK(conv_pixel_shuffle_gelu_cuda_pack(plan, weight.data(), packed.data(), nullptr) == nullptr);
-  const ConvPixelShuffleGeluCuda call{plan,          c.bfloat16,  c.tanh_form, x.data(),
-                                      packed.data(), bias.data(), y.data(),    z.data()};
+  const Activation activation = c.tanh_form ? Activation::gelu_tanh : Activation::gelu;
+  const ConvPixelShuffleGeluCuda call{plan,          c.bfloat16,  activation, x.data(),
+                                      packed.data(), bias.data(), y.data(),   z.data()};
   CHECK(conv_pixel_shuffle_gelu_cuda_fwd(call, nullptr) == nullptr);
 
   std::int64_t written = 0;
@@ -114,6 +115,54 @@ void check(const Case& c) {
   }
 }
 
+// The gradient of a block's x, from that of its convolution: the transpose of the convolution, by definition.
+void check_gradient(int channels, int out_channels, int r, int height, int width, int kernel) {
+  const int n = out_channels * r * r, taps = kernel * kernel, dz_pixel = (n + 7) / 8 * 8, dx_pixel = (channels + 7) / 8 * 8;
+  const Problem p{1, n, height, width, channels, 1, kernel, kernel, kernel / 2, kernel / 2, dz_pixel, dz_pixel * width,
+                  std::int64_t(dz_pixel) * width * height, dx_pixel, r};
+  emulation::multiprocessors = 2;
+  Plan plan;
+  CHECK(conv_pixel_shuffle_gelu_cuda_plan(p, 0, plan) == nullptr);
+  Tensor dz(p.x_image), weight(std::int64_t(n) * channels * taps), packed(plan.packed_elements());
+  Tensor dx(std::int64_t(height) * width * dx_pixel);
+  fill(dz, 1);
+  fill(weight, 1 / std::sqrt(static_cast<float>(n * taps)));
+  CHECK(conv_pixel_shuffle_gelu_cuda_pack(plan, weight.data(), packed.data(), nullptr) == nullptr);
+  const ConvPixelShuffleGeluCuda call{plan,          true,    Activation::none, dz.data(),
+                                      packed.data(), nullptr, dx.data(),        nullptr};
+  CHECK(conv_pixel_shuffle_gelu_cuda_fwd(call, nullptr) == nullptr);
+  CHECK(dx.margins_are_untouched());
+  std::vector<double> expected(static_cast<std::size_t>(height * width * channels));
+  for (int pixel = 0; pixel < height * width; ++pixel) {
+    for (int m = 0; m < n; ++m) {  // dz's order: (i, j, c)
+      const int of_weight = m % out_channels * r * r + m / out_channels;
+      for (int tap = 0; tap < taps; ++tap) {
+        const int row = pixel / width + tap / kernel - kernel / 2, column = pixel % width + tap % kernel - kernel / 2;
+        if (row < 0 || row >= height || column < 0 || column >= width) continue;
+        for (int k = 0; k < channels; ++k) {
+          expected[static_cast<std::size_t>((row * width + column) * channels + k)] +=
+              double(dz[std::int64_t(pixel) * dz_pixel + m]) *
+              double(weight[(std::int64_t(of_weight) * channels + k) * taps + tap]);
+        }
+      }
+    }
+  }
+  for (int pixel = 0; pixel < height * width; ++pixel) {
+    for (int k = 0; k < channels; ++k) {
+      const double actual = dx[std::int64_t(pixel) * dx_pixel + k];
+      const double true_sum = expected[static_cast<std::size_t>(pixel * channels + k)];
+      CHECK(std::abs(actual - true_sum) <= 3.92e-3 * std::abs(true_sum) + 1e-5);
+    }
+  }
+}
+
+void test_gradients() {
+  check_gradient(33, 28, 2, 17, 19, 5);
+  check_gradient(40, 33, 2, 9, 8, 5);
+  check_gradient(48, 10, 4, 5, 7, 3);
+  check_gradient(5, 3, 2, 4, 20, 1);
+}
+
 void test_blocks() {
   // Cousins of the 1.5 M network's stages: their channels, kernels and factors, on a few pixels.
   check({1, 33, 19, 37, 28, 2, 5, 5, 2, 2, false});
@@ -139,7 +188,7 @@ void test_blocks() {
 // Plans for the sizes that the kernel is meant for, on a Hopper GPU.
 void test_plans() {
   const auto plan_of = [](int batch, int channels, int height, int width, int out_channels, int r, int kernel) {
-    Problem p{batch, channels, height, width, out_channels, r, kernel, kernel, kernel / 2, kernel / 2, 0, 0, 0, 0};
+    Problem p{batch, channels, height, width, out_channels, r, kernel, kernel, kernel / 2, kernel / 2, 0, 0, 0, 0, 0};
     p.y_pixel = out_channels;
     Plan plan;
     CHECK(make_plan(p, 132, 232448, plan) == nullptr);
@@ -162,7 +211,7 @@ void test_plans() {
   // The largest that hflfnerv/ops lets through, and one that is too large.
   for (const int out_channels : {2048, 128, 16384}) {
     const int r = out_channels == 128 ? 4 : 1;
-    Problem p{1, 1000, 64, 64, out_channels, r, 7, 7, 3, 3, 0, 0, 0, out_channels};
+    Problem p{1, 1000, 64, 64, out_channels, r, 7, 7, 3, 3, 0, 0, 0, out_channels, 0};
     Plan plan;
     CHECK((make_plan(p, 132, 232448, plan) == nullptr) == (out_channels <= 2048));
   }
@@ -183,6 +232,7 @@ int main() {
   test_plans();
   test_gelu();
   test_blocks();
+  test_gradients();
   std::printf("conv_pixel_shuffle_gelu_cuda: ok\n");
   return 0;
 }

@@ -90,7 +90,12 @@ def _undo_shuffle_gelu(
     dy: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return (dz, dbias); the kernel puts zero channels behind those of dz, to a multiple of 8."""
-    dy = dy.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = dy.shape
+    pixel = dy.stride(3)
+    # The kernel takes pixels apart as well, as the gradient of the next block's x may have them.
+    apart = dy.stride() == (height * width * pixel, 1, width * pixel, pixel) and pixel >= channels
+    if impl == "reference" or not apart:
+        dy = dy.contiguous(memory_format=torch.channels_last)
     z = z.contiguous(memory_format=torch.channels_last)
     if impl != "reference":
         from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_bwd
@@ -152,6 +157,9 @@ def _backward(
         return _as_results(x, (*_winograd.gradients(dz, x, weight, r, wanted), dbias))
     by_conv2d = [wanted[0] and dgrad == "conv2d", wanted[1] and wgrad == "conv2d"]
     dx, dweight = conv2d_gradients(dz, x, weight, r, by_conv2d) if any(by_conv2d) else (None, None)
+    if wanted[0] and dgrad == "cuda":
+        # As it comes, its pixels apart where the channels are no multiple of 8.
+        dx = _cuda.conv_pixel_shuffle_gelu_dgrad(dz, weight, r)
     if wanted[0] and dgrad == "triton":
         from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_dgrad
 
@@ -160,7 +168,7 @@ def _backward(
         from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_wgrad
 
         dweight = conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r)
-    if dx is not None:
+    if dx is not None and dgrad != "cuda":
         dx = dx.contiguous(memory_format=_format_of_dx(x, dgrad))
     return _as_results(x, (dx, dweight, dbias))
 
@@ -185,8 +193,12 @@ def _backward_fake(
     dgrad: str,
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    format_of_dx = _format_of_dx(x, dgrad)
-    dx = x.new_empty(x.shape).contiguous(memory_format=format_of_dx) if wanted[0] else x.new_empty(0)
+    if not wanted[0]:
+        dx = x.new_empty(0)
+    elif dgrad == "cuda":
+        dx = _cuda.empty_gradient(x)
+    else:
+        dx = x.new_empty(x.shape).contiguous(memory_format=_format_of_dx(x, dgrad))
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
 
@@ -217,8 +229,8 @@ def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | 
 
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
 # the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad`` and ``wgrad`` what makes
-# the gradients of x and weight: "triton" or "conv2d", PyTorch's convolutions; "winograd" makes all of them, and
-# "winograd, large tiles" none.
+# the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda"; "winograd" makes all of
+# them, and "winograd, large tiles" none.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",

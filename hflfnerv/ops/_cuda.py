@@ -10,7 +10,16 @@ import torch
 from .. import _ext
 from ._device_checks import device_checks
 
-__all__ = ["columns", "conv_pixel_shuffle_gelu_fwd", "empty_result", "pack_weight", "rejects_tensor", "unavailable"]
+__all__ = [
+    "columns",
+    "conv_pixel_shuffle_gelu_dgrad",
+    "conv_pixel_shuffle_gelu_fwd",
+    "empty_gradient",
+    "empty_result",
+    "pack_weight",
+    "rejects_tensor",
+    "unavailable",
+]
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _GROUP = 8  # elements of 16 bytes, as which the kernel reads channels
@@ -61,6 +70,15 @@ def empty_result(x: torch.Tensor, n: int, r: int) -> torch.Tensor:
     return memory[..., : n // (r * r)].permute(0, 3, 1, 2)
 
 
+def _padded_pixels(like: torch.Tensor, batch: int, channels: int, height: int, width: int) -> torch.Tensor:
+    return like.new_empty((batch, height, width, _padded(channels)))[..., :channels].permute(0, 3, 1, 2)
+
+
+def empty_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Return memory for the gradient of x, channels-last, its pixels padded to a multiple of 16 bytes."""
+    return _padded_pixels(x, *x.shape)
+
+
 def _strides(t: torch.Tensor) -> list[int] | None:
     """Return the strides between images, rows and pixels as the kernel takes them, None where it cannot."""
     batch, channels, height, width = t.shape
@@ -93,7 +111,13 @@ def _prepare(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 
 def _sizes(x: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int) -> list[int]:
     n, _, rows, columns = weight.shape
-    return [*x.shape, n // (r * r), r, rows, columns, rows // 2, columns // 2, *strides, _result_pixel(n, r)]
+    return [*x.shape, n // (r * r), r, rows, columns, rows // 2, columns // 2, *strides, _result_pixel(n, r), 0]
+
+
+def _gradient_sizes(dz: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int, pixel: int) -> list[int]:
+    n, channels, rows, columns = weight.shape
+    batch, _, height, width = dz.shape
+    return [batch, n, height, width, channels, 1, rows, columns, rows // 2, columns // 2, *strides, pixel, r]
 
 
 def columns(x: torch.Tensor, weight: torch.Tensor, r: int) -> int:
@@ -109,8 +133,11 @@ def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int) -> torch.Tensor:
 
     Depends on the weight and on :func:`columns` alone, so a caller whose weights stay as they are can keep it.
     """
+    return _pack(_sizes(x, _default_strides(x), weight, r), weight)
+
+
+def _pack(sizes: list[int], weight: torch.Tensor) -> torch.Tensor:
     module, device = _ext.load(), weight.device.index
-    sizes = _sizes(x, _default_strides(x), weight, r)
     with torch.cuda.device_of(weight):
         packed = weight.new_empty(module.conv_pixel_shuffle_gelu_cuda_packed_elements(sizes, device))
         weight = weight.contiguous()
@@ -155,8 +182,34 @@ def conv_pixel_shuffle_gelu_fwd(
             _sizes(x, strides, weight, r),
             x.device.index,
             _DTYPES[x.dtype],
-            approximate == "tanh",
+            "gelu_tanh" if approximate == "tanh" else "gelu",
             *addresses,
             torch.cuda.current_stream().cuda_stream,
         )
     return y, z
+
+
+def conv_pixel_shuffle_gelu_dgrad(dz: torch.Tensor, weight: torch.Tensor, r: int) -> torch.Tensor:
+    """Return dx ``[B, C_in, H, W]`` as :func:`empty_gradient` has it.
+
+    Args:
+        dz: ``[B, n, H, W]`` in the order (i, j, c), or with zero channels behind them.
+        weight: ``[n, C_in, K_h, K_w]`` in the order (c, i, j), odd; the padding is half of it.
+        r: upscale factor.
+    """
+    module: Any = _ext.load()
+    batch, _, height, width = dz.shape
+    with torch.cuda.device_of(dz):
+        dx = _padded_pixels(dz, batch, weight.shape[1], height, width)
+        dz, strides = _prepare(dz)
+        sizes = _gradient_sizes(dz, strides, weight, r, dx.stride(3))
+        packed = _pack(sizes, weight)
+        module.conv_pixel_shuffle_gelu_cuda_fwd(
+            sizes,
+            dz.device.index,
+            _DTYPES[dz.dtype],
+            "none",
+            *[0 if t is None else t.data_ptr() for t in (dz, packed, None, dx, None)],
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return dx

