@@ -72,6 +72,10 @@ def cuda_kernels() -> tuple[str, ...]:
     return () if reason else (entry.name,)
 
 
+class LeftOut(Exception):
+    """A contender is not wanted in this run."""
+
+
 class Machine:
     """A device, its clock, and what was measured on it so far.
 
@@ -81,14 +85,25 @@ class Machine:
         deadline: ``time.monotonic()`` after which no further point begins.
         only: measure only points whose name contains this.
         clip: the video of the parts that need a real one; None for the one in the folder of shared data.
+        compiles: whether contenders under ``torch.compile`` are wanted, for which it searches for minutes.
     """
 
-    def __init__(self, *, dry: bool, seconds: float, deadline: float, only: str = "", clip: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        dry: bool,
+        seconds: float,
+        deadline: float,
+        only: str = "",
+        clip: str | None = None,
+        compiles: bool = True,
+    ) -> None:
         self.dry = dry
         self.seconds_each = 0.0 if dry else seconds
         self.deadline = deadline
         self.only = only
         self.clip = clip
+        self.compiles = compiles
         self.left_out: list[str] = []
         self.failures: list[str] = []  # points and contenders that could not be measured, and why
         self._dropped: set[str] = set()  # contenders of the point under way
@@ -120,6 +135,12 @@ class Machine:
         copies of its inputs into static buffers. Before PyTorch 2.13 convolutions are chosen among cuDNN's alone: the
         Triton templates with 8 warps return wrong results there for kernels larger than 1x1 (pytorch/pytorch#173068).
         """
+        if not self.compiles:
+
+            def left_out(*args: Any) -> Any:
+                raise LeftOut
+
+            return left_out
         if self.dry:
             return torch.compile(function, backend="aot_eager", dynamic=False)
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
@@ -138,6 +159,8 @@ class Machine:
         try:
             yield
             self.synchronize()
+        except LeftOut:
+            self._dropped.add(contender)
         except Exception as error:
             self._dropped.add(contender)
             self._note(contender, error)

@@ -137,7 +137,12 @@ def run_part(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
         raise PartFailed("PyTorch sees no CUDA device (--dry-run goes through the parts without one)")
     torch.backends.cudnn.benchmark = True
     machine = Machine(
-        dry=arguments.dry_run, seconds=arguments.seconds, deadline=deadline, only=arguments.only, clip=arguments.clip
+        dry=arguments.dry_run,
+        seconds=arguments.seconds,
+        deadline=deadline,
+        only=arguments.only,
+        clip=arguments.clip,
+        compiles=not arguments.without_compile,
     )
     module, attribute = function.split(":")
     for row in getattr(importlib.import_module(module), attribute)(machine):
@@ -235,6 +240,7 @@ def run_apart(name: str, arguments: argparse.Namespace) -> str | None:
     command += ["--seconds", str(arguments.seconds), "--only", arguments.only]
     command += ["--results", str(arguments.results.resolve())] if arguments.results else []
     command += ["--dry-run"] if arguments.dry_run else []
+    command += ["--without-compile"] if arguments.without_compile else []
     command += ["--clip", str(pathlib.Path(arguments.clip).resolve())] if arguments.clip else []
     # A group and no session of its own: what ends this process's session ends the part as well.
     process = subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
@@ -266,6 +272,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--clip", metavar="PATH", help="video of the part encode (default: bunny.mp4 of the shared data)"
+    )
+    parser.add_argument(
+        "--without-compile", action="store_true", help="leave out torch.compile, whose search takes most of the time"
     )
     parser.add_argument("--here", action="store_true", help="in this process, not each part in its own")
     arguments = parser.parse_args(argv)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hflfnerv import ops
+from hflfnerv.ops import _cuda
 from hflfnerv.ops._conv_pixel_shuffle_gelu import conv2d_gradients
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
 
@@ -135,6 +136,8 @@ def _measure_gradients(machine: Machine, name: str, stage: str, batch: int) -> I
         runs: dict[str, Callable[[], torch.Tensor]] = (
             {} if machine.dry else _every_gradient_tile(which, x, dz, weight, r)
         )
+        if which == "dgrad" and cuda_kernels():
+            runs["cuda"] = functools.partial(_cuda.conv_pixel_shuffle_gelu_dgrad, dz, weight, r)
         runs["conv2d"] = library
 
         def check(runs: Any = runs, library: Any = library, which: str = which) -> None:
