@@ -106,6 +106,9 @@ PARTS = {
     "block-training": Part(
         "the whole block, forward and backward", "bench.ops.bench_conv_pixel_shuffle_gelu:training_points"
     ),
+    "streams": Part(
+        "blocks of few channels, forward and gradients", "bench.ops.bench_conv_pixel_shuffle_gelu:stream_points"
+    ),
     "highpass": Part("the FFT high-pass filter", "bench.ops.bench_highpass:gpu_points"),
     "output": Part("the output stage", "bench.ops.bench_output_stage:gpu_points"),
     "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
@@ -116,7 +119,10 @@ PARTS = {
     ),
     "encode": Part("whole encodes of a clip with both, 300 epochs (--clip)", "bench.encode:points"),
 }
-GROUPS = {"conv": ["cudnn", "gradients", "block", "int8", "block-training"], "models": ["decode", "training"]}
+GROUPS = {
+    "conv": ["cudnn", "gradients", "block", "int8", "block-training", "streams"],
+    "models": ["decode", "training"],
+}
 
 
 def run_part(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:

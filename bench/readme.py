@@ -15,6 +15,7 @@ from typing import Any
 
 from hflfnerv.config import PRESETS
 
+from .gpu_report import gpu_summary, gpu_tables
 from .run import RESULTS, ROOT
 
 __all__ = ["PAGES", "filled"]
@@ -351,8 +352,8 @@ def tables(name: str) -> str:
 
 #: The marked places of each page, and what makes them.
 PAGES: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
-    README: {"demo": demo_line, "summary": summary_table},
-    BENCHMARKS: {name: functools.partial(tables, name) for name in TABLES},
+    README: {"demo": demo_line, "summary": summary_table, "gpu-summary": gpu_summary},
+    BENCHMARKS: {"gpu": gpu_tables, **{name: functools.partial(tables, name) for name in TABLES}},
 }
 
 

@@ -41,8 +41,9 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    # Results that a run before this one wrote do not change what is measured.
-    status = _machine.git(ROOT, "status", "--porcelain", "--", ".", ":!bench/results")
+    # Results that a run before this one wrote do not change what is measured. A copy is what whoever made it says.
+    told = "HFLFNERV_COMMIT" in os.environ
+    status = "" if told else _machine.git(ROOT, "status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": _machine.processor(),
         "simd": _machine.vector_extensions(),

@@ -45,7 +45,9 @@ def git(checkout: Path, *arguments: str) -> str | None:
 
 
 def commit_of(checkout: Path) -> str | None:
-    """Return the commit of a checkout; of a copy without the history, whoever made it knows it."""
+    """Return the commit of a checkout; of a copy, whoever made it knows it and says so in HFLFNERV_COMMIT."""
+    told = os.environ.get("HFLFNERV_COMMIT")
+    if told:
+        return told
     # Else git would answer for whatever repository an installed package happens to lie in.
-    own = git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
-    return own or os.environ.get("HFLFNERV_COMMIT")
+    return git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None

@@ -25,13 +25,20 @@ STAGES = {
     "s3": (48, 40, 4, 5, 40, 80),
     "s2": (57, 48, 4, 3, 10, 20),
 }
+# Of the decoders for low frequencies of the dual stream as published, at the same size and resolution.
+SMALL_STAGES = {
+    "lfd2, block 4": (12, 10, 2, 5, 320, 640),
+    "lfd2, block 3": (15, 12, 4, 5, 80, 160),
+    "lfd2, block 2": (18, 15, 4, 5, 20, 40),
+    "lfd1, block 4": (6, 5, 2, 5, 320, 640),
+}
 TINY = (5, 3, 2, 3, 4, 6)
 COMPILED = "torch.compile max-autotune"
 
 
 def operands(machine: Machine, stage: str, batch: int, dtype: torch.dtype, channels: int | None = None) -> Any:
     """Return x, weight, bias, dy and r of one block; ``channels`` instead of the true number of input channels."""
-    true, out_channels, r, kernel, height, width = machine.shape(STAGES[stage], TINY)
+    true, out_channels, r, kernel, height, width = machine.shape((STAGES | SMALL_STAGES)[stage], TINY)
     channels = channels or true
     n = out_channels * r * r
     generator = torch.Generator(machine.device).manual_seed(0)
@@ -117,6 +124,14 @@ def gradient_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """
     for name, stage, batch in stage_points(machine, "bfloat16", seconds=40):
         with machine.room(name), torch.inference_mode():
+            yield from _measure_gradients(machine, name, stage, batch)
+
+
+def stream_points(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Measure blocks of few channels, forward and their gradients."""
+    for name, stage, batch in stage_points(machine, "bfloat16", seconds=40, stages=SMALL_STAGES):
+        with machine.room(name), torch.inference_mode():
+            yield from _measure_forward(machine, name, stage, batch, torch.bfloat16)
             yield from _measure_gradients(machine, name, stage, batch)
 
 

@@ -17,7 +17,7 @@ from . import (
 )
 from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype, memory_format_of
 from ._triton import rejects_tensor, unavailable
-from .packed_weights import kept_weight, large_tiles_allowed
+from .packed_weights import is_kept, kept_weight, large_tiles_allowed
 from .pixel_shuffle_gelu import image_is_small, pixel_shuffle_gelu, rejects_shape
 
 __all__ = ["CONV_PIXEL_SHUFFLE_GELU", "Call", "conv_pixel_shuffle_gelu"]
@@ -233,7 +233,7 @@ CONV_PIXEL_SHUFFLE_GELU = ImplementationTable(
 )
 
 
-# Which of two implementations is faster, by shape.
+# Which of several implementations is faster, by shape, as measured on an H200 by ``python -m bench.gpu --parts conv``.
 
 
 def _tiles(x: torch.Tensor, columns: int) -> int:
@@ -248,20 +248,27 @@ def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return compute_dtype(x).itemsize == 2 and pixels >= 2048 and n >= 96 and channels * rows * columns >= 512
 
 
-def _predicted_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _triton_is_faster(call: Call) -> bool:
     """Return whether "triton" is faster than "conv2d+triton".
 
     Where the matrix product is large, and x is channels-last already.
     """
-    return _is_large(x, weight) and x.is_contiguous(memory_format=torch.channels_last)
+    return _is_large(call.x, call.weight) and call.x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _cuda_pays(call: Call) -> bool:
-    """Return whether "cuda" can run and has enough tiles for all multiprocessors."""
+def _cuda_is_faster(call: Call) -> bool:
+    """Return whether "cuda" can run, and is faster than the others.
+
+    With a kept weight always. Else packing it has to pay, which takes the longer the more channels there are.
+    """
     x, weight = call.x, call.weight
     if not x.is_cuda or _cuda.unavailable() is not None or _cuda_rejects(call) is not None:
         return False
-    return _tiles(x, weight.shape[0]) >= 132
+    n, channels, rows, columns = weight.shape
+    if is_kept(weight) and not _wants_gradient(x, weight, call.bias):
+        return True
+    small = n < 96 or channels * rows * columns < 512
+    return _tiles(x, n) >= (8 if small else 132)
 
 
 def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str]:
@@ -287,11 +294,11 @@ def _by_shape(call: Call) -> str:
             return "reference"
         fits = _cpp.unavailable() is None and _winograd_rejects(call) is None
         return "conv2d+cpp" if fits and not _winograd.pays(call.x, call.weight) else "auto"
-    if _cuda_pays(call):
+    if _cuda_is_faster(call):
         return "cuda"
     if unavailable() is not None or _triton_rejects(call) is not None:
         return "auto"
-    return "triton" if _predicted_faster(call.x, call.weight) else "auto"
+    return "triton" if _triton_is_faster(call) else "auto"
 
 
 def _pair(padding: object) -> tuple[int, int]:
@@ -330,7 +337,7 @@ def conv_pixel_shuffle_gelu(
         impl: ``"auto"``, ``"conv2d+triton"`` (PyTorch's convolution, then the fused kernel of
             :func:`pixel_shuffle_gelu`, which adds the bias as well), ``"triton"`` (one kernel for all, half of an odd
             kernel as padding; the gradients of x and weight by kernels too, or by PyTorch's convolutions where those
-            should be faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
+            are faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
             float16, half of an odd kernel as padding; the gradients as with ``"triton"``), ``"cpp"`` (CPU with AMX:
             one kernel for all, bfloat16, channels-last, without gradients), ``"winograd"`` (CPU with AVX2 or AVX-512:
             one kernel for all, float32, kernels 3x3 and 5x5 with half of them as padding; a fifth to a sixth of the

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PackedWeights", "kept_weight", "large_tiles_allowed"]
+__all__ = ["PackedWeights", "is_kept", "kept_weight", "large_tiles_allowed"]
 
 # The objects whose ``with`` the caller is in, innermost last. A context has its own: threads share an object, and what
 # is in use is no part of the object.
@@ -103,6 +103,11 @@ def kept_weight(
     """
     entered = _in_use()
     return None if entered is None else entered.get(weight, layout(), make)
+
+
+def is_kept(weight: torch.Tensor) -> bool:
+    """Return whether the :class:`PackedWeights` in use, if one is, keeps a weight."""
+    return _in_use() is not None and isinstance(weight, torch.nn.Parameter)
 
 
 def large_tiles_allowed() -> bool:

@@ -25,4 +25,4 @@ def test_commit_of_a_copy_without_history(monkeypatch, tmp_path):
     assert run.environment()["commit"] is None
     monkeypatch.setenv("HFLFNERV_COMMIT", "abc")
     assert run.environment()["commit"] == "abc"
-    assert run.environment()["dirty"] is None
+    assert run.environment()["dirty"] is False

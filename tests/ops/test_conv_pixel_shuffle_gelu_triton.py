@@ -151,12 +151,13 @@ def test_weights_too_large(monkeypatch):
         ((33, 28, 2, 3, 320, 640), torch.bfloat16, "channels_last", False),
     ],
 )
-def test_where_it_is_predicted_to_be_faster(stage, dtype, layout, expected):
+def test_where_it_is_faster(stage, dtype, layout, expected):
     channels, out_channels, r, kernel, height, width = stage
     x = torch.zeros(1, channels, height, width, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
     weight = torch.zeros(out_channels * r * r, channels, kernel, kernel, dtype=dtype)
-    assert MODULE._predicted_faster(x, weight) is expected
+    call = MODULE.Call(x, weight, None, r, (kernel // 2, kernel // 2), "none")
+    assert MODULE._triton_is_faster(call) is expected
 
 
 def test_unavailable_here():
@@ -364,7 +365,7 @@ def test_columns_are_padded_little(n, blocks):
         ((57, 48, 4, 3, 10, 20), torch.float16, ("conv2d", "conv2d")),
     ],
 )
-def test_which_gradients_are_predicted_to_be_faster(stage, dtype, expected):
+def test_which_gradients_are_faster(stage, dtype, expected):
     channels, out_channels, r, kernel, height, width = stage
     x = torch.zeros(1, channels, height, width, dtype=dtype)
     weight = torch.zeros(out_channels * r * r, channels, kernel, kernel, dtype=dtype)
