@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import queue
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -114,11 +114,11 @@ def _work(options: dict[str, Any], index: int, count: int, results: Any) -> None
 Run = Callable[[torch.dtype, str], list[torch.Tensor]]  # dtype, implementation -> y and gradients
 
 
-def _compare(name: str, run: Run, dtype: torch.dtype, impl: str) -> float:
-    """Compare a result and its gradients with float64's; return the largest error."""
+def _compare(name: str, run: Run, dtype: torch.dtype, impl: str, terms: Sequence[int] = ()) -> float:
+    """Compare a result and its gradients, sums of so many terms, with float64's; return the largest error."""
     actual, expected, same = run(dtype, impl), run(torch.float64, "reference"), run(dtype, "reference")
     return max(
-        require_close(f"{name}, result {part} of y and its gradients", *three)
+        require_close(f"{name}, result {part} of y and its gradients", *three, terms=terms[part] if terms else 0)
         for part, three in enumerate(zip(actual, expected, same, strict=True))
     )
 
@@ -238,10 +238,10 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=machine.device, generator=generator)
 
-    def case(op: str, what: str, run: Run, dtype: torch.dtype, impl: str) -> Any:
+    def case(op: str, what: str, run: Run, dtype: torch.dtype, impl: str, terms: Sequence[int] = ()) -> Any:
         name = f"{op}, {what}, {str(dtype)[6:]}, {impl}"
         facts = {"what": f"check.{op}", "implementation": impl, "dtype": str(dtype)[6:]}
-        return name, facts, functools.partial(_compare, name, run, dtype, impl)
+        return name, facts, functools.partial(_compare, name, run, dtype, impl, terms)
 
     kernels = ["reference"] if machine.dry else ["triton"]
     convolutions = ["reference"] if machine.dry else ["triton", "conv2d+triton", *cuda_kernels()]
@@ -259,11 +259,13 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
         for impl in kernels:
             yield case("pixel_shuffle_gelu", f"{out_channels} channels, {what}", run, dtype, impl)
         run = _block(x, weight, bias, dy, r, approximate)
+        pixels, taps = 2 * height * width, kernel**2
+        terms = [channels * taps, n * taps, pixels, pixels]
         for impl in convolutions:
             if impl == "cuda" and dtype == torch.float32:
                 continue
             size = f"{channels} to {out_channels} channels, kernel {kernel}"
-            yield case("conv_pixel_shuffle_gelu", f"{size}, {what}", run, dtype, impl)
+            yield case("conv_pixel_shuffle_gelu", f"{size}, {what}", run, dtype, impl, terms)
     for block, impl in itertools.product(blocks, kernels):
         channels, out_channels, r, kernel, height, width = block
         name = f"conv_pixel_shuffle_gelu_int8, {channels} to {out_channels} channels, kernel {kernel}, r {r}, {impl}"

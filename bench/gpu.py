@@ -109,11 +109,13 @@ PARTS = {
     "streams": Part(
         "blocks of few channels, forward and gradients", "bench.ops.bench_conv_pixel_shuffle_gelu:stream_points"
     ),
+    "head": Part("the last convolution of a network, forward and backward", "bench.ops.bench_head:gpu_points"),
     "highpass": Part("the FFT high-pass filter", "bench.ops.bench_highpass:gpu_points"),
     "output": Part("the output stage", "bench.ops.bench_output_stage:gpu_points"),
     "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
     "decode": Part("decoding with HNeRV and HFLF-NeRV", "bench.networks:decode_points"),
     "training": Part("their training steps", "bench.networks:training_points"),
+    "profile": Part("the kernels of a training step and their shares of its time", "bench.kernels:points"),
     "fuse": Part(
         "published networks before and after hflfnerv.fuse, and their memory", "bench.ops.bench_fuse:gpu_points"
     ),

@@ -34,7 +34,9 @@ ENGINE_INT8 = "Decoder's engine int8"
 TRAINER = "Trainer bf16"
 
 
-def _network(machine: Machine, model: type[VideoNetwork], *, with_encoder: bool, preset: str = "paper") -> VideoNetwork:
+def network_of(
+    machine: Machine, model: type[VideoNetwork], *, with_encoder: bool, preset: str = "paper"
+) -> VideoNetwork:
     size, frames, height, width = machine.shape((1_500_000, FRAMES, 640, 1280), (100_000, 8, 96, 160))
     torch.manual_seed(1)
     # With the encoder comes the table of the time encoding, without which a graph cannot be captured: rows of it are
@@ -75,7 +77,7 @@ def decode_points(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batch: int) -> Iterator[dict[str, Any]]:
-    network = _network(machine, model, with_encoder=False)
+    network = network_of(machine, model, with_encoder=False)
     shape = network.spec.embedding_shape
     assert shape is not None
     embeddings = torch.randn(batch, *shape, device=machine.device)
@@ -174,7 +176,7 @@ def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
 def _measure_training(
     machine: Machine, name: str, model: type[VideoNetwork], batch: int, preset: str
 ) -> Iterator[dict[str, Any]]:
-    network = _network(machine, model, with_encoder=True, preset=preset)
+    network = network_of(machine, model, with_encoder=True, preset=preset)
     spec, used = network.spec, PRESETS[preset][model.name]
     x, target = (torch.rand(batch, 3, spec.height, spec.width, device=machine.device) for _ in range(2))
     x, target = (t.contiguous(memory_format=torch.channels_last) for t in (x, target))
@@ -215,7 +217,7 @@ def _measure_training(
     trainees["eager bf16"] = Trainee("reference", bf16)
     trainees[COMPILED] = Trainee("reference", bf16, compiled=True)
     eager = Trainee("reference", None)
-    trainers_step = _trainers_step(machine, network, batch, used)
+    own_step = trainers_step(machine, network, batch, used)
 
     def check() -> None:
         expected, same = eager.gradients(), trainees["eager bf16"].gradients()
@@ -232,7 +234,7 @@ def _measure_training(
         scale=1.0,
         contenders=[
             *(Contender(trainee_name, trainee.step, batch) for trainee_name, trainee in trainees.items()),
-            Contender(TRAINER, trainers_step, batch, "with the choice of frames, the schedule and the fused loss"),
+            Contender(TRAINER, own_step, batch, "with the choice of frames, the schedule and the fused loss"),
             Contender("eager fp32", eager.step, batch, "TF32 convolutions as PyTorch's default"),
             Contender(LAUNCHED, eager.step, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
         ],
@@ -244,8 +246,10 @@ def _measure_training(
     yield from rows
 
 
-def _trainers_step(machine: Machine, network: VideoNetwork, batch: int, used: TrainingDefaults) -> Callable[[], None]:
-    """Return the step that ``hflfnerv encode`` takes, as a CUDA graph where there is CUDA."""
+def trainers_step(
+    machine: Machine, network: VideoNetwork, batch: int, used: TrainingDefaults, *, captured: bool = True
+) -> Callable[[], None]:
+    """Return the step that ``hflfnerv encode`` takes, where there is CUDA as a CUDA graph unless told otherwise."""
     spec = network.spec
     shape = (4 * batch, spec.height, spec.width, 3)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=machine.device)
@@ -254,4 +258,4 @@ def _trainers_step(machine: Machine, network: VideoNetwork, batch: int, used: Tr
     # More steps than the clock will take.
     config = TrainConfig(2000, used.lr, batch, 0, "bf16", used.optimizer, used.schedule)
     step = Trainer(copy.deepcopy(network), clip, config, device=machine.device).training_step
-    return step if machine.dry else CapturedStep(step, machine.device)
+    return CapturedStep(step, machine.device) if captured and not machine.dry else step

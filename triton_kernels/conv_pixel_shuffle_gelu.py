@@ -46,14 +46,6 @@ def pad_channels_kernel(
 
 
 @triton.jit
-def _add_product(a, b, sums, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":
-        # Without tensor cores. A step's sum of its own, added as a whole, loses less than one long chain of additions.
-        return sums + tl.dot(a, b, input_precision=PRECISION)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
 def _columns(z, n, bias_ptr, y_ptr, y_pixel, z_ptr, z_pixel, mask, W, N: tl.constexpr, R: tl.constexpr, GELU, KEEP_Z):
     """Bias, GELU and the shuffled store of the columns n of one tile."""
     RUN: tl.constexpr = N // R  # (j, c)
@@ -122,10 +114,10 @@ def conv_pixel_shuffle_gelu_fwd_kernel(
         inside = (x_row >= 0) & (x_row < H) & (x_column >= 0) & (x_column < W)
         x = tl.load(x_tile_ptr + x_offset, mask=inside, other=0.0)
         weight = tl.load(weight_ptr + (k * NP)[:, None] + n[None, :])
-        accumulator = _add_product(x, weight, accumulator, PRECISION)
+        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
         if BLOCK_N2 > 0:
             weight2 = tl.load(weight_ptr + (k * NP)[:, None] + n2[None, :])
-            accumulator2 = _add_product(x, weight2, accumulator2, PRECISION)
+            accumulator2 = tl.dot(x, weight2, accumulator2, input_precision=PRECISION)
     first_row = m_start // W
     y_ptr += first_row.to(tl.int64) * W * N
     y_pixel = (row - first_row) * (W * N) + w * (N // R)
@@ -255,11 +247,11 @@ def conv_pixel_shuffle_gelu_wgrad_kernel(
         x = tl.trans(tl.load(x_ptr + x_offset, mask=inside, other=0.0))
         dz_mask = mask_m[:, None] & (n < ZP)[None, :]
         dz = tl.load(dz_ptr + ((m_offset * ZP)[:, None] + n[None, :]), mask=dz_mask, other=0.0)
-        accumulator = _add_product(x, dz, accumulator, PRECISION)
+        accumulator = tl.dot(x, dz, accumulator, input_precision=PRECISION)
         if BLOCK_N2 > 0:
             dz_mask = mask_m[:, None] & (n2 < ZP)[None, :]
             dz2 = tl.load(dz_ptr + ((m_offset * ZP)[:, None] + n2[None, :]), mask=dz_mask, other=0.0)
-            accumulator2 = _add_product(x, dz2, accumulator2, PRECISION)
+            accumulator2 = tl.dot(x, dz2, accumulator2, input_precision=PRECISION)
         # The pixels BLOCK_M further on, without a division for each of them.
         left -= BLOCK_M
         x_ptr += BLOCK_M * CP

@@ -19,15 +19,17 @@ _MOST = 3  # features
 
 
 @triton.jit
-def _head(accumulator, x_ptr, weight_ptr, frame, h, w, rows, columns, C: tl.constexpr, CP: tl.constexpr, PRECISION):
+def _head(
+    accumulator, x_ptr, weight_ptr, frame, h, w, rows, columns, C: tl.constexpr, CP: tl.constexpr, PIXEL, PRECISION
+):
     """Add the 3x3 convolution of one stream at the pixels (h, w)."""
-    x_ptr += frame * rows * columns * C
+    x_ptr += frame * rows * columns * PIXEL
     c = tl.arange(0, CP)
     n = tl.arange(0, accumulator.shape[1])
     for tap in tl.static_range(9):
         x_row, x_column = h + (tap // 3 - 1), w + (tap % 3 - 1)
         inside = (x_row >= 0) & (x_row < rows) & (x_column >= 0) & (x_column < columns)
-        x_offset = ((x_row * columns + x_column) * C)[:, None] + c[None, :]
+        x_offset = ((x_row * columns + x_column) * PIXEL)[:, None] + c[None, :]
         x = tl.load(x_ptr + x_offset, mask=inside[:, None] & (c < C)[None, :], other=0.0)
         weight = tl.load(weight_ptr + ((tap * CP + c) * n.shape[0])[:, None] + n[None, :])
         accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
@@ -77,6 +79,9 @@ def output_stage_fwd_kernel(
     CP0: tl.constexpr,
     CP1: tl.constexpr,
     CP2: tl.constexpr,
+    PIXEL0: tl.constexpr,
+    PIXEL1: tl.constexpr,
+    PIXEL2: tl.constexpr,
     SCALE0: tl.constexpr,
     SCALE1: tl.constexpr,
     SCALE2: tl.constexpr,
@@ -97,19 +102,19 @@ def output_stage_fwd_kernel(
     w = pid % w_blocks * BLOCK_W + pixel % BLOCK_W
     image = tl.full((BLOCK_H * BLOCK_W, COLUMNS // 4), OFFSET, dtype=tl.float32)
     sums = tl.zeros((BLOCK_H * BLOCK_W, COLUMNS), dtype=tl.float32)
-    sums = _head(sums, x0_ptr, weight0_ptr, frame, h, w, rows0, columns0, C0, CP0, PRECISION)
+    sums = _head(sums, x0_ptr, weight0_ptr, frame, h, w, rows0, columns0, C0, CP0, PIXEL0, PRECISION)
     if SCALE0 is not None:
         image = _close_group(image, sums, bias_ptr, SCALE0)
         sums = tl.zeros((BLOCK_H * BLOCK_W, COLUMNS), dtype=tl.float32)
         bias_ptr += 3
     if x1_ptr is not None:
-        sums = _head(sums, x1_ptr, weight1_ptr, frame, h, w, rows1, columns1, C1, CP1, PRECISION)
+        sums = _head(sums, x1_ptr, weight1_ptr, frame, h, w, rows1, columns1, C1, CP1, PIXEL1, PRECISION)
         if SCALE1 is not None:
             image = _close_group(image, sums, bias_ptr, SCALE1)
             sums = tl.zeros((BLOCK_H * BLOCK_W, COLUMNS), dtype=tl.float32)
             bias_ptr += 3
     if x2_ptr is not None:
-        sums = _head(sums, x2_ptr, weight2_ptr, frame, h, w, rows2, columns2, C2, CP2, PRECISION)
+        sums = _head(sums, x2_ptr, weight2_ptr, frame, h, w, rows2, columns2, C2, CP2, PIXEL2, PRECISION)
         image = _close_group(image, sums, bias_ptr, SCALE2)
     n = tl.arange(0, COLUMNS // 4)
     y_ptr += frame * H * W * 3
@@ -136,7 +141,8 @@ def output_stage_fwd(features, packed, biases, groups, scales, offset, crop, as_
     """Return frames ``[B, H, W, 3]``, uint8 or float32.
 
     Args:
-        features: up to three ``[B, C, H', W']`` of one dtype, channels-last, in the order of their groups.
+        features: up to three ``[B, C, H', W']`` of one dtype, channels-last, their pixels apart or not, in the order of
+            their groups.
         packed: their weights, from :func:`pack_head`.
         biases: float32 ``[groups, 3]``, contiguous.
         groups: the group of each feature.
@@ -155,6 +161,7 @@ def output_stage_fwd(features, packed, biases, groups, scales, offset, crop, as_
     each = {
         "C": [x.shape[1] for x in features],
         "CP": [weight.shape[1] for weight in packed],
+        "PIXEL": [x.stride(3) for x in features],
         "SCALE": [scales[g] if end else None for g, end in zip(groups, ends, strict=True)],
     }
     block_h = 8 if first.dtype.itemsize == 2 else 4  # float32 takes twice the registers

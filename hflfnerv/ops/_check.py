@@ -63,6 +63,14 @@ def half_padding(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[2] // 2, weight.shape[3] // 2
 
 
+def channels_last_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Return x channels-last: itself also if its pixels are apart in memory, as the CUDA kernels leave them."""
+    _, channels, height, width = x.shape
+    pixel = x.stride(3)
+    apart = x.stride() == (height * width * pixel, 1, width * pixel, pixel) and pixel >= channels
+    return x if apart else x.contiguous(memory_format=torch.channels_last)
+
+
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     """Return channels-last where x is that and nothing else, contiguous otherwise."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _cpp, _cuda, _winograd
-from ._check import half_padding, memory_format_of
+from ._check import channels_last_pixels, half_padding, memory_format_of
 from ._library import register
 
 __all__ = ["conv2d_gradients"]
@@ -90,12 +90,8 @@ def _undo_shuffle_gelu(
     dy: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return (dz, dbias); the kernel puts zero channels behind those of dz, to a multiple of 8."""
-    _, channels, height, width = dy.shape
-    pixel = dy.stride(3)
     # The kernel takes pixels apart as well, as the gradient of the next block's x may have them.
-    apart = dy.stride() == (height * width * pixel, 1, width * pixel, pixel) and pixel >= channels
-    if impl == "reference" or not apart:
-        dy = dy.contiguous(memory_format=torch.channels_last)
+    dy = dy.contiguous(memory_format=torch.channels_last) if impl == "reference" else channels_last_pixels(dy)
     z = z.contiguous(memory_format=torch.channels_last)
     if impl != "reference":
         from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_bwd

@@ -10,10 +10,21 @@ import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
 from . import _cpp, _winograd
-from ._check import check_like, check_tensor, compute_dtype, half_padding, memory_format_of
+from ._check import (
+    channels_last_pixels,
+    check_like,
+    check_tensor,
+    compute_dtype,
+    half_padding,
+    memory_format_of,
+)
 from ._library import register
+from ._triton import rejects_tensor, unavailable
 
 __all__ = ["CONV2D", "conv2d"]
+
+_INT32_MAX = 2**31 - 1
+_TRITON_CHANNELS = 128
 
 
 def _run_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -40,6 +51,24 @@ def _direct_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return None
 
 
+def _triton_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    reason = rejects_tensor(x.device, compute_dtype(x))
+    if reason is not None:
+        return reason
+    if weight.shape[0] > 3 or weight.shape[2:] != (3, 3) or not 1 <= weight.shape[1] <= _TRITON_CHANNELS:
+        return (
+            f"weight of shape {tuple(weight.shape)} is not that of a 3x3 kernel with at most three output channels and "
+            f"at most {_TRITON_CHANNELS} input channels"
+        )
+    if x.numel() == 0 or weight.numel() == 0:
+        return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"
+    batch, _, height, width = x.shape
+    pixel = max(x.shape[1], x.stride(3))
+    if height * width * pixel > _INT32_MAX or batch * height * width > _INT32_MAX - 4096:
+        return f"x of shape {tuple(x.shape)} has too many elements for offsets of 32 bits"
+    return None
+
+
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     return _winograd.rejects(x, weight, half_padding(weight))
 
@@ -47,6 +76,7 @@ def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 CONV2D = ImplementationTable(
     "conv2d",
     [
+        Implementation("triton", functools.partial(_run_kernels, impl="triton"), unavailable, _triton_rejects),
         Implementation("direct", functools.partial(_run_kernels, impl="direct"), _cpp.unavailable, _direct_rejects),
         Implementation(
             "winograd", functools.partial(_run_kernels, impl="winograd"), _cpp.unavailable, _winograd_rejects
@@ -56,11 +86,22 @@ CONV2D = ImplementationTable(
 )
 
 
+def _empty_like_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Return memory of the strides of x, which ``channels_last_pixels`` returned."""
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, height, width, x.stride(3)))[..., :channels].permute(0, 3, 1, 2)
+
+
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     if impl == "reference":
         return _run_reference(x, weight, bias).contiguous(memory_format=torch.channels_last)
     if impl == "direct":
         return _direct_forward(x, weight, bias)
+    if impl == "triton":
+        from ..triton_kernels.conv2d import conv2d_fwd
+
+        y: torch.Tensor = conv2d_fwd(channels_last_pixels(x), weight, bias)
+        return y
     return _winograd.forward(x, weight, None, bias, 1, "identity", keep_z=False)[0]
 
 
@@ -104,6 +145,21 @@ def _direct_backward(
     )
 
 
+def _triton_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.conv2d import conv2d_bwd
+
+    dx, _, _ = _backward_fake(dy, x, weight, wanted, "triton")
+    x = channels_last_pixels(x)
+    target = _empty_like_pixels(x) if wanted[0] else None
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dweight, dbias = conv2d_bwd(dy, x, weight, target, sums=wanted[1] or wanted[2])
+    if target is not None:
+        dx = target if target.stride() == dx.stride() else dx.copy_(target)
+    return dx, dweight if wanted[1] else x.new_empty(0), dbias if wanted[2] else x.new_empty(0)
+
+
 def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     size = (x.shape[0], weight.shape[0], *x.shape[2:])
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -114,6 +170,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if impl == "direct":
         return _direct_backward(dy, x, weight, wanted)
+    if impl == "triton":
+        return _triton_backward(dy, x, weight, wanted)
     dbias = dy.sum(dim=(0, 2, 3)) if wanted[2] else x.new_empty(0)
     if impl == "reference":
         padding = list(half_padding(weight))
@@ -132,7 +190,10 @@ def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = memory_format_of(x)
-    dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
+    if wanted[0] and impl == "triton" and layout == torch.contiguous_format and not x.is_contiguous():
+        dx = _empty_like_pixels(channels_last_pixels(x))
+    else:
+        dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
 
@@ -169,6 +230,17 @@ register(
 )
 
 
+def _kernels_pay(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether a kernel of ours is faster than PyTorch's convolution.
+
+    On a GPU a prediction for half precision: with three output channels in bfloat16 cuDNN takes ten times as long as
+    reading x (``python -m bench.gpu --parts head`` compares them).
+    """
+    if x.device.type == "cpu":
+        return _winograd.pays(x, weight)
+    return compute_dtype(x).itemsize == 2
+
+
 def conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
@@ -181,9 +253,11 @@ def conv2d(
         x: ``[B, C_in, H, W]``, floating point, any strides.
         weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
         bias: ``[C_out]`` in x's dtype, or None.
-        impl: ``"auto"``, ``"direct"`` (CPU with AVX2 or AVX-512: float32, a 3x3 kernel with three output channels,
-            gradients included), ``"winograd"`` (the same for any channels and kernels of 3x3 and 5x5) or
-            ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images).
+        impl: ``"auto"``, ``"triton"`` (a 3x3 kernel with at most three output channels, gradients included; one pass
+            over x and dy makes all of them), ``"direct"`` (CPU with AVX2 or AVX-512: float32, a 3x3 kernel with three
+            output channels, gradients included), ``"winograd"`` (the same for any channels and kernels of 3x3 and 5x5)
+            or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images, and for float32 on a
+            GPU).
 
     Returns:
         ``[B, C_out, H, W]``; x's dtype, or autocast's.
@@ -194,10 +268,11 @@ def conv2d(
         BackendUnavailable: the named implementation cannot run; the message says why.
 
     Numerics:
-        ``"direct"`` sums products as they are, the gradients of weight and bias row by row in float32 and over rows in
-        float64; the bits depend neither on the threads nor, but for the sums over it, on the batch. A value of x that
-        is not finite also reaches pixels to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in
-        :func:`conv_pixel_shuffle_gelu`.
+        ``"triton"`` sums in float32, over pixels in an order that depends on the shape alone; float32 products are
+        rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products as they
+        are, the gradients of weight and bias row by row in float32 and over rows in float64; the bits depend neither on
+        the threads nor, but for the sums over it, on the batch. A value of x that is not finite also reaches pixels to
+        the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`.
 
     Example:
         >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape
@@ -218,7 +293,7 @@ def conv2d(
         check_like("bias", bias, x)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if impl == "auto" and x.device.type == "cpu" and not _winograd.pays(x, weight):
+    if impl == "auto" and not _kernels_pay(x, weight):
         impl = "reference"
     entry = CONV2D.select(impl, x, weight, bias)
     out: torch.Tensor = entry.run(x, weight, bias)

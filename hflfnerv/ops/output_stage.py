@@ -11,7 +11,7 @@ import torch
 from .._impl import Implementation, ImplementationTable
 from ..reference import output_stage as reference
 from . import _cpp
-from ._check import check_like, check_tensor, compute_dtype
+from ._check import channels_last_pixels, check_like, check_tensor, compute_dtype
 from ._library import register
 from ._triton import rejects_tensor, unavailable
 from .packed_weights import kept_weight
@@ -59,7 +59,7 @@ def _triton_rejects(call: Call) -> str | None:
     most = max(x.shape[1] for x in features)
     if reason is None and most > _TRITON_CHANNELS:
         reason = f"a feature has {most} channels, more than {_TRITON_CHANNELS}"
-    image = max(x.shape[1] * x.shape[2] * x.shape[3] for x in features)
+    image = max(max(x.shape[1], x.stride(3)) * x.shape[2] * x.shape[3] for x in features)
     if reason is None and image > _INT32_MAX:
         reason = f"one image has {image} elements, more than {_INT32_MAX}"
     return reason
@@ -119,8 +119,11 @@ def _fake(*arguments: Any) -> torch.Tensor:
 def _forward(*arguments: Any) -> torch.Tensor:
     *of_call, packed, impl = arguments
     call = Call(*of_call)
-    call = call._replace(features=[x.contiguous(memory_format=torch.channels_last) for x in call.features])
-    return _forward_triton(call, packed) if impl == "triton" else _forward_cpp(call)
+    if impl == "triton":
+        return _forward_triton(call._replace(features=[channels_last_pixels(x) for x in call.features]), packed)
+    return _forward_cpp(
+        call._replace(features=[x.contiguous(memory_format=torch.channels_last) for x in call.features])
+    )
 
 
 def _forward_cpp(call: Call) -> torch.Tensor:

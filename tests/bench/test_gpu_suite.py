@@ -203,7 +203,7 @@ def test_without_a_gpu(tmp_path):
 @pytest.mark.parametrize("model", [HNeRV, HFLFNeRV])
 def test_decoding_can_be_captured(model, monkeypatch):
     # What waits for the device cannot go into a CUDA graph.
-    network = networks._with(networks._network(machine(), model, with_encoder=False), "reference")
+    network = networks._with(networks.network_of(machine(), model, with_encoder=False), "reference")
     assert network.encoder is None
     embeddings, index = torch.randn(2, *network.spec.embedding_shape), torch.arange(2)
     for name in ("cpu", "numpy", "item", "tolist", "__bool__", "__float__", "__int__"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from triton.runtime import interpreter
 
 from hflfnerv import ops
@@ -395,6 +396,10 @@ def test_output_stage(case, dtype):
         make_tensor(2, c, crop[0] + rows, crop[1] + columns, dtype=dtype, layout="channels_last", seed=i)
         for i, (c, (rows, columns)) in enumerate(zip(channels, beyond, strict=True))
     ]
+    # The pixels of the last one are apart, as the CUDA kernels leave them; what is between them is not read.
+    last = features[-1]
+    memory = torch.full((2, *last.shape[2:], channels[-1] + 3), float("nan"), dtype=dtype)
+    features[-1] = memory[..., : channels[-1]].permute(0, 3, 1, 2).copy_(last)
     weights = [make_tensor(3, c, 3, 3, dtype=dtype, scale=(9 * c) ** -0.5, seed=9 + c) for c in channels]
     biases = make_tensor(len(scales), 3, seed=20)
     rest = (list(groups), list(scales), 0.5, list(crop))
@@ -524,3 +529,40 @@ def test_output_stage_keeps_the_packed_weights(monkeypatch):
         assert len(packed) == 2
     frames.append(module._run_triton(call))
     assert all(torch.equal(frame, frames[0]) for frame in frames)
+
+
+# B, C, N, H, W: odd sizes, channels that fill no tile, more than one program, pixels apart in memory.
+HEADS = [(2, 28, 3, 7, 9, 0), (1, 5, 3, 1, 1, 0), (1, 33, 2, 5, 3, 7), (1, 8, 1, 40, 60, 0), (1, 26, 3, 6, 4, 6)]
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, True, False]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_conv2d(shape, dtype, wanted):
+    batch, channels, n, height, width, gap = shape
+    memory = torch.full((batch, height, width, channels + gap), float("nan"), dtype=dtype)
+    x = memory[..., :channels].permute(0, 3, 1, 2)
+    x.copy_(make_tensor(batch, channels, height, width, dtype=dtype))
+    weight = make_tensor(n, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5, seed=1)
+    bias, dy = make_tensor(n, dtype=dtype, seed=2), make_tensor(batch, n, height, width, dtype=dtype, seed=3)
+    with poisoned_empty():
+        y = torch.ops.hflfnerv.conv2d(x, weight, bias, "triton")
+        gradients = torch.ops.hflfnerv.conv2d_backward(dy, x, weight, wanted, "triton")
+
+    def run(to):
+        leaves = [t.detach().to(to).requires_grad_() for t in (x, weight, bias)]
+        y = F.conv2d(*leaves, padding=1)
+        return y, torch.autograd.grad(y, leaves, dy.to(to))
+
+    (expected, expected_gradients), (same, same_gradients) = run(torch.float64), run(dtype)
+    assert_close_to_reference(y, expected, same)
+    magnitudes = convolution_magnitudes(x.detach(), weight, dy, 1, (1, 1))
+    for actual, true, rounded, size, want in zip(
+        gradients, expected_gradients, same_gradients, magnitudes[1:], wanted, strict=True
+    ):
+        if want:
+            assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
+        else:
+            assert actual.numel() == 0
+    if wanted[0] and gap:
+        assert gradients[0].stride() == x.stride()
