@@ -278,7 +278,10 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
         target = torch.randint(0, 256, (3, height, width, 3), device=machine.device, generator=generator)
         run = _loss(low, target.byte(), high if both else None, random(3))
         yield case("stream_loss", f"{height}x{width} of 64x96, {1 + both} streams", run, dtype, impl)
-    for dtype, channels, impl in itertools.product(DTYPES, ((28,), (24, 5, 10), (64,)), kernels):
+    stages = [*kernels, *([] if machine.dry else cuda_kernels())]
+    for dtype, channels, impl in itertools.product(DTYPES, ((28,), (24, 5, 10), (64,)), stages):
+        if impl == "cuda" and dtype == torch.float32:
+            continue
         features = [random(2, c, 37, 83).to(dtype).contiguous(memory_format=torch.channels_last) for c in channels]
         weights = [(random(3, c, 3, 3) * (9 * c) ** -0.5).to(dtype) for c in channels]
         run = _stage(features, weights, random(3).to(dtype))

@@ -27,6 +27,7 @@
 #include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv_pixel_shuffle_gelu.h"
+#include "cuda/output_stage.h"
 #endif
 
 namespace py = pybind11;
@@ -515,6 +516,36 @@ void conv_pixel_shuffle_gelu_cuda_fwd(const CudaShape& sizes, int device, const 
   raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_fwd(call, pointer<void>(stream)));
 }
 
+// Address and packed weight of a feature map, its channels, height, width and elements from pixel to pixel; its group.
+using CudaFeature = std::tuple<std::uintptr_t, std::uintptr_t, int, int, int, int, int>;
+
+void output_stage_cuda_fwd(const std::array<int, 3>& size, int device, const std::string& dtype,
+                           const std::vector<CudaFeature>& features, const std::vector<float>& scales, float offset,
+                           std::uintptr_t biases, std::uintptr_t y, bool as_bytes, std::uintptr_t stream) {
+  const hflfnerv::FloatType type = float_type_of(dtype);
+  if (type == hflfnerv::FloatType::f32) throw py::value_error("dtype must be 'float16' or 'bfloat16', got 'float32'");
+  constexpr std::size_t kMost = hflfnerv::kMostFeatures;
+  if (features.empty() || features.size() > kMost || scales.empty() || scales.size() > kMost) {
+    throw py::value_error("features and scales must be one to three");
+  }
+  hflfnerv::OutputStageCuda call{};
+  call.bfloat16 = type == hflfnerv::FloatType::bf16;
+  call.as_bytes = as_bytes;
+  std::tie(call.batch, call.height, call.width) = std::tuple_cat(size);
+  call.features = static_cast<int>(features.size());
+  call.groups = static_cast<int>(scales.size());
+  for (std::size_t i = 0; i < features.size(); ++i) {
+    const auto& [x, weight, channels, rows, columns, pixel, group] = features[i];
+    call.feature[i] = {pointer<void>(x), pointer<void>(weight), channels, rows, columns, pixel, group};
+  }
+  std::copy(scales.begin(), scales.end(), call.scales);
+  call.offset = offset;
+  call.biases = pointer<float>(biases);
+  call.y = pointer<void>(y);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::output_stage_cuda_fwd(call, device, pointer<void>(stream)));
+}
+
 #endif
 
 // Address, channels, height and width of a feature map; address of its head's weight; its group.
@@ -690,6 +721,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("conv_pixel_shuffle_gelu_cuda_fwd", &conv_pixel_shuffle_gelu_cuda_fwd, py::arg("sizes"), py::arg("device"),
              py::arg("dtype"), py::arg("activation"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"),
              py::arg("z"), py::arg("stream"));
+  module.def("output_stage_cuda_fwd", &output_stage_cuda_fwd, py::arg("size"), py::arg("device"), py::arg("dtype"),
+             py::arg("features"), py::arg("scales"), py::arg("offset"), py::arg("biases"), py::arg("y"),
+             py::arg("as_bytes"), py::arg("stream"));
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
              py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hflfnerv import ops
 from hflfnerv.reference import output_stage as reference
 
-from ..device import Machine, require_close, without_autotuning
+from ..device import Machine, cuda_kernels, require_close, without_autotuning
 from ..registry import Contender, Point
 
 COMPILED = "torch.compile max-autotune"
@@ -46,10 +47,10 @@ def _measure(machine: Machine, name: str, network: str, batch: int, dtype: torch
     for group, bias in zip(groups, biases, strict=True):
         sums[group] += bias
 
-    def ours(as_bytes: bool = True) -> torch.Tensor:
-        return ops.output_stage(
-            features, weights, biases, groups=groups, scales=scales, as_bytes=as_bytes, impl=machine.implementation
-        )
+    def ours(impl: str, as_bytes: bool = True) -> torch.Tensor:
+        return ops.output_stage(features, weights, biases, groups=groups, scales=scales, as_bytes=as_bytes, impl=impl)
+
+    implementations = [machine.implementation, *([] if machine.dry else cuda_kernels())]
 
     def definition(to: torch.dtype = dtype, as_bytes: bool = True) -> torch.Tensor:
         tensors = [[t.to(to) for t in of] for of in (features, weights)]
@@ -57,7 +58,7 @@ def _measure(machine: Machine, name: str, network: str, batch: int, dtype: torch
         return reference.output_stage(*tensors, sums.to(to), **link, as_bytes=as_bytes)
 
     runs: dict[str, Callable[[], torch.Tensor]] = {
-        machine.implementation: ours,
+        **{impl: functools.partial(ours, impl) for impl in implementations},
         "eager": definition,
         COMPILED: machine.compile(definition),
     }
@@ -65,14 +66,15 @@ def _measure(machine: Machine, name: str, network: str, batch: int, dtype: torch
     def check() -> None:
         with without_autotuning():
             expected = definition(torch.float64, False)
-        with machine.trying(machine.implementation):
-            require_close(name, ours(False), expected, definition(dtype, False).float())
+        for impl in implementations:
+            with machine.trying(impl):
+                require_close(f"{name}, {impl}", ours(impl, False), expected, definition(dtype, False).float())
         levels = (expected.clamp(0, 1) * 255).round()
         for run_name, run in runs.items():
             with machine.trying(run_name):
                 difference = (run().double() - levels).abs()
                 # A value near a half may fall on either side of it. PyTorch rounds the image to its dtype before.
-                allowed = 1 if run is ours else 8
+                allowed = 1 if run_name in implementations else 8
                 assert float(difference.max()) <= allowed, f"{name}, {run_name}: {difference.max()} levels off"
 
     moved = sum(x.numel() * x.element_size() for x in features) + batch * height * width * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ __all__ = [
     "conv_pixel_shuffle_gelu_fwd",
     "empty_gradient",
     "empty_result",
+    "output_stage_fwd",
+    "pack_head",
     "pack_weight",
     "rejects_tensor",
     "unavailable",
@@ -213,3 +216,57 @@ def conv_pixel_shuffle_gelu_dgrad(dz: torch.Tensor, weight: torch.Tensor, r: int
             torch.cuda.current_stream().cuda_stream,
         )
     return dx
+
+
+def pack_head(weight: torch.Tensor) -> torch.Tensor:
+    """Return a head's weight ``[3, C, 3, 3]`` as the kernel of the output stage reads it, see csrc/cuda/output_stage.h.
+
+    Depends on the weight alone, so a caller whose weights stay as they are can keep it.
+    """
+    channels = weight.shape[1]
+    steps = -(-channels // 16)
+    matrix = weight.new_zeros((16 * steps, 32))  # channels by (tap, colour)
+    matrix[:channels, :27] = weight.permute(1, 2, 3, 0).reshape(channels, 27)
+    # Step, register, quad, element; block of columns, row of the quads.
+    fragments = matrix.view(steps, 2, 4, 2, 4, 8).permute(0, 4, 5, 2, 1, 3)
+    return fragments.contiguous()
+
+
+def output_stage_fwd(
+    features: Sequence[torch.Tensor],
+    packed: Sequence[torch.Tensor],
+    biases: torch.Tensor,
+    groups: Sequence[int],
+    scales: Sequence[float],
+    offset: float,
+    y: torch.Tensor,
+) -> None:
+    """Write frames into ``y`` ``[B, H, W, 3]``, uint8 or float32.
+
+    Args:
+        features: up to three ``[B, C, H', W']`` of one dtype, channels-last, their pixels apart or not, in the order of
+            their groups.
+        packed: their weights, from :func:`pack_head`.
+        biases: float32 ``[groups, 3]``, contiguous.
+        groups: the group of each feature.
+        scales: a number for each group.
+        offset: a number.
+        y: contiguous.
+    """
+    first = features[0]
+    with torch.cuda.device_of(first):
+        _ext.load().output_stage_cuda_fwd(
+            list(y.shape[:3]),
+            first.device.index,
+            _DTYPES[first.dtype],
+            [
+                (x.data_ptr(), weight.data_ptr(), *x.shape[1:], x.stride(3), group)
+                for x, weight, group in zip(features, packed, groups, strict=True)
+            ],
+            list(scales),
+            offset,
+            biases.data_ptr(),
+            y.data_ptr(),
+            y.dtype == torch.uint8,
+            torch.cuda.current_stream().cuda_stream,
+        )

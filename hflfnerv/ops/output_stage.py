@@ -10,7 +10,7 @@ import torch
 
 from .._impl import Implementation, ImplementationTable
 from ..reference import output_stage as reference
-from . import _cpp
+from . import _cpp, _cuda
 from ._check import channels_last_pixels, check_like, check_tensor, compute_dtype
 from ._library import register
 from ._triton import rejects_tensor, unavailable
@@ -19,7 +19,7 @@ from .packed_weights import kept_weight
 __all__ = ["OUTPUT_STAGE", "output_stage"]
 
 _INT32_MAX = 2**31 - 1
-_TRITON_FEATURES = 3
+_KERNEL_FEATURES = 3
 _TRITON_CHANNELS = 64  # what the registers of a program hold
 
 
@@ -54,8 +54,8 @@ def _run_reference(call: Call) -> torch.Tensor:
 def _triton_rejects(call: Call) -> str | None:
     features = call.features
     reason = rejects_tensor(features[0].device, features[0].dtype)
-    if reason is None and len(features) > _TRITON_FEATURES:
-        reason = f"there are {len(features)} features, more than {_TRITON_FEATURES}"
+    if reason is None and len(features) > _KERNEL_FEATURES:
+        reason = f"there are {len(features)} features, more than {_KERNEL_FEATURES}"
     most = max(x.shape[1] for x in features)
     if reason is None and most > _TRITON_CHANNELS:
         reason = f"a feature has {most} channels, more than {_TRITON_CHANNELS}"
@@ -83,6 +83,29 @@ def _run_triton(call: Call) -> torch.Tensor:
     return out
 
 
+def _cuda_rejects(call: Call) -> str | None:
+    features = call.features
+    reason = _cuda.rejects_tensor(features[0].device, features[0].dtype)
+    if reason is None and len(features) > _KERNEL_FEATURES:
+        reason = f"there are {len(features)} features, more than {_KERNEL_FEATURES}"
+    if reason is None and min(min(x.shape) for x in features) == 0:
+        reason = "a feature is empty"
+    image = max(max(x.shape[1], x.stride(3)) * x.shape[2] * x.shape[3] for x in features)
+    if reason is None and image > _INT32_MAX:
+        reason = f"one image has {image} elements, more than {_INT32_MAX}"
+    return reason
+
+
+def _run_cuda(call: Call) -> torch.Tensor:
+    kept = [
+        kept_weight(weight, lambda: ("output_stage", "cuda"), functools.partial(_cuda.pack_head, weight))
+        for weight in call.weights
+    ]
+    packed = [weight for weight in kept if weight is not None]
+    out: torch.Tensor = torch.ops.hflfnerv.output_stage(*call, packed, "cuda")
+    return out
+
+
 def _cpp_rejects(call: Call) -> str | None:
     features = call.features
     reason = _cpp.rejects_tensor(features[0].device, features[0].dtype)
@@ -100,6 +123,7 @@ OUTPUT_STAGE = ImplementationTable(
     "output_stage",
     [
         Implementation("triton", _run_triton, unavailable, _triton_rejects),
+        Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
         Implementation("reference", _run_reference),
     ],
@@ -119,6 +143,8 @@ def _fake(*arguments: Any) -> torch.Tensor:
 def _forward(*arguments: Any) -> torch.Tensor:
     *of_call, packed, impl = arguments
     call = Call(*of_call)
+    if impl == "cuda":
+        return _forward_cuda(call, packed)
     if impl == "triton":
         return _forward_triton(call._replace(features=[channels_last_pixels(x) for x in call.features]), packed)
     return _forward_cpp(
@@ -145,6 +171,16 @@ def _forward_cpp(call: Call) -> torch.Tensor:
     return out
 
 
+def _forward_cuda(call: Call, packed: list[torch.Tensor]) -> torch.Tensor:
+    features = [channels_last_pixels(x) for x in call.features]
+    # The kernel reads four bytes at a time.
+    features = [x if x.data_ptr() % 4 == 0 else x.clone(memory_format=torch.channels_last) for x in features]
+    packed = packed or [_cuda.pack_head(weight) for weight in call.weights]
+    out = _empty_result(call)
+    _cuda.output_stage_fwd(features, packed, call.biases, call.groups, call.scales, call.offset, out)
+    return out
+
+
 def _forward_triton(call: Call, packed: list[torch.Tensor]) -> torch.Tensor:
     from ..triton_kernels.output_stage import output_stage_fwd
 
@@ -157,8 +193,8 @@ def _no_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, .
     raise RuntimeError("output_stage has no gradient in its kernels; use impl='reference'")
 
 
-# ``biases`` is float32 [G, 3], without gradient; ``packed`` what ``pack_head`` returns of each weight, for a caller who
-# keeps it, or empty.
+# ``biases`` is float32 [G, 3], without gradient; ``packed`` what the implementation's ``pack_head`` returns of each
+# weight, for a caller who keeps it, or empty.
 register(
     "output_stage(Tensor[] features, Tensor[] weights, Tensor biases, int[] groups, float[] scales, float offset, "
     "int[] crop, bool as_bytes, Tensor[] packed, str impl) -> Tensor",
@@ -214,6 +250,7 @@ def output_stage(
         crop: height and width of the frames, the top left of each feature's image; None for that of the first.
         as_bytes: clamp to [0, 1], multiply by 255 and round half to even. Otherwise neither clamp nor round.
         impl: ``"auto"``, ``"triton"`` (CUDA; float32, float16, bfloat16; up to three features of at most 64 channels),
+            ``"cuda"`` (Hopper; float16, bfloat16; up to three features: each pixel is read once for all nine taps),
             ``"cpp"`` (CPU: AMX for bfloat16 where there is some, otherwise AVX2 or AVX-512) or
             ``"reference"`` (PyTorch, anywhere; the only one that has gradients, with ``as_bytes=False``).
 
@@ -228,9 +265,9 @@ def output_stage(
     Numerics:
         ``"cpp"`` sums the convolution in float32, takes tanh (error at most 1e-6) in float32 and rounds once. A pixel
         is the same bits wherever it lies, on any number of threads and in any batch. A feature that is not finite
-        reaches up to five pixels further than its convolution does. ``"triton"`` does the same in tiles, tanh within
-        2e-7; products of float32 are rounded to TF32 where PyTorch's convolutions are told to. A feature that is not
-        finite reaches no further than its convolution does.
+        reaches up to five pixels further than its convolution does. ``"triton"`` and ``"cuda"`` do the same in tiles,
+        tanh within 2e-7; products of float32 are rounded to TF32 where PyTorch's convolutions are told to. A feature
+        that is not finite reaches no further than its convolution does.
 
     Example:
         >>> x, weight = torch.zeros(2, 8, 5, 7), torch.zeros(3, 8, 3, 3)

@@ -1,0 +1,34 @@
+// Instructions of tensor cores since Ampere (sm_80) as functions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace hflfnerv {
+namespace ampere {
+
+// Dynamic shared memory.
+__device__ inline char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// Adds the product of 16 x 16 by 16 x 8 elements, sums in float32. Of lane l: sums 2 i + e are row l / 4 + 8 i, column
+// 2 (l mod 4) + e; a's register i + 2 h is row l / 4 + 8 i, K 8 h + 2 (l mod 4) and the next; b's register h is K as that,
+// column l / 4.
+#define HFLFNERV_MMA(type, name)                                                                                     \
+  __device__ inline void multiply_add(type, float(&sums)[4], const std::uint32_t(&a)[4], std::uint32_t b0,           \
+                                      std::uint32_t b1) {                                                            \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+                 "{%0,%1,%2,%3};"                                                                                    \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                    \
+  }
+HFLFNERV_MMA(__nv_bfloat16, "bf16")
+HFLFNERV_MMA(__half, "f16")
+#undef HFLFNERV_MMA
+
+}  // namespace ampere
+}  // namespace hflfnerv

@@ -1,0 +1,43 @@
+// The functions of csrc/cuda/ampere.h by threads of the host, as the PTX ISA defines the instructions behind them.
+#pragma once
+
+#include "tests/emulation/cuda/hopper.h"
+
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+using std::fmaxf;
+using std::fminf;
+
+namespace hflfnerv {
+namespace ampere {
+
+inline char* shared_memory() { return emulation::shared; }
+
+template <class T>
+void multiply_add(T, float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  static std::uint32_t held[640][6];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 * 32, lane = thread % 32;
+  std::memcpy(held[thread], a, sizeof(a));
+  held[thread][4] = b0;
+  held[thread][5] = b1;
+  emulation::warps[thread / 32]->wait();
+  const auto half = [](std::uint32_t bits, int k) {
+    T value;
+    value.bits = static_cast<std::uint16_t>(bits >> k % 2 * 16);
+    return static_cast<float>(value);
+  };
+  for (int i = 0; i < 2; ++i) {
+    for (int e = 0; e < 2; ++e) {
+      const int column = lane % 4 * 2 + e;
+      for (int k = 0; k < 16; ++k) {
+        sums[2 * i + e] += half(held[warp + lane / 4 * 4 + k % 8 / 2][i + k / 8 * 2], k) *
+                           half(held[warp + column * 4 + k % 8 / 2][4 + k / 8], k);
+      }
+    }
+  }
+  emulation::warps[thread / 32]->wait();
+}
+
+}  // namespace ampere
+}  // namespace hflfnerv
