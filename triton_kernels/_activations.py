@@ -3,27 +3,41 @@
 import triton
 import triton.language as tl
 
-# GELU is z sigmoid(2 u(z)), u an odd polynomial in which z² counts as 50 at most: there the sigmoid is 0 or 1. The tanh
+# GELU is z (1 + tanh(u(z))) / 2, u an odd polynomial in which z² counts as 50 at most: there tanh is -1 or 1. The tanh
 # form is that by definition; for the exact one u is fitted: GELU is then within 2.6e-5, its derivative within 5.1e-5.
-_EXPONENT = tl.constexpr(-2.8853900817779268)  # exp(-2 u) = 2 ** (this u)
+# In half precision tanh is the hardware's, within 5e-4 of its value: the arithmetic of a division, or of erf, would
+# take longer than the memory does.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which has no instructions of the hardware
 
 
 def gelu_form(approximate, dtype):
-    """Return the form of GELU that kernels compute: "tanh", "erf", or in half precision "fitted" instead of that."""
-    if approximate == "tanh":
-        return "tanh"
-    return "fitted" if dtype.itemsize == 2 else "erf"
+    """Return the form of GELU that kernels compute: "erf", "tanh", or in half precision "fitted" and "fast tanh"."""
+    if dtype.itemsize == 2:
+        return "fast tanh" if approximate == "tanh" else "fitted"
+    return "tanh" if approximate == "tanh" else "erf"
 
 
 @triton.jit
-def _exponential(z, FORM: tl.constexpr):
-    """Return exp(-2 u(z))."""
+def _argument(z, FORM: tl.constexpr):
+    """Return u(z)."""
     square = tl.minimum(z * z, 50.0)
-    if FORM == "tanh":
-        u = 0.035677408136300125 * square + 0.7978845608028654
-    else:
-        u = (-3.5156457e-4 * square + 0.03700594) * square + 0.79750756
-    return tl.exp2(z * (_EXPONENT * u))
+    if FORM == "fitted":
+        return z * ((-3.5156457e-4 * square + 0.03700594) * square + 0.79750756)
+    return z * (0.035677408136300125 * square + 0.7978845608028654)
+
+
+@triton.jit
+def _fast_tanh(x):
+    if _INTERPRETED:
+        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _fast_exp2(x):
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -31,24 +45,32 @@ def gelu(z, FORM: tl.constexpr):
     """GELU, in one of the forms of gelu_form."""
     if FORM == "erf":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    return z / (1.0 + _exponential(z, FORM))
+    if FORM == "tanh":
+        # z (1 + tanh(u)) / 2 = z sigmoid(2 u)
+        return z / (1.0 + tl.exp(-2.0 * _argument(z, FORM)))
+    half = 0.5 * z
+    return half * _fast_tanh(_argument(z, FORM)) + half
 
 
 @triton.jit
 def gelu_derivative(z, FORM: tl.constexpr):
     """Its derivative."""
     if FORM == "tanh":
-        e = _exponential(z, FORM)
+        e = tl.exp(-2.0 * _argument(z, FORM))
         s = 1.0 / (1.0 + e)
         # e s is 1 - s without the cancellation.
         d = s + z * (e * s * s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif FORM == "fast tanh":
+        t = _fast_tanh(_argument(z, FORM))
+        d = 0.5 * t + 0.5 + z * (1.0 - t * t) * (0.053516112204450188 * (z * z) + 0.3989422804014327)
     else:
+        # The distribution, and z times its density exp(-z² / 2) / sqrt(2 pi).
         if FORM == "erf":
-            distribution = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+            d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+            d += z * tl.exp(-0.5 * z * z) * 0.3989422804014327
         else:
-            distribution = 1.0 / (1.0 + _exponential(z, FORM))
-        # exp(-z² / 2) / sqrt(2 pi)
-        d = distribution + z * (tl.exp2(-0.7213475204444817 * z * z) * 0.3989422804014327)
+            d = 0.5 * _fast_tanh(_argument(z, FORM)) + 0.5
+            d += z * (_fast_exp2(-0.7213475204444817 * z * z) * 0.3989422804014327)
     # All forms are within 1e-17 of their limits at |z| = 9 and overflow later. A NaN fails both comparisons and stays.
     return tl.where(z > 9.0, 1.0, tl.where(z < -9.0, 0.0, d))
 

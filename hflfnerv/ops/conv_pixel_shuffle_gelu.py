@@ -338,8 +338,9 @@ def conv_pixel_shuffle_gelu(
             :func:`pixel_shuffle_gelu`, which adds the bias as well), ``"triton"`` (one kernel for all, half of an odd
             kernel as padding; the gradients of x and weight by kernels too, or by PyTorch's convolutions where those
             are faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
-            float16, half of an odd kernel as padding; the gradients as with ``"triton"``), ``"cpp"`` (CPU with AMX:
-            one kernel for all, bfloat16, channels-last, without gradients), ``"winograd"`` (CPU with AVX2 or AVX-512:
+            float16, half of an odd kernel as padding; the gradient of x likewise, that of the weight as with
+            ``"triton"``), ``"cpp"`` (CPU with AMX: one kernel for all, bfloat16, channels-last, without gradients),
+            ``"winograd"`` (CPU with AVX2 or AVX-512:
             one kernel for all, float32, kernels 3x3 and 5x5 with half of them as padding; a fifth to a sixth of the
             products that the definition takes, and gradients likewise; channels-last is read and written as it is,
             any other layout through copies),
@@ -361,9 +362,10 @@ def conv_pixel_shuffle_gelu(
         rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so, which is PyTorch's default. Its
         result is channels-last, and so is what it keeps for the backward pass. The gradients that kernels make are
         summed in float32, in an order that depends on shapes and the device alone. ``"cuda"`` does likewise, in the
-        same order in every run; its GELU is within 3e-5 of the exact one plus the error of the hardware's tanh, 5e-4 of
-        its value, and where r C_out is no multiple of 8 the pixels of its result are padded in memory to a multiple of
-        8 channels, as which the next block reads them without a copy. ``"cpp"`` sums in float32 in an order that
+        same order in every run. In half precision the GELU of both is within 3e-5 of the exact one plus the error of
+        the hardware's tanh, 5e-4 of its value. Where C_out or r C_out is no multiple of 8, ``"cuda"`` pads the pixels
+        of its result and of the gradient of x in memory to a multiple of 8 channels, as which the next block reads them
+        without a copy. ``"cpp"`` sums in float32 in an order that
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
