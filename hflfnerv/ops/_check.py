@@ -64,11 +64,20 @@ def half_padding(weight: torch.Tensor) -> tuple[int, int]:
 
 
 def channels_last_pixels(x: torch.Tensor) -> torch.Tensor:
-    """Return x channels-last: itself also if its pixels are apart in memory, as the CUDA kernels leave them."""
+    """Return x channels-last, its pixels ``x.stride(3)`` elements apart.
+
+    That is x itself also if there are gaps between them, as the CUDA kernels leave them.
+    """
     _, channels, height, width = x.shape
-    pixel = x.stride(3)
-    apart = x.stride() == (height * width * pixel, 1, width * pixel, pixel) and pixel >= channels
-    return x if apart else x.contiguous(memory_format=torch.channels_last)
+
+    def strides(pixel: int) -> tuple[int, int, int, int]:
+        return height * width * pixel, 1, width * pixel, pixel
+
+    if x.stride(3) >= channels and x.stride() == strides(x.stride(3)):
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    # PyTorch does not look at the strides of axes of size 1, which may be anything.
+    return x.as_strided(x.shape, strides(channels))
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:

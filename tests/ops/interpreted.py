@@ -134,6 +134,8 @@ CONV_SHAPES = [
     (1, 60, 7, 1, (3, 1), 9, 1),
     (1, 8, 17, 4, (1, 3), 1, 11),
     (3, 3, 28, 2, (7, 7), 2, 3),
+    (3, 5, 7, 1, (1, 1), 1, 1),  # axes of size 1, whose strides say nothing
+    (2, 4, 6, 1, (3, 1), 5, 1),
 ]
 
 
@@ -233,6 +235,24 @@ def test_conv_shuffle_takes_pixels_that_lie_apart():
     run = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
     y, expected = (run(t, weight, bias, None, 2, "none", False, "triton", "conv2d", "conv2d")[0] for t in (apart, x))
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_conv_shuffle_gradients_take_pixels_that_lie_apart(channels):
+    # As the CUDA kernels leave them: in dy, and in x where the gradient of the weight alone may read what is between.
+    x, weight = (make_tensor(*size, seed=i) for i, size in enumerate(((2, 5, 4, 6), (channels * 4, 5, 3, 3))))
+    z, dy = make_tensor(2, channels * 4, 4, 6, seed=2), make_tensor(2, channels, 8, 12, seed=3)
+    x, z, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, z, dy))
+    run = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_backward
+    rest = (z, 2, "none", [True, True, True], "triton", "triton", "triton")
+    expected = run(dy, x, weight, *rest)
+    apart = []
+    for t, pixel in ((dy, channels + 5), (x, 8)):
+        batch, _, height, width = t.shape
+        memory = torch.full((batch, height, width, pixel), float("nan"))
+        apart.append(memory[..., : t.shape[1]].permute(0, 3, 1, 2).copy_(t))
+    for actual, of in zip(run(apart[0], apart[1], weight, *rest), expected, strict=True):
+        assert torch.equal(actual, of)
 
 
 def test_conv_shuffle_keeps_the_packed_weight(monkeypatch):
@@ -532,7 +552,14 @@ def test_output_stage_keeps_the_packed_weights(monkeypatch):
 
 
 # B, C, N, H, W: odd sizes, channels that fill no tile, more than one program, pixels apart in memory.
-HEADS = [(2, 28, 3, 7, 9, 0), (1, 5, 3, 1, 1, 0), (1, 33, 2, 5, 3, 7), (1, 8, 1, 40, 60, 0), (1, 26, 3, 6, 4, 6)]
+HEADS = [
+    (2, 28, 3, 7, 9, 0),
+    (3, 5, 3, 1, 1, 0),
+    (2, 4, 3, 5, 1, 0),
+    (1, 33, 2, 5, 3, 7),
+    (1, 8, 1, 40, 60, 0),
+    (1, 26, 3, 6, 4, 6),
+]
 
 
 @pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, True, False]])
