@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
+from .gpu import Row, best, read
 from .run import RESULTS
-
-Row = dict[str, Any]
 
 # Parts, in the order of the page, with the title of their table and the name of its figures.
 PARTS = [
@@ -31,8 +28,7 @@ LIBRARY = ("eager", "torch.compile", "conv2d")  # how the names of contenders be
 
 def rows_of(part: str) -> list[Row]:
     """Return the rows of a part, none where it has not run."""
-    path = RESULTS / f"gpu-{part}.jsonl"
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    return read(RESULTS / f"gpu-{part}.jsonl")
 
 
 def is_library(row: Row) -> bool:
@@ -45,11 +41,6 @@ def points(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
     """Yield what was measured, on what, and the rows of it."""
     for what, data in dict.fromkeys((row["what"], row["data"]) for row in rows):
         yield what, data, [row for row in rows if (row["what"], row["data"]) == (what, data)]
-
-
-def fastest(rows: list[Row]) -> Row | None:
-    """Return the fastest of some rows, None of none."""
-    return max(rows, key=lambda row: float(row["p50"]), default=None)
 
 
 def cell(row: Row | None) -> str:
@@ -69,9 +60,9 @@ def part_table(part: str, title: str) -> str:
     ]
     for what, data, contenders in points(rows):
         library = [row for row in contenders if is_library(row)]
-        compiled = fastest([row for row in library if row["implementation"].startswith("torch.compile")])
-        eager = fastest([row for row in library if row is not compiled])
-        ours, rival = fastest([row for row in contenders if not is_library(row)]), fastest(library)
+        compiled = best([row for row in library if row["implementation"].startswith("torch.compile")])
+        eager = best([row for row in library if row is not compiled])
+        ours, rival = best([row for row in contenders if not is_library(row)]), best(library)
         ratio = "" if ours is None or rival is None else f"{ours['p50'] / rival['p50']:.2f} x"
         of_limit = f" | {100 * ours[f'share_of_{limit}']:.0f} %" if limit and ours else " |" * bool(limit)
         name = f"{what.split('.')[-1]}, {data}" if len({row["what"] for row in rows}) > 1 else data
@@ -83,7 +74,7 @@ def part_table(part: str, title: str) -> str:
 def limits_line(rows: list[Row]) -> str:
     """Say what the device can do at most, as measured there."""
     copy = next(row for row in rows if row["what"] == "limits.copy")
-    cache = fastest([row for row in rows if row["what"] == "limits.l2_read"])
+    cache = best([row for row in rows if row["what"] == "limits.l2_read"])
     products = {row["dtype"]: row["p50"] for row in rows if row["what"] == "limits.matmul"}
     rates = ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in products.items())
     read = "" if cache is None else f"reads from the second cache {cache['p50'] / 1e3:.1f} TB/s, "
@@ -134,7 +125,7 @@ def gpu_summary() -> str:
     lines, device = [], None
     for text, part, what, data in SUMMARY:
         rows = [row for row in rows_of(part) if row["what"].startswith(what) and row["data"].startswith(data)]
-        ours, rival = fastest([r for r in rows if not is_library(r)]), fastest([r for r in rows if is_library(r)])
+        ours, rival = best([r for r in rows if not is_library(r)]), best([r for r in rows if is_library(r)])
         if ours is None or rival is None:
             continue
         device = ours["device"]

@@ -106,10 +106,8 @@ def _prepare(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     strides = _strides(x)
     if strides is not None:
         return x, strides
-    batch, channels, height, width = x.shape
     # What lies behind the channels is never read.
-    memory = x.new_empty((batch, height, width, _padded(channels)))
-    return memory[..., :channels].permute(0, 3, 1, 2).copy_(x), _default_strides(x)
+    return _padded_pixels(x, *x.shape).copy_(x), _default_strides(x)
 
 
 def _sizes(x: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int) -> list[int]:

@@ -51,18 +51,21 @@ def _run_reference(call: Call) -> torch.Tensor:
     return frame if as_bytes else frame.float()
 
 
+def _too_many(features: Sequence[torch.Tensor]) -> str | None:
+    """Return why the kernels of a GPU do not take so many features or so large ones, or None."""
+    if len(features) > _KERNEL_FEATURES:
+        return f"there are {len(features)} features, more than {_KERNEL_FEATURES}"
+    image = max(max(x.shape[1], x.stride(3)) * x.shape[2] * x.shape[3] for x in features)
+    return f"one image has {image} elements, more than {_INT32_MAX}" if image > _INT32_MAX else None
+
+
 def _triton_rejects(call: Call) -> str | None:
     features = call.features
     reason = rejects_tensor(features[0].device, features[0].dtype)
-    if reason is None and len(features) > _KERNEL_FEATURES:
-        reason = f"there are {len(features)} features, more than {_KERNEL_FEATURES}"
     most = max(x.shape[1] for x in features)
     if reason is None and most > _TRITON_CHANNELS:
         reason = f"a feature has {most} channels, more than {_TRITON_CHANNELS}"
-    image = max(max(x.shape[1], x.stride(3)) * x.shape[2] * x.shape[3] for x in features)
-    if reason is None and image > _INT32_MAX:
-        reason = f"one image has {image} elements, more than {_INT32_MAX}"
-    return reason
+    return reason or _too_many(features)
 
 
 def _pack_triton(weight: torch.Tensor) -> torch.Tensor:
@@ -86,14 +89,9 @@ def _run_triton(call: Call) -> torch.Tensor:
 def _cuda_rejects(call: Call) -> str | None:
     features = call.features
     reason = _cuda.rejects_tensor(features[0].device, features[0].dtype)
-    if reason is None and len(features) > _KERNEL_FEATURES:
-        reason = f"there are {len(features)} features, more than {_KERNEL_FEATURES}"
     if reason is None and min(min(x.shape) for x in features) == 0:
         reason = "a feature is empty"
-    image = max(max(x.shape[1], x.stride(3)) * x.shape[2] * x.shape[3] for x in features)
-    if reason is None and image > _INT32_MAX:
-        reason = f"one image has {image} elements, more than {_INT32_MAX}"
-    return reason
+    return reason or _too_many(features)
 
 
 def _run_cuda(call: Call) -> torch.Tensor:
