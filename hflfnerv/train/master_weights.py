@@ -1,0 +1,70 @@
+"""The casts that autocast makes of a network's weights, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MasterWeights"]
+
+
+class _Cast(torch.autograd.Function):
+    """Casts tensors, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.weights = weights
+        return tuple(_cast(weights, [torch.empty_like(weight, dtype=dtype) for weight in weights]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # In the order in memory of the weight: the optimisers take such a gradient as it is.
+        results = [
+            None if gradient is None else torch.empty_like(weight)
+            for weight, gradient in zip(ctx.weights, gradients, strict=True)
+        ]
+        _cast([g for g in gradients if g is not None], [result for result in results if result is not None])
+        return None, *results
+
+
+def _cast(sources: Sequence[Tensor], targets: list[Tensor]) -> list[Tensor]:
+    """Copy tensors to such of another dtype: in one kernel all those whose memory has the same order."""
+    together = [source.stride() == target.stride() for source, target in zip(sources, targets, strict=True)]
+    pairs = list(zip(targets, sources, together, strict=True))
+    if any(together):
+        torch._foreach_copy_([t for t, _, same in pairs if same], [s for _, s, same in pairs if same])
+    for target, source, same in pairs:
+        if not same:
+            target.copy_(source)
+    return targets
+
+
+class MasterWeights:
+    """The float32 weights of a network's convolutions and linear layers, and casts of all of them for one step.
+
+    Autocast casts each of them by itself, and its gradient back: two small kernels for each of a hundred weights and
+    biases, half of the kernels of a step. The values are the same here. What autocast leaves in float32, such as the
+    gains of a LayerNorm, is not among them.
+
+    Args:
+        model: the network.
+        dtype: of the casts.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._weights = {
+            f"{prefix}.{name}" if prefix else name: weight
+            for prefix, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+            for name, weight in module.named_parameters(recurse=False)
+        }
+
+    def cast(self) -> dict[str, Tensor]:
+        """Return casts of the weights as they are now, by name, for :func:`torch.func.functional_call`."""
+        casts: tuple[Tensor, ...] = _Cast.apply(self._dtype, *self._weights.values())  # type: ignore[no-untyped-call]
+        return dict(zip(self._weights, casts, strict=True))
