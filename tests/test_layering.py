@@ -18,6 +18,7 @@ LAYERS = [
     {
         "_impl",
         "_ext",
+        "_concurrent",
         "_device",
         "_machine",
         "_atomic",

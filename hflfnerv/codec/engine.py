@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._concurrent import concurrently
 from .._device import autocast_dtype
 from .._impl import Implementation, ImplementationTable
 from ..models import ModelSpec, VideoNetwork
@@ -100,10 +101,12 @@ def draw(streams: Sequence[DrawnStream], stems: Sequence[Tensor], spec: ModelSpe
         as_bytes: whether frames are uint8.
     """
     # The kernels of the first blocks look at the memory order.
-    features = [
-        stream.upsample(stem.contiguous(memory_format=torch.channels_last))
-        for stream, stem in zip(streams, stems, strict=True)
-    ]
+    features = concurrently(
+        *(
+            functools.partial(stream.upsample, stem.contiguous(memory_format=torch.channels_last))
+            for stream, stem in zip(streams, stems, strict=True)
+        )
+    )
     return finish(streams, features, spec, as_bytes=as_bytes)
 
 

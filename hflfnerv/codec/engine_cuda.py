@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._concurrent import side_by_side
 from .._device import autocast_dtype, exact_convolutions, first_line
 from ..models import ModelSpec, VideoNetwork
 from ..models.streams import DecoderStream
@@ -190,7 +191,7 @@ class CudaEngine(Engine):
     def _render(self, index: Tensor, *, as_bytes: bool = True) -> Tensor:
         """Make frames ``[B, H, W, 3]``, uint8 or float32."""
         stems = [stem.index_select(0, index) for stem in self._stems]
-        with self._current_device(), self._packed, exact_convolutions():
+        with self._current_device(), self._packed, exact_convolutions(), side_by_side():
             return draw(self._streams, stems, self.spec, as_bytes=as_bytes)
 
     def _program(self, batch: int) -> _Program:

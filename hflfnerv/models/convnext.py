@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._concurrent import concurrently
 from ..ops._depthwise_conv2d import depthwise_conv2d
 
 __all__ = ["ConvNeXtEncoder", "DetailEncoder", "larger_patches"]
@@ -153,4 +155,5 @@ class DetailEncoder(nn.Module):
         self._stride = strides[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.coarse(x), F.pixel_unshuffle(self.fine(x), self._stride)], 1)
+        coarse, fine = concurrently(functools.partial(self.coarse, x), functools.partial(self.fine, x))
+        return torch.cat([coarse, F.pixel_unshuffle(fine, self._stride)], 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
+from .._concurrent import concurrently
 from .base import VideoNetwork
 from .budget import detail_stream, embedding_count, grid_stream, hfd_stream, lfd_stream, plan_or_explain
 from .convnext import ConvNeXtEncoder, DetailEncoder
@@ -151,7 +152,7 @@ class HFLFNeRV(VideoNetwork):
                 affordable = int(_DETAIL_SHARE * size / max(embedding_count(frames, 1, fine_layout), 1))
                 detail = min(affordable, _DETAIL_CHANNELS)
             for channels in range(detail, 0, -1):
-                spec_of = functools.partial(spec_for, channels=channels)
+                spec_of = partial(spec_for, channels=channels)
                 with contextlib.suppress(ValueError):  # a network with fewer may be small enough
                     return plan_or_explain(cls.name, size, frames, height, width, spec_of, exact=True)
         return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=best)
@@ -164,19 +165,21 @@ class HFLFNeRV(VideoNetwork):
         if embeddings is None:
             raise ValueError("embeddings must be a tensor for this network, got None")
         if "lfd" in self.spec.streams:
-            return [self.hfd.begin(embeddings), self.lfd.begin(index)]
+            return concurrently(partial(self.hfd.begin, embeddings), partial(self.lfd.begin, index))
         time = self.time(index).to(embeddings.dtype)
         split = 2 * self.spec.time_split
-        return [self.hfd.begin(embeddings), self.lfd1.begin(time[:, :split]), self.lfd2.begin(time[:, split:])]
+        return concurrently(
+            partial(self.hfd.begin, embeddings),
+            partial(self.lfd1.begin, time[:, :split]),
+            partial(self.lfd2.begin, time[:, split:]),
+        )
 
     def stream_images(self, stems: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the high- and the low-frequency image of :meth:`stems`, before any tanh, cropped to the frame."""
-        hfd, *lfds = stems
-        high = self.crop(self.hfd.finish(hfd))
-        if "lfd" in self.spec.streams:
-            return high, self.crop(self.lfd.finish(lfds[0]))
-        lfd1, lfd2 = lfds
-        return high, self.crop(self.lfd1.finish(lfd1)) + self.crop(self.lfd2.finish(lfd2))
+        lfds = [self.lfd] if "lfd" in self.spec.streams else [self.lfd1, self.lfd2]
+        calls = [partial(stream.finish, stem) for stream, stem in zip([self.hfd, *lfds], stems, strict=True)]
+        high, *lows = map(self.crop, concurrently(*calls))
+        return high, lows[0] if len(lows) == 1 else lows[0] + lows[1]
 
     def images(self, stems: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         high, low = self.stream_images(stems)

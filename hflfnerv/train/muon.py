@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._concurrent import concurrently
 from .._impl import Implementation, ImplementationTable
 from ..ops import _cpp
 
@@ -87,10 +89,13 @@ def _run_reference(matrices: Sequence[Tensor]) -> list[Tensor]:
         rows, columns = x.shape
         by_gram = rows >= _SMALL and 2 * rows <= columns and x.dtype in (torch.float32, torch.float64)
         groups.setdefault((by_gram, x.dtype, x.device, rows, None if by_gram else columns), []).append(i)
+    calls = [
+        functools.partial(_by_gram if by_gram else _by_steps, [wide[i] for i in members])
+        for (by_gram, *_), members in groups.items()
+    ]
     results = list(wide)
-    for (by_gram, *_), members in groups.items():
-        chosen = [wide[i] for i in members]
-        for i, result in zip(members, _by_gram(chosen) if by_gram else _by_steps(chosen), strict=True):
+    for members, made in zip(groups.values(), concurrently(*calls), strict=True):
+        for i, result in zip(members, made, strict=True):
             results[i] = result
     return [y.mT if x.shape[0] > x.shape[1] else y for x, y in zip(matrices, results, strict=True)]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from .._concurrent import side_by_side
 from .._device import autocast_dtype
 from ..models import VideoNetwork
 from .clip import Clip
+from .master_weights import MasterWeights
 from .quantization import Quantization
 
 __all__ = ["TrainingStep", "use_device_lr"]
@@ -20,6 +23,21 @@ def use_device_lr(optimizer: torch.optim.Optimizer, device: torch.device) -> Non
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["lr"])
         group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float32, device=device)
+
+
+class _Objective(nn.Module):
+    """The mean squared error of each frame, as a module whose weights can be replaced for a call."""
+
+    def __init__(self, model: VideoNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, index: Tensor, clip: Clip, quantization: Quantization | None) -> Tensor:
+        inputs = clip.inputs(index)
+        embeddings = None if inputs is None else self.model.embed(inputs)
+        if quantization is not None and embeddings is not None:
+            embeddings = quantization.round_embeddings(embeddings)
+        return self.model.distortion(embeddings, index, clip.frames[index])
 
 
 class TrainingStep:
@@ -64,7 +82,9 @@ class TrainingStep:
         self.scaler = scaler
         self.errors = torch.zeros(steps_per_epoch, orders.shape[1], dtype=torch.float32, device=orders.device)
         self.quantization: Quantization | None = None
+        self._objective = _Objective(model)
         self._dtype = autocast_dtype(precision)
+        self._master_weights = None if self._dtype is None else MasterWeights(self._objective, self._dtype)
         self._orders = orders
         self._factors = factors
         self._steps_per_epoch = steps_per_epoch
@@ -76,11 +96,18 @@ class TrainingStep:
 
     def __call__(self) -> None:
         """Take the next step."""
+        with side_by_side():
+            self._take()
+        self._number.add_(1)
+
+    def _take(self) -> None:
         index = self._orders.index_select(0, self._number)[0]
         self._set_lr()
         if self.quantization is not None:
             self.quantization.round_weights()
-        errors = self._errors(index)
+        # Kept until the gradients are taken, as concurrent streams ask for.
+        weights = {} if self._master_weights is None else self._master_weights.cast()
+        errors = self._errors(index, weights)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(errors.mean()).backward()
@@ -90,17 +117,13 @@ class TrainingStep:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.errors.index_copy_(0, self._number % self._steps_per_epoch, errors.detach()[None])
-        self._number.add_(1)
 
-    def _errors(self, index: Tensor) -> Tensor:
-        """Return the mean squared error of each frame."""
-        inputs, frames, quantization = self.clip.inputs(index), self.clip.frames[index], self.quantization
+    def _errors(self, index: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Return the mean squared error of each frame, with these weights in place of the network's own."""
         # A cast that autocast kept from another step would be of weights that have changed since.
         with torch.autocast(index.device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
-            embeddings = None if inputs is None else self.model.embed(inputs)
-            if quantization is not None and embeddings is not None:
-                embeddings = quantization.round_embeddings(embeddings)
-            return self.model.distortion(embeddings, index, frames)
+            errors: Tensor = functional_call(self._objective, weights, (index, self.clip, self.quantization))
+            return errors
 
     def _set_lr(self) -> None:
         factor = self._factors.index_select(0, self._number)[0]

@@ -1,0 +1,96 @@
+"""Independent parts of a computation side by side, on streams of a CUDA device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["concurrently", "side_by_side"]
+
+T = TypeVar("T")
+
+_STREAMS = 8  # at once, the current one included: PyTorch has 32 for a device, and gives them out in turn
+_LOCAL = threading.local()
+_LOCK = threading.Lock()
+_BESIDE: dict[tuple[int, int], list[torch.cuda.Stream]] = {}
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[None]:
+    """Let :func:`concurrently` use several streams meanwhile, in this thread.
+
+    It is for computations that are ours from end to end. Elsewhere the operations of a network stay on the stream that
+    its caller chose: hooks on gradients, such as those of data-parallel training, count on that.
+    """
+    before = _side_by_side()
+    _LOCAL.side_by_side = True
+    try:
+        yield
+    finally:
+        _LOCAL.side_by_side = before
+
+
+def _side_by_side() -> bool:
+    return getattr(_LOCAL, "side_by_side", False)
+
+
+def concurrently(*calls: functools.partial[T]) -> list[T]:
+    """Call independent functions and return their results.
+
+    Within :func:`side_by_side`, where the first call has an argument on a CUDA device, up to eight calls run at once:
+    the first on the current stream, the others on streams of their own, the same ones each time. They begin after all
+    that the current stream has been given so far, and whatever comes next there begins after all of them. In the
+    capture of a CUDA graph they become branches of it. Small kernels that leave most of a device idle then take the
+    time of the longest branch, not of the sum. Gradients run on the streams of what they are the gradients of.
+
+    Args:
+        calls: functions with their positional arguments; tensors, or sequences of them, are found there and in results.
+            Any other tensor that a call reads, such as a weight, must be kept until the gradients are taken, or its
+            memory may be given away on one stream while another reads it.
+    """
+    device = next((x.device for x in _tensors(calls[0].args) if x.is_cuda), None) if calls else None
+    if device is None or not _side_by_side():
+        return [call() for call in calls]
+    current = torch.cuda.current_stream(device)
+    beside = _streams_beside(current, min(len(calls), _STREAMS) - 1)
+    streams = [current, *beside]
+    for stream in beside:
+        stream.wait_stream(current)
+    results = []
+    try:
+        for number, call in enumerate(calls):
+            stream = streams[number % len(streams)]
+            with torch.cuda.stream(stream):
+                results.append(call())
+            if stream is not current:
+                # The allocator knows of the stream that a tensor was made on, and is told of the other.
+                for read in _tensors(call.args):
+                    read.record_stream(stream)
+                for made in _tensors(results[-1]):
+                    made.record_stream(current)
+    finally:
+        for stream in beside:
+            current.wait_stream(stream)
+    return results
+
+
+def _streams_beside(current: torch.cuda.Stream, count: int) -> list[torch.cuda.Stream]:
+    """Return streams that go with this one alone: while it is captured, so are they."""
+    with _LOCK:
+        streams = _BESIDE.setdefault((current.device_index, current.cuda_stream), [])
+        while len(streams) < count:
+            streams.append(torch.cuda.Stream(current.device))
+        return streams[:count]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
