@@ -13,9 +13,9 @@ from hflfnerv._memory import keep_freed_memory
 from hflfnerv.codec.benchmark import newton_schulz
 from hflfnerv.ops import _cpp
 from hflfnerv.ops._depthwise_conv2d import depthwise_conv2d
+from hflfnerv.ops._orthogonalise import orthogonalise
 from hflfnerv.reference import stream_loss as reference
 from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, make_tensor
-from hflfnerv.train.muon import orthogonalise
 
 from ..registry import Contender, Point, Skipped, suite
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.complex64: "*fp32"}
-TRITON_TYPES |= {torch.uint8: "*u8", torch.int8: "*i8"}
+TRITON_TYPES |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32"}
 
 
 class Compiled(NamedTuple):

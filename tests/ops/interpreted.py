@@ -593,3 +593,24 @@ def test_conv2d(shape, dtype, wanted):
             assert actual.numel() == 0
     if wanted[0] and gap:
         assert gradients[0].stride() == x.stride()
+
+
+def test_orthogonalise():
+    """Wide and tall, of few rows and of many, of rank 1, of zeros, and not finite."""
+    from hflfnerv.triton_kernels.orthogonalise import orthogonalise
+
+    quintic = 3.4445, -4.7750, 2.0315
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(16, 64), (57, 120), (120, 57), (128, 33), (1, 5), (9, 1)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    matrices += [torch.ones(5, 7), torch.zeros(3, 5), 1e15 * torch.ones(2, 2)]
+    *made, broken = orthogonalise([*matrices, torch.full((3, 3), float("nan"))], quintic, 5)
+    assert broken.isnan().all()
+    a, b, c = quintic
+    for x, y in zip(matrices, made, strict=True):
+        expected = x.double() / x.double().norm().clamp(min=1e-20)
+        for _ in range(5):
+            gram = expected @ expected.mT
+            expected = a * expected + (b * gram + c * gram @ gram) @ expected
+        # An error of eps in the Gram matrix grows by a^2 in each of the four later steps.
+        assert (y - expected).norm() <= 2 * a**8 * torch.finfo(torch.float32).eps * expected.norm()

@@ -1,98 +1,12 @@
-"""The Muon optimiser: orthogonalisation, one step by hand, and torch's own Muon as the peer."""
+"""The Muon optimiser: one step by hand, and torch's own Muon as the peer."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hflfnerv.errors import BackendUnavailable
-from hflfnerv.testing import implementations, threads
-from hflfnerv.train.muon import ORTHOGONALISE, Muon, orthogonalise, orthogonalise_all
-
-BY_IMPL = pytest.mark.parametrize(
-    "impl", [pytest.param(p.values[0], marks=p.marks) for p in implementations(ORTHOGONALISE)]
-)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1), (20, 90), (90, 20)])
-def test_orthogonalise_flattens_the_singular_values(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    y = orthogonalise(x)
-    # The same singular vectors: u^T y v is diagonal, its entries within the quintic's range.
-    core = u.mT @ y @ vh.mT
-    values = core.diagonal()
-    assert torch.allclose(core, torch.diag(values), atol=1e-12)
-    assert 0.6 < values.min() <= values.max() < 1.25
-
-
-@BY_IMPL
-@pytest.mark.parametrize(
-    "shape", [(16, 32), (20, 300), (300, 20), (57, 120), (40, 40), (189, 270), (7, 1), (1, 1), (530, 520)]
-)
-@pytest.mark.parametrize("decades", [0, 3, 8, 300])
-def test_the_steps_through_the_gram_matrix_are_those_of_the_definition(shape, decades, impl):
-    generator = torch.Generator().manual_seed(6)
-    rank = min(shape)
-    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for n in shape)
-    x = (left * 10 ** -torch.linspace(0, decades, rank, dtype=torch.float64)) @ right.mT
-    expected = x / x.norm()
-    for _ in range(5):  # the definition
-        gram = expected @ expected.mT
-        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
-    for dtype in (torch.float32, torch.float64) if impl == "reference" else (torch.float32,):
-        # A Gram matrix errs by its rounding, eps, at its small eigenvalues as well, and each of the four later steps
-        # multiplies those by a^2; the reference errs by less.
-        bound = 2 * 3.4445**8 * torch.finfo(dtype).eps
-        assert (orthogonalise(x.to(dtype), impl=impl) - expected).norm() < bound * expected.norm()
-
-
-@BY_IMPL
-def test_orthogonalise_of_zero_is_zero(impl):
-    assert torch.equal(orthogonalise(torch.zeros(3, 5), impl=impl), torch.zeros(3, 5))
-
-
-@BY_IMPL
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_orthogonalise_does_not_depend_on_the_scale(impl, scale):
-    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(8))
-    torch.testing.assert_close(orthogonalise(x * scale, impl=impl), orthogonalise(x, impl=impl), rtol=0, atol=1e-4)
-
-
-@BY_IMPL
-def test_orthogonalise_of_what_is_not_finite_is_not_finite(impl):
-    x = torch.ones(20, 33)
-    x[3, 4] = float("nan")
-    assert orthogonalise(x, impl=impl).isnan().all()
-
-
-@pytest.mark.skipif(
-    ORTHOGONALISE.entries[0].unavailable() is not None, reason=str(ORTHOGONALISE.entries[0].unavailable())
-)
-def test_kernels_give_the_same_on_any_number_of_threads_and_in_any_layout():
-    generator = torch.Generator().manual_seed(9)
-    matrices = [torch.randn(shape, generator=generator) for shape in ((150, 140), (5, 40), (130, 400), (40, 5))]
-    with threads(1):
-        expected = orthogonalise_all(matrices, impl="cpp")
-    with threads(3):
-        actual = orthogonalise_all([x.mT.contiguous().mT for x in matrices], impl="cpp")
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-@pytest.mark.skipif(
-    ORTHOGONALISE.entries[0].unavailable() is not None, reason=str(ORTHOGONALISE.entries[0].unavailable())
-)
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (torch.zeros(3, 5, dtype=torch.float64), "dtype torch.float64 is not torch.float32"),
-        (torch.zeros(0, 5), r"a matrix of shape \(0, 5\) is empty"),
-        (torch.zeros(3, 5, device="meta"), "the tensors are on meta"),
-    ],
-)
-def test_kernels_say_why_not(x, message):
-    with pytest.raises(BackendUnavailable, match=rf"orthogonalise: impl='cpp' cannot run: {message}"):
-        orthogonalise(x, impl="cpp")
+from hflfnerv.train.muon import Muon
 
 
 def test_step_does_not_depend_on_the_scale_of_the_gradient():
@@ -180,15 +94,34 @@ def test_rejects_vectors():
         Muon([torch.nn.Parameter(torch.ones(3))])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_matrices_together_take_the_steps_that_they_take_alone(dtype):
-    generator = torch.Generator().manual_seed(7)
-    shapes = [(20, 90), (5, 40), (90, 20), (20, 50), (64, 6), (40, 5), (20, 90), (8, 8), (1, 9)]
-    matrices = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    for matrix, together in zip(matrices, orthogonalise_all(matrices), strict=True):
-        alone = orthogonalise(matrix)
-        assert together.shape == matrix.shape
-        assert together.dtype == dtype
-        # The same operations, in products that may sum in another order: see the bound of the Gram matrix above.
-        assert (together - alone).norm() <= 2 * 3.4445**8 * torch.finfo(dtype).eps * alone.norm()
-    assert orthogonalise_all([]) == []
+def test_lists_of_tensors_agree_in_their_strides():
+    """Where one pair of two lists does not, PyTorch takes a kernel for each pair in place of one for all."""
+    shapes = [(8, 4, 3, 3), (8, 4, 1, 1), (1, 4, 3, 3), (6, 1, 3, 3), (5, 7)]
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    layouts = [torch.channels_last if weight.ndim == 4 else torch.contiguous_format for weight in weights]
+    weights += [
+        torch.nn.Parameter(torch.ones(shape).contiguous(memory_format=f))
+        for shape, f in zip(shapes, layouts, strict=True)
+    ]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    lists = []
+
+    class Lists(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__.startswith("_foreach"):
+                lists.append(
+                    [
+                        [t.stride() for t in arg]
+                        for arg in args
+                        if isinstance(arg, list) and isinstance(arg[0], torch.Tensor)
+                    ]
+                )
+            return function(*args, **(kwargs or {}))
+
+    optimizer = Muon(weights)
+    with Lists():
+        optimizer.step()
+    assert len(lists) >= 4
+    assert all(strides == of[0] for of in lists for strides in of)
+    assert lists[-1][0] == [weight.stride() for weight in weights]

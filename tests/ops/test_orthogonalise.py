@@ -1,0 +1,174 @@
+"""Orthogonalisation of matrices: by every implementation, compiled ahead of time, and many at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hflfnerv.errors import BackendUnavailable
+from hflfnerv.ops._orthogonalise import ORTHOGONALISE, SMALL_ROWS, orthogonalise, orthogonalise_all
+from hflfnerv.testing import implementations, requires, threads
+
+BY_IMPL = pytest.mark.parametrize(("impl", "device"), implementations(ORTHOGONALISE))
+CPP = next(entry for entry in ORTHOGONALISE if entry.name == "cpp")
+TRITON = next(entry for entry in ORTHOGONALISE if entry.name == "triton")
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1), (20, 90), (90, 20)])
+def test_flattens_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    y = orthogonalise(x)
+    # The same singular vectors: u^T y v is diagonal, its entries within the quintic's range.
+    core = u.mT @ y @ vh.mT
+    values = core.diagonal()
+    assert torch.allclose(core, torch.diag(values), atol=1e-12)
+    assert 0.6 < values.min() <= values.max() < 1.25
+
+
+@BY_IMPL
+@pytest.mark.parametrize(
+    "shape", [(16, 32), (20, 300), (300, 20), (57, 120), (40, 40), (189, 270), (7, 1), (1, 1), (530, 520)]
+)
+@pytest.mark.parametrize("decades", [0, 3, 8, 300])
+def test_the_steps_through_the_gram_matrix_are_those_of_the_definition(shape, decades, impl, device):
+    if impl == "triton" and min(shape) > SMALL_ROWS:
+        pytest.skip(f"triton takes matrices with a side of at most {SMALL_ROWS}")
+    generator = torch.Generator().manual_seed(6)
+    rank = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for n in shape)
+    x = (left * 10 ** -torch.linspace(0, decades, rank, dtype=torch.float64)) @ right.mT
+    expected = x / x.norm()
+    for _ in range(5):  # the definition
+        gram = expected @ expected.mT
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    for dtype in (torch.float32, torch.float64) if impl == "reference" else (torch.float32,):
+        # A Gram matrix errs by its rounding, eps, at its small eigenvalues as well, and each of the four later steps
+        # multiplies those by a^2; the reference errs by less. Of three products of TF32 the fourth is missing, which is
+        # 2^-22 of the whole, and so large is the rounding of each of the two small ones.
+        eps = 3 * 2**-22 if impl == "triton" else torch.finfo(dtype).eps
+        bound = 2 * 3.4445**8 * eps
+        made = orthogonalise(x.to(device=device, dtype=dtype), impl=impl)
+        assert (made.cpu() - expected).norm() < bound * expected.norm()
+
+
+@BY_IMPL
+def test_of_zero_is_zero(impl, device):
+    zeros = torch.zeros(3, 5, device=device)
+    assert torch.equal(orthogonalise(zeros, impl=impl), zeros)
+
+
+@BY_IMPL
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_does_not_depend_on_the_scale(impl, device, scale):
+    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(8)).to(device)
+    torch.testing.assert_close(orthogonalise(x * scale, impl=impl), orthogonalise(x, impl=impl), rtol=0, atol=1e-4)
+
+
+@BY_IMPL
+def test_of_what_is_not_finite_is_not_finite(impl, device):
+    x = torch.ones(20, 33, device=device)
+    x[3, 4] = float("nan")
+    assert orthogonalise(x, impl=impl).isnan().all()
+
+
+@pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.unavailable()))
+def test_kernels_give_the_same_on_any_number_of_threads_and_in_any_layout():
+    generator = torch.Generator().manual_seed(9)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((150, 140), (5, 40), (130, 400), (40, 5))]
+    with threads(1):
+        expected = orthogonalise_all(matrices, impl="cpp")
+    with threads(3):
+        actual = orthogonalise_all([x.mT.contiguous().mT for x in matrices], impl="cpp")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.skipif(CPP.unavailable() is not None, reason=str(CPP.unavailable()))
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 5, dtype=torch.float64), "dtype torch.float64 is not torch.float32"),
+        (torch.zeros(0, 5), r"a matrix of shape \(0, 5\) is empty"),
+        (torch.zeros(3, 5, device="meta"), "the tensors are on meta"),
+    ],
+)
+def test_kernels_say_why_not(x, message):
+    with pytest.raises(BackendUnavailable, match=rf"orthogonalise: impl='cpp' cannot run: {message}"):
+        orthogonalise(x, impl="cpp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matrices_together_take_the_steps_that_they_take_alone(dtype):
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(20, 90), (5, 40), (90, 20), (20, 50), (64, 6), (40, 5), (20, 90), (8, 8), (1, 9)]
+    matrices = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    for matrix, together in zip(matrices, orthogonalise_all(matrices), strict=True):
+        alone = orthogonalise(matrix)
+        assert together.shape == matrix.shape
+        assert together.dtype == dtype
+        # The same operations, in products that may sum in another order: see the bound of the Gram matrix above.
+        assert (together - alone).norm() <= 2 * 3.4445**8 * torch.finfo(dtype).eps * alone.norm()
+    assert orthogonalise_all([]) == []
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_results_are_in_the_order_of_the_matrices(impl):
+    """Also of matrices that different implementations take."""
+    generator = torch.Generator().manual_seed(10)
+    shapes = [(3, 7), (40, 90), (7, 3), (20, 90), (3, 7)]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.float64]
+    matrices = [torch.randn(s, generator=generator, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
+    for made, x in zip(orthogonalise_all(matrices, impl=impl), matrices, strict=True):
+        assert made.dtype == x.dtype
+        torch.testing.assert_close(made, orthogonalise(x, impl=impl), rtol=0, atol=1e-4)
+    assert orthogonalise_all([], impl=impl) == []
+
+
+def test_interpreter(interpreter):
+    assert " passed" in interpreter("orthogonalise")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_ahead_of_time(compile_launch, capability, rows):
+    from hflfnerv.triton_kernels import orthogonalise as kernels
+
+    matrices = [torch.zeros(rows, 800), torch.zeros(800, rows), torch.zeros(4, 7)]
+    (found,) = compile_launch(kernels, lambda: kernels.orthogonalise(matrices, (3.4, -4.8, 2.0), 5), capability)
+    assert found.stack_bytes == found.local_bytes == 0, found
+    assert found.matrix_instructions, found
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 5), "the tensors are on cpu"),
+        (torch.zeros(3, 5, device="meta"), "the tensors are on meta"),
+    ],
+)
+def test_triton_says_why_not(x, message):
+    assert message in TRITON.rejects(x)
+
+
+@pytest.mark.skipif(TRITON.unavailable() is not None and not requires("cuda"), reason=f"triton: {TRITON.unavailable()}")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((129, 140), torch.float32, r"a matrix of shape \(129, 140\) has no side from 1 to 128"),
+        ((0, 3), torch.float32, r"a matrix of shape \(0, 3\) has no side from 1 to 128"),
+        ((3, 2**21), torch.float32, "has more than 4194304 elements"),
+        ((3, 5), torch.bfloat16, "dtype torch.bfloat16 is not torch.float32"),
+    ],
+)
+def test_triton_says_what_it_does_not_take(shape, dtype, message):
+    with pytest.raises(BackendUnavailable, match=message):
+        orthogonalise(torch.zeros(shape, dtype=dtype, device="cuda"), impl="triton")
+
+
+@pytest.mark.skipif(TRITON.unavailable() is not None and not requires("cuda"), reason=f"triton: {TRITON.unavailable()}")
+def test_triton_gives_the_same_beside_any_others():
+    generator = torch.Generator().manual_seed(11)
+    matrices = [torch.randn(s, generator=generator).cuda() for s in ((64, 256), (128, 925), (1350, 64), (16, 4))]
+    for made, x in zip(orthogonalise_all(matrices, impl="triton"), matrices, strict=True):
+        alone = orthogonalise(x, impl="triton")
+        torch.testing.assert_close(made, alone, rtol=0, atol=2 * 3.4445**8 * 3 * 2**-22)
