@@ -73,6 +73,8 @@ def run_tests(arguments: argparse.Namespace) -> None:
         "no:cacheprovider",
         "tests/ops",
         "tests/nn",
+        "tests/train/test_step.py",
+        "tests/test_concurrent.py",
     ]
     # What needs no GPU is left to the machines that have none.
     command += ["-k", "not interpreter and not ahead_of_time"]
@@ -115,6 +117,7 @@ PARTS = {
     "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
     "decode": Part("decoding with HNeRV and HFLF-NeRV", "bench.networks:decode_points"),
     "training": Part("their training steps", "bench.networks:training_points"),
+    "muon": Part("the matrices of the optimiser Muon", "bench.ops.bench_orthogonalise:gpu_points"),
     "profile": Part("the kernels of a training step and their shares of its time", "bench.kernels:points"),
     "fuse": Part(
         "published networks before and after hflfnerv.fuse, and their memory", "bench.ops.bench_fuse:gpu_points"

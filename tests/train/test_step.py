@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hflfnerv._device import exact_convolutions
 from hflfnerv.models import MODELS, build_model
+from hflfnerv.testing import requires
 from hflfnerv.train import TrainConfig, Trainer, prepare_clip
 from hflfnerv.train import graph as graph_module
+from hflfnerv.train import step as step_module
 from hflfnerv.train.graph import CapturedStep
 
 # What waits for the device, or takes a shape from the values there.
@@ -29,13 +33,13 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make_trainer(model_name, frames, **config):
+def make_trainer(model_name, frames, device="cpu", preset="paper", **config):
     torch.manual_seed(0)
     network = MODELS[model_name]
     clip = prepare_clip(torch.from_numpy(frames), network.encoder_input, crop=None, removed=0.8)
-    model = build_model(network.plan(60_000, *frames.shape[:3]))
+    model = build_model(network.plan(60_000, *frames.shape[:3], preset=preset))
     settings = {"epochs": 3, "lr": 2e-3, "batch_size": 2, "seed": 3, **config}
-    return Trainer(model, clip, TrainConfig(**settings), device=torch.device("cpu"))
+    return Trainer(model, clip, TrainConfig(**settings), device=torch.device(device))
 
 
 @pytest.mark.parametrize("model_name", MODELS)
@@ -128,3 +132,26 @@ def test_a_step_that_cannot_be_captured_is_called_as_it_is(fake_cuda, monkeypatc
         for _ in range(2):
             captured()
     assert len(calls) == 6 + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and not requires("cuda"), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("preset", ["best", "paper"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_gradients_on_streams_of_a_graph_are_those_of_a_sequence(preset, optimizer, moving_frames, monkeypatch):
+    # A learning rate of 0 leaves the weights alone, so the gradients of a step are the same whatever went before.
+    config = {"optimizer": optimizer, "lr": 0.0, "preset": preset}
+    trainer, other = (make_trainer("hflf", moving_frames, "cuda", **config) for _ in range(2))
+    with exact_convolutions():
+        captured = CapturedStep(trainer.training_step, trainer.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(graph_module._WARM_UP + 2):
+                captured()
+        torch.cuda.synchronize()
+        monkeypatch.setattr(step_module, "side_by_side", contextlib.nullcontext)
+        other.training_step.seek(graph_module._WARM_UP + 1)
+        other.training_step()
+    for (name, parameter), same in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
+        # Float32 sums of up to a hundred thousand terms, in an order that cuDNN does not promise.
+        bound = 100_000**0.5 * torch.finfo(torch.float32).eps
+        assert (parameter.grad - same.grad).norm() <= bound * same.grad.norm(), name
