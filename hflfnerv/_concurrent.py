@@ -84,7 +84,8 @@ def _streams_beside(current: torch.cuda.Stream, count: int) -> list[torch.cuda.S
     with _LOCK:
         streams = _BESIDE.setdefault((current.device_index, current.cuda_stream), [])
         while len(streams) < count:
-            streams.append(torch.cuda.Stream(current.device))
+            # Of a priority of their own, PyTorch gives out other streams than those that are being captured elsewhere.
+            streams.append(torch.cuda.Stream(current.device, priority=-1))
         return streams[:count]
 
 

@@ -40,7 +40,7 @@ def log(monkeypatch):
         created = 100
 
     class Stream:
-        def __init__(self, device=None, number=None):
+        def __init__(self, device=None, priority=0, number=None):
             self.device, self.device_index = torch.device("cuda", 0), 0
             if number is None:
                 events.created += 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._concurrent import concurrently
+from ..ops._check import compute_dtype
 from ..ops._depthwise_conv2d import depthwise_conv2d
 
 __all__ = ["ConvNeXtEncoder", "DetailEncoder", "larger_patches"]
@@ -44,20 +45,22 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class PatchConv(nn.Conv2d):
-    """Convolution of an image whose stride is its kernel's size: on the CPU as a product of patches and weights.
+    """Convolution whose stride is its kernel's size: a product of patches and weights.
 
-    There PyTorch's gradient of a large kernel takes several times as long as that product.
+    Libraries take long for the gradients of such a kernel, the larger it is, where that product is one like any other;
+    on the CPU for those of images alone.
     """
 
     def __init__(self, channels: int, width: int, size: int) -> None:
         super().__init__(channels, width, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type == "cpu" and self.in_channels > 3:
             return super().forward(x)
         size = self.kernel_size[0]
         rows, columns = x.shape[2] // size, x.shape[3] // size
-        pixels = x[:, :, : rows * size, : columns * size].permute(0, 2, 3, 1)
+        # Cast first: the patches are a copy.
+        pixels = x[:, :, : rows * size, : columns * size].permute(0, 2, 3, 1).to(compute_dtype(x))
         patches = pixels.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3).flatten(3)
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
@@ -100,7 +103,7 @@ class ConvNeXtEncoder(nn.Module):
         self.stages = nn.ModuleList()
         previous = 3
         for index, (stride, width) in enumerate(zip(strides, widths, strict=True)):
-            conv = nn.Conv2d(previous, width, stride, stride) if index else PatchConv(previous, width, stride)
+            conv = PatchConv(previous, width, stride)
             self.downsample_layers.append(
                 nn.Sequential(ChannelNorm(previous), conv) if index else nn.Sequential(conv, ChannelNorm(width))
             )
