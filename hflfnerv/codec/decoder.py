@@ -143,7 +143,12 @@ class Decoder:
         return torch.stack(images) if images else torch.empty(0, 3, *self.shape[1:3], dtype=torch.float32, device="cpu")
 
     def iter_frames(self, start: int | None = None, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
-        """Yield the frames of ``start:stop`` as uint8 ``[H, W, 3]``, one at a time."""
+        """Yield the frames of ``start:stop`` as uint8 ``[H, W, 3]``, one at a time.
+
+        Each is the caller's to keep and to write to. On a CUDA device it is the pinned memory that it was copied to;
+        only what comes while the caller holds 16 frames or more, or views of them, is copied once more. PyTorch waits
+        for a ``non_blocking`` copy from a frame that is let go of, but not for one from rows further down in it.
+        """
         yield from self.engine.frames(range(*slice(start, stop).indices(len(self))))
 
     def _positions(self, indices: Sequence[int]) -> list[int]:

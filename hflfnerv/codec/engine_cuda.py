@@ -6,7 +6,8 @@ import copy
 import threading
 import time
 import warnings
-from collections import deque
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -27,6 +28,7 @@ from .int8_stream import Int8Stream, first_int8_block
 __all__ = ["CudaEngine", "rejects"]
 
 _SLOTS = 3
+_MAX_LENT = 16  # frames in pinned memory that readers hold: enough to look ahead, too few to pin a whole video
 _MAX_STEM_BYTES = 2**30
 _CALIBRATION_FRAMES = 16  # spread over the video, from which int8 takes the ranges of activations
 
@@ -91,11 +93,22 @@ class _Slot:
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self.device = torch.empty(shape, dtype=torch.uint8, device=device)
-        self.host = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=on_cuda)
+        # Frame by frame, so that each can be let go of by itself, and is known to PyTorch by where it starts: that is
+        # how a reader's own asynchronous copy from it is waited for before its memory is given out again.
+        self.host: defaultdict[int, Tensor] = defaultdict(
+            lambda: torch.empty(shape[1:], dtype=torch.uint8, device="cpu", pin_memory=on_cuda)
+        )
         self.index = torch.empty(shape[0], dtype=torch.int64, device="cpu", pin_memory=on_cuda)
         self.made = torch.cuda.Event() if on_cuda else None
-        self.copied = torch.cuda.Event() if on_cuda else None
+        # Of its own: what a reader lets go of is given out again when all that is queued by then on the stream that
+        # filled it is done, and on a shared one that is the batches in flight.
+        self.copies = torch.cuda.Stream(device) if on_cuda else None
         self.count = 0
+
+    def copy(self) -> None:
+        """Queue the copy of the frames to the host."""
+        for position in range(self.count):
+            self.host[position].copy_(self.device[position], non_blocking=True)
 
 
 class CudaEngine(Engine):
@@ -103,8 +116,11 @@ class CudaEngine(Engine):
 
     The embeddings of all frames are read once, and the stems of all streams, which include the layers on the time, are
     computed from them in float32. What is left of a frame is its index: a graph of the upsampling blocks takes the
-    indices of a batch and makes uint8 frames, with weights that are cast and packed once. They go through pinned memory
-    on a stream of their own, and at most three batches are in flight.
+    indices of a batch and makes uint8 frames, with weights that are cast and packed once. They go to pinned memory on
+    streams of their own, and at most three batches are in flight.
+
+    The frames that ``frames`` yields are that pinned memory, with no further copy, and it is used again once neither
+    they nor views of them are alive. While 16 are, further ones are copied to ordinary memory, which is slower.
 
     ``precision="auto"`` computes in float16, whose frames are within a level of float32's, unless that does not hold
     for the first frame of this video; then in float32. ``precision="int8"`` runs the blocks that make up most of the
@@ -124,9 +140,9 @@ class CudaEngine(Engine):
         self._on_cuda = device.type == "cuda"
         self._packed = PackedWeights()
         self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
-        self._copies = torch.cuda.Stream(device) if self._on_cuda else None
         self._lock = threading.Lock()
         self._free: list[_Slot] = []
+        self._lent: weakref.WeakValueDictionary[int, NDArray[np.uint8]] = weakref.WeakValueDictionary()  # by address
         self._programs: dict[int, _Program] = {}
         self.batch_size = 1
         model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -213,15 +229,32 @@ class CudaEngine(Engine):
             return program.run()
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        for batch in self._batches(indices):
-            for frame in batch:
-                yield frame.clone().numpy()
+        for slot in self._batches(indices):
+            for position in range(slot.count):
+                yield self._hand_out(slot, position)
+
+    def _hand_out(self, slot: _Slot, position: int) -> NDArray[np.uint8]:
+        """Return a frame that has landed, in memory that the slot has no more part in.
+
+        Nothing here says when that memory may be written again: it is PyTorch's to give out when the last reference to
+        it is gone, in whichever thread that happens, and copies from it are done. What is lent is only counted, so that
+        a reader that keeps its frames does not pin memory for all of them. The count needs no lock: the dictionary
+        drops a dead entry in one step, and two readers that see the last free place at once lend one frame more.
+        """
+        if len(self._lent) >= _MAX_LENT:
+            return slot.host[position].clone().numpy()
+        frame = slot.host.pop(position)
+        # Counted by this array: views of a frame, and tensors made of it, keep it alive as their base.
+        lent: NDArray[np.uint8] = frame.numpy()
+        self._lent[frame.data_ptr()] = lent
+        return lent
 
     def fill(self, indices: Sequence[int], out: NDArray[np.uint8]) -> None:
         target, done = torch.from_numpy(out), 0
-        for batch in self._batches(indices):
-            target[done : done + len(batch)].copy_(batch)
-            done += len(batch)
+        for slot in self._batches(indices):
+            for position in range(slot.count):
+                target[done + position].copy_(slot.host[position])
+            done += slot.count
 
     @torch.inference_mode()
     def float_frames(self, indices: Sequence[int]) -> Iterator[Tensor]:
@@ -230,14 +263,15 @@ class CudaEngine(Engine):
                 frame = self._render(torch.tensor([index], device=self.device), as_bytes=False)
             yield frame[0].permute(2, 0, 1).cpu()
 
-    def _batches(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Yield uint8 ``[n, H, W, 3]`` on the host, each valid until the next is asked for."""
+    def _batches(self, indices: Sequence[int]) -> Iterator[_Slot]:
+        """Yield slots whose frames are on the host, each valid until the next is asked for."""
         flying: deque[_Slot] = deque()
         try:
             start = 0
             while start < len(indices):
                 if len(flying) == _SLOTS:
-                    yield self._landed(flying[0])
+                    self._land(flying[0])
+                    yield flying[0]
                     self._free.append(flying.popleft())
                 size = self.batch_size
                 try:
@@ -249,12 +283,13 @@ class CudaEngine(Engine):
                     continue
                 start += size
             while flying:
-                yield self._landed(flying[0])
+                self._land(flying[0])
+                yield flying[0]
                 self._free.append(flying.popleft())
         finally:
             # Where the caller stopped early: a slot is free once its copy is done.
             for slot in flying:
-                self._landed(slot)
+                self._land(slot)
                 self._free.append(slot)
 
     def _shrink(self, size: int) -> None:
@@ -282,28 +317,25 @@ class CudaEngine(Engine):
             program.index.copy_(slot.index, non_blocking=True)
             # The graph's own memory is for the next batch; the slot's is this batch's until the host has it.
             slot.device.copy_(program.run())
-        if self._copies is None:
-            slot.host.copy_(slot.device)
+        if slot.copies is None:
+            slot.copy()
             return slot
         assert slot.made is not None
-        assert slot.copied is not None
         slot.made.record(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
-            self._copies.wait_event(slot.made)
-            slot.host[: slot.count].copy_(slot.device[: slot.count], non_blocking=True)
-            slot.copied.record(self._copies)
+        with torch.cuda.stream(slot.copies):
+            slot.copies.wait_event(slot.made)
+            slot.copy()
         return slot
 
     def _take_slot(self, size: int) -> _Slot:
         for position, slot in enumerate(self._free):
-            if len(slot.host) == size:
+            if len(slot.index) == size:
                 return self._free.pop(position)
         return _Slot((size, self.spec.height, self.spec.width, 3), self.device)
 
-    def _landed(self, slot: _Slot) -> Tensor:
-        if slot.made is not None and slot.copied is not None:
+    def _land(self, slot: _Slot) -> None:
+        if slot.made is not None and slot.copies is not None:
             slot.made.synchronize()
             made = time.perf_counter()
-            slot.copied.synchronize()
+            slot.copies.synchronize()
             self.copy_seconds += time.perf_counter() - made
-        return slot.host[: slot.count]

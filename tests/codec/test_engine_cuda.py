@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +17,19 @@ from hflfnerv.codec.engine_cuda import CudaEngine
 from hflfnerv.models import MODELS
 from hflfnerv.testing import requires
 
+MAX_LENT = engine_cuda._MAX_LENT
+VIEWS = {
+    "frame": lambda frame: frame,
+    "channel": lambda frame: frame[..., 0],
+    "flat": lambda frame: frame.reshape(-1),
+    "crop of a transpose": lambda frame: frame.transpose(1, 0, 2)[3:9, ::2],
+    "other type": lambda frame: frame.view(np.int8)[1:],
+    "tensor": torch.from_numpy,
+    "DLPack": torch.from_dlpack,
+    "tensor and back": lambda frame: torch.from_numpy(frame)[2:].numpy(),
+    "memoryview": memoryview,
+    "buffer": lambda frame: np.frombuffer(frame, np.uint8),
+}
 CONFIG = EncodeConfig(size="60k", epochs=1, device="cpu", precision="fp32")
 
 
@@ -34,6 +49,13 @@ def coded(request, moving_frames):
 def make(coded, device, precision="fp32"):
     dec = Decoder(coded, device="cpu", precision="fp32")
     return CudaEngine(dec.model, dec.embeddings, device, precision), Decoder(coded, "cpu", "fp32")
+
+
+one_network = pytest.mark.parametrize("coded", ["hflf"], indirect=True)
+
+
+def content(view):
+    return np.asarray(view).copy()
 
 
 def level_differences(frames, expected):
@@ -86,6 +108,144 @@ def test_interleaved_and_abandoned_readers(coded, device):
     slots = len(engine._free)
     assert level_differences(engine.frames(range(6)), expected.astype(int)).max() <= 1
     assert len(engine._free) == slots
+
+
+@one_network
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_frame_that_is_held_is_not_written_again(coded, device, batch_size):
+    engine, dec = make(coded, device)
+    engine.batch_size = batch_size
+    expected = dec[:].astype(int)
+    rng = np.random.default_rng(batch_size)
+    held = []
+    for _ in range(5):
+        wanted = rng.integers(0, len(dec), 60).tolist()
+        reader = engine.frames(wanted)
+        for index, frame in zip(wanted[: rng.integers(40, 61)], reader, strict=False):
+            assert level_differences([frame], expected[[index]]).max() <= 1
+            view = VIEWS[rng.choice(list(VIEWS))](frame)
+            held.append((view, content(view)))
+            del frame, view
+            # Up to few, and up to more than are lent, in turns.
+            while len(held) > rng.choice([1, 5, MAX_LENT + 5]):
+                view, as_received = held.pop(rng.integers(len(held)))
+                assert np.array_equal(view, as_received)
+                del view
+        reader.close()
+    assert held
+    for view, as_received in held:
+        assert np.array_equal(view, as_received)
+
+
+@one_network
+def test_frames_of_several_readers_and_threads(coded, device):
+    engine, dec = make(coded, device)
+    engine.batch_size = 2
+    expected = dec[:].astype(int)
+    received: queue.Queue = queue.Queue()
+    wrong = []
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        wanted = rng.integers(0, len(dec), 60).tolist()
+        held = []
+        try:
+            for index, frame in zip(wanted, engine.frames(wanted), strict=True):
+                held.append((index, frame))
+                if len(held) > rng.integers(8):
+                    received.put(held.pop(rng.integers(len(held))))
+        finally:
+            for item in [*held, None]:
+                received.put(item)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        while (item := received.get()) is not None:
+            wrong.append(level_differences([item[1]], expected[[item[0]]]).max() > 1)
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 3 * 60
+    assert not any(wrong)
+    del item
+    assert len(engine._lent) == 0
+
+
+@one_network
+@pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
+def test_a_view_holds_its_frame(coded, device, view):
+    engine, _ = make(coded, device)
+    first = view(next(engine.frames([0])))
+    as_received = content(first)
+    assert len(engine._lent) == 1
+    for frame in engine.frames([1, 2, 3, 4, 5] * 3):
+        assert not np.shares_memory(frame, np.asarray(first))
+    assert np.array_equal(first, as_received)
+    del frame, first
+    assert len(engine._lent) == 0
+
+
+@one_network
+def test_a_reader_that_lets_go_gets_the_memory_that_frames_are_copied_to(coded, device):
+    engine, _ = make(coded, device)
+    for frame in engine.frames([0, 1, 2, 3, 4, 5] * MAX_LENT):
+        assert frame.ctypes.data in engine._lent
+        assert len(engine._lent) <= 2
+        assert frame.flags.writeable
+        assert torch.from_numpy(frame).is_pinned() == (device.type == "cuda")
+
+
+@one_network
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_reader_that_keeps_frames_gets_copies(coded, device, batch_size):
+    engine, dec = make(coded, device)
+    engine.batch_size = batch_size
+    wanted = [0, 1, 2, 3, 4, 5] * MAX_LENT
+    kept = list(engine.frames(wanted))
+    assert [frame.ctypes.data in engine._lent for frame in kept] == [i < MAX_LENT for i in range(len(wanted))]
+    assert len({frame.ctypes.data for frame in kept}) == len(wanted)
+    assert level_differences(kept, dec.frames(wanted).astype(int)).max() <= 1
+    del kept[3]
+    lent, copied = engine.frames([0, 1])
+    assert lent.ctypes.data in engine._lent
+    assert copied.ctypes.data not in engine._lent
+    del kept
+    assert len(engine._lent) == 1
+
+
+@one_network
+def test_frames_are_their_readers_own_and_outlive_the_engine(coded, device):
+    engine, dec = make(coded, device)
+    expected = dec[:].astype(int)
+    reader = engine.frames([0, 1, 2, 3, 4, 5])
+    kept = [next(reader)]
+    kept[0][:] = 7
+    kept += list(reader)
+    assert level_differences([next(engine.frames([0]))], expected[:1]).max() <= 1
+    del engine, reader
+    assert (kept.pop(0) == 7).all()
+    assert level_differences(kept, expected[1:]).max() <= 1
+
+
+@one_network
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_asynchronous_copy_from_a_frame_that_is_let_go_of(coded, device, batch_size):
+    engine, dec = make(coded, device)
+    engine.batch_size = batch_size
+    wanted = [0, 1, 2, 3, 4, 5] * MAX_LENT
+    stream = torch.cuda.Stream(device)
+
+    def upload(frame):
+        with torch.cuda.stream(stream):
+            return torch.from_numpy(frame).to(device, non_blocking=True)
+
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)  # cycles, through which the copies wait and their frames are gone
+    uploaded = [upload(frame) for frame in engine.frames(wanted)]
+    stream.synchronize()
+    assert level_differences([frame.cpu() for frame in uploaded], dec.frames(wanted).astype(int)).max() <= 1
 
 
 def test_nothing_asked_for(coded, device):
