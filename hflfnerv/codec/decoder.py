@@ -111,8 +111,12 @@ class Decoder:
         """Return frame ``key`` as uint8 ``[H, W, 3]``, or the frames of a slice as ``[n, H, W, 3]``."""
         if isinstance(key, slice):
             return self.frames(range(*key.indices(len(self))))
-        frame: NDArray[np.uint8] = self.frames([key])[0]
+        [frame] = self.engine.frames(self._positions([key]))
         return frame
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield all frames, as :meth:`iter_frames` does."""
+        return self.iter_frames()
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames of ``indices``, in that order, as uint8 ``[n, H, W, 3]``.

@@ -53,6 +53,16 @@ def test_any_frame_alone_is_that_frame_of_the_whole(coded):
     assert np.array_equal(dec.frames([3, 0, 3]), whole[[3, 0, 3]])
     assert np.array_equal(dec.frames(np.array([2, 1])), whole[[2, 1]])
     assert np.array_equal(np.stack(list(dec.iter_frames(1, 4))), whole[1:4])
+    assert np.array_equal(np.stack(list(dec)), whole)
+
+
+def test_frames_are_the_callers(coded):
+    dec = Decoder(coded.bitstream)
+    whole = dec[:]
+    for frame in [dec[2], dec[2:3][0], next(dec.iter_frames(2)), *dec]:
+        assert frame.flags.writeable
+        frame[...] = 7
+    assert np.array_equal(dec[:], whole)
 
 
 def test_threads_share_a_decoder(coded):
