@@ -80,6 +80,10 @@ def cuda_kernels() -> tuple[str, ...]:
     return () if reason else (entry.name,)
 
 
+#: The modes of torch.compile that contenders use.
+COMPILE_MODES = ("max-autotune", "default")
+
+
 class LeftOut(Exception):
     """A contender is not wanted in this run."""
 
@@ -93,7 +97,8 @@ class Machine:
         deadline: ``time.monotonic()`` after which no further point begins.
         only: measure only points whose name contains this.
         clip: the video of the parts that need a real one; None for the one in the folder of shared data.
-        compiles: whether contenders under ``torch.compile`` are wanted, for which it searches for minutes.
+        compile_modes: modes of ``torch.compile`` whose contenders are wanted; for ``"max-autotune"`` it searches for
+            minutes.
     """
 
     def __init__(
@@ -104,14 +109,14 @@ class Machine:
         deadline: float,
         only: str = "",
         clip: str | None = None,
-        compiles: bool = True,
+        compile_modes: Collection[str] = COMPILE_MODES,
     ) -> None:
         self.dry = dry
         self.seconds_each = 0.0 if dry else seconds
         self.deadline = deadline
         self.only = only
         self.clip = clip
-        self.compiles = compiles
+        self.compile_modes = compile_modes
         self.left_out: list[str] = []
         self.failures: list[str] = []  # points and contenders that could not be measured, and why
         self._dropped: set[str] = set()  # contenders of the point under way
@@ -136,14 +141,14 @@ class Machine:
             return False
         return True
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``torch.compile(mode="max-autotune")`` of a function.
+    def compile(self, function: Callable[..., Any], mode: str = "max-autotune") -> Callable[..., Any]:
+        """Return ``torch.compile(mode=mode)`` of a function.
 
         Without its own CUDA graphs: every contender is captured in one by :meth:`seconds`, which spares this one the
         copies of its inputs into static buffers. Before PyTorch 2.13 convolutions are chosen among cuDNN's alone: the
         Triton templates with 8 warps return wrong results there for kernels larger than 1x1 (pytorch/pytorch#173068).
         """
-        if not self.compiles:
+        if mode not in self.compile_modes:
 
             def left_out(*args: Any) -> Any:
                 raise LeftOut
@@ -151,6 +156,8 @@ class Machine:
             return left_out
         if self.dry:
             return torch.compile(function, backend="aot_eager", dynamic=False)
+        if mode == "default":
+            return torch.compile(function, dynamic=False)
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
             from torch._inductor import config
 

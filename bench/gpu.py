@@ -14,6 +14,7 @@ replayed from a CUDA graph with cold L2, unless a row says otherwise; times are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -124,10 +125,16 @@ PARTS = {
     ),
     "encode": Part("whole encodes of a clip with both, 300 epochs (--clip)", "bench.encode:points"),
 }
+NOT_TO_WARM = ("limits", "encode")  # which compile little, and take the time that they take
 GROUPS = {
     "conv": ["cudnn", "gradients", "block", "int8", "block-training", "streams"],
     "models": ["decode", "training"],
 }
+
+
+#: The modes of torch.compile by the value of --compile.
+COMPILE = {"max-autotune": ("max-autotune", "default"), "default": ("default",), "none": ()}
+_WARM_UP_SECONDS = 0.01
 
 
 def run_part(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
@@ -153,7 +160,7 @@ def run_part(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
         deadline=deadline,
         only=arguments.only,
         clip=arguments.clip,
-        compiles=not arguments.without_compile,
+        compile_modes=COMPILE[arguments.compile],
     )
     module, attribute = function.split(":")
     for row in getattr(importlib.import_module(module), attribute)(machine):
@@ -245,26 +252,53 @@ def _standing(ours: list[Row], rivals: list[Row], contenders: list[Row]) -> str:
     return f"{row['implementation']} {row['p50']:.1f} {row['unit']}{share}{ratio}"
 
 
-def run_apart(name: str, arguments: argparse.Namespace) -> str | None:
-    """Run one part in a process of its own; return why it failed, or None."""
+def start(name: str, arguments: argparse.Namespace, *options: str, **pipes: Any) -> subprocess.Popen[bytes]:
+    """Start one part in a process of its own; ``options`` come last and count."""
     command = [sys.executable, "-m", "bench.gpu", "--here", "--parts", name, "--minutes", str(arguments.minutes)]
-    command += ["--seconds", str(arguments.seconds), "--only", arguments.only]
+    command += ["--seconds", str(arguments.seconds), "--only", arguments.only, "--compile", arguments.compile]
     command += ["--results", str(arguments.results.resolve())] if arguments.results else []
     command += ["--dry-run"] if arguments.dry_run else []
-    command += ["--without-compile"] if arguments.without_compile else []
     command += ["--clip", str(pathlib.Path(arguments.clip).resolve())] if arguments.clip else []
     # A group and no session of its own: what ends this process's session ends the part as well.
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
+    return subprocess.Popen([*command, *options], cwd=ROOT, preexec_fn=os.setpgrp, **pipes)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a part and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_apart(name: str, arguments: argparse.Namespace) -> str | None:
+    """Run one part in a process of its own; return why it failed, or None."""
+    process = start(name, arguments)
     try:
         # A point that has begun may outlast the deadline a little; what hangs is ended here, with what it started.
         code = process.wait(timeout=60 * arguments.minutes + 55)
     except subprocess.TimeoutExpired:
         return f"it took more than {arguments.minutes:g} minutes"
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process)
     return f"exit code {code}, see above" if code else None
+
+
+def warm_up(arguments: argparse.Namespace) -> None:
+    """Run the parts that measure all at once, without their rows: what they compile stays in the caches on the disk."""
+    names = [name for name in arguments.chosen if isinstance(PARTS[name].function, str) and name not in NOT_TO_WARM]
+    deadline = time.monotonic() + 60 * arguments.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--results", folder, "--seconds", str(_WARM_UP_SECONDS))
+        # What fails here fails again, and says so, where it counts.
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes = [start(name, arguments, *options, **quiet) for name in names]
+        try:
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(deadline - time.monotonic(), 0.0))
+        finally:
+            for process in processes:
+                end(process)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -285,7 +319,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--clip", metavar="PATH", help="video of the part encode (default: bunny.mp4 of the shared data)"
     )
     parser.add_argument(
-        "--without-compile", action="store_true", help="leave out torch.compile, whose search takes most of the time"
+        "--compile",
+        choices=COMPILE,
+        default="max-autotune",
+        help="contenders under torch.compile: all, those in its default mode, or none; max-autotune searches for "
+        "minutes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="first run the parts at once, in as many minutes, and throw the rows away: what Triton and torch.compile "
+        "compile is in their caches then, compiled on all cores",
     )
     parser.add_argument("--here", action="store_true", help="in this process, not each part in its own")
     arguments = parser.parse_args(argv)
@@ -324,7 +368,12 @@ def run(arguments: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     rows: list[Row] = []
     started = environment()["time"]
+    cold = arguments.warm
     for name in arguments.chosen:
+        if cold and isinstance(PARTS[name].function, str):  # the extension is built by then
+            cold, begin = False, time.monotonic()
+            warm_up(arguments)
+            print(f"== warming up: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         begin = time.monotonic()
         if arguments.here:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from bench import check, encode, gpu, networks
-from bench.device import Machine, require_close
+from bench.device import LeftOut, Machine, require_close
 from bench.registry import Contender, Point
 from hflfnerv.models.hflf import HFLFNeRV
 from hflfnerv.models.hnerv import HNeRV
@@ -175,6 +176,42 @@ def test_parts_in_processes_of_their_own(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.rstrip().splitlines()[-5:]
     assert [text.split(",")[0] for text in last] == ["limits.copy", *["limits.matmul"] * 2, *["highpass"] * 2]
+
+
+def test_warming_up_leaves_no_rows(tmp_path, monkeypatch):
+    ran = []
+
+    def start(name, arguments, *options, **pipes):
+        ran.append((name, *options[2:]))
+        folder = Path(options[1])
+        assert folder != tmp_path
+        (folder / f"gpu-{name}.jsonl").write_text("{}")
+        return subprocess.Popen(["sleep", "0" if name == "highpass" else "60"], preexec_fn=os.setpgrp, **pipes)
+
+    monkeypatch.setattr(gpu, "start", start)
+    arguments = gpu.parse(["--parts", "build,limits,highpass,loss", "--results", str(tmp_path), "--minutes", "0.01"])
+    gpu.warm_up(arguments)
+    assert ran == [(name, "--seconds", str(gpu._WARM_UP_SECONDS)) for name in ("highpass", "loss")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_are_warmed_up_once_before_the_first_that_measures(monkeypatch, tmp_path):
+    order = []
+    monkeypatch.setattr(gpu, "warm_up", lambda arguments: order.append("warm"))
+    monkeypatch.setattr(gpu, "run_apart", lambda name, arguments: order.append(name))
+    gpu.main(["--parts", "build,highpass,loss", "--warm", "--results", str(tmp_path)])
+    assert order == ["build", "warm", "highpass", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"), [("max-autotune", [True, True]), ("default", [False, True]), ("none", [False] * 2)]
+)
+def test_modes_of_compile(choice, wanted):
+    machine = Machine(dry=True, seconds=0, deadline=0, compile_modes=gpu.COMPILE[choice])
+    runs = [machine.compile(torch.sin, mode) for mode in ("max-autotune", "default")]
+    for run, is_wanted in zip(runs, wanted, strict=True):
+        with contextlib.nullcontext() if is_wanted else pytest.raises(LeftOut):
+            assert run(torch.zeros(1)) == 0
 
 
 def test_ending_the_suite_ends_the_part(tmp_path):
