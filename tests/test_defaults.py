@@ -15,6 +15,7 @@ from hflfnerv import Decoder, EncodeConfig, encode, ops
 from hflfnerv.codec.engine_cuda import CudaEngine
 from hflfnerv.models import MODELS, build_model
 from hflfnerv.ops import _cpp
+from hflfnerv.ops._depthwise_conv2d import depthwise_conv2d
 from hflfnerv.testing import make_tensor
 from hflfnerv.train import TrainConfig, Trainer, prepare_clip
 
@@ -47,6 +48,10 @@ def head(x, weight, bias, impl):
     return ops.output_stage([x], [weight], [bias], as_bytes=False, impl=impl)
 
 
+def depthwise(x, weight, bias, impl):
+    return depthwise_conv2d(x, weight, bias, padding=(3, 3), impl=impl)
+
+
 def shuffle(x, bias, impl):
     return ops.pixel_shuffle_gelu(x, 2, bias, impl=impl)
 
@@ -71,6 +76,7 @@ CALLS = [
     (ops.highpass, tensors(IMAGE), ["auto", "fft", "reference"]),
     (head, tensors(IMAGE, (3, 16, 3, 3), (3,)), ["auto", "reference"]),
     (loss, tensors((1, 3, 30, 40)), ["auto", "reference"]),
+    (depthwise, tensors(IMAGE, (16, 1, 7, 7), (16,)), ["auto", "cpp", "groups", "reference"]),
 ]
 WITHOUT_GRADIENTS = [
     (packed_block, CALLS[0][1], ["winograd"]),

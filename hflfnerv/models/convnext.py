@@ -34,7 +34,7 @@ class ChannelNorm(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Convolution of each channel with a kernel of its own, with a quick gradient on the CPU."""
+    """Convolution of each channel with a kernel of its own, by kernels of ours where those are faster."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from triton.runtime import interpreter
 
 from hflfnerv import ops
+from hflfnerv.ops import _depthwise_conv2d  # noqa: F401  registers its operation
 from hflfnerv.reference import conv_pixel_shuffle_gelu as conv_reference
 from hflfnerv.reference import highpass as highpass_reference
 from hflfnerv.reference import output_stage as stage_reference
@@ -614,3 +615,92 @@ def test_orthogonalise():
             expected = a * expected + (b * gram + c * gram @ gram) @ expected
         # An error of eps in the Gram matrix grows by a^2 in each of the four later steps.
         assert (y - expected).norm() <= 2 * a**8 * torch.finfo(torch.float32).eps * expected.norm()
+
+
+# B, C, (K_h, K_w), H, W, gradients that are wanted: odd sizes, channels that fill no block and more than one, images
+# smaller than the kernel, more columns than a block has.
+ALL = [True, True, True]
+DEPTHWISE = [
+    (2, 5, (7, 7), 5, 9, ALL),
+    (1, 70, (3, 3), 5, 3, ALL),
+    (3, 1, (5, 7), 1, 1, ALL),
+    (1, 16, (1, 1), 3, 5, ALL),
+    (1, 8, (3, 7), 11, 37, ALL),
+    (2, 3, (7, 5), 4, 1, [True, True, False]),
+    (2, 3, (7, 5), 4, 1, [True, False, True]),
+    (2, 3, (7, 5), 4, 1, [False, True, True]),
+    (2, 3, (7, 5), 4, 1, [True, False, False]),
+    (2, 3, (7, 5), 4, 1, [False, True, False]),
+    (2, 3, (7, 5), 4, 1, [False, False, True]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise_conv2d(case, dtype):
+    batch, channels, kernel, height, width, wanted = case
+    layout = "channels_last" if wanted[1] else "contiguous"
+    x = make_tensor(batch, channels, height, width, dtype=dtype, layout=layout)
+    weight = make_tensor(channels, 1, *kernel, dtype=dtype, scale=(kernel[0] * kernel[1]) ** -0.5, seed=1)
+    bias = make_tensor(channels, dtype=dtype, layout="strided", seed=2) if wanted[2] else None
+    dy = make_tensor(batch, channels, height, width, dtype=dtype, seed=3)
+    with poisoned_empty():
+        y = torch.ops.hflfnerv.depthwise_conv2d(x, weight, bias, "triton")
+        gradients = torch.ops.hflfnerv.depthwise_conv2d_backward(dy, x, weight, wanted, "triton")
+
+    def run(to, absolute=False):
+        # Absolute terms make the sums that are rounded, whatever the order.
+        tensors = [None if t is None else t.to(to) for t in (x, weight, bias, dy)]
+        *leaves, slopes = [t.abs() if absolute and t is not None else t for t in tensors]
+        leaves = [None if t is None else t.requires_grad_() for t in leaves]
+        y = F.conv2d(*leaves, padding=(kernel[0] // 2, kernel[1] // 2), groups=channels)
+        return y, torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slopes)
+
+    (expected, *all_expected), (same, *all_same), (size, *sizes) = (
+        (y, *gradients) for y, gradients in (run(torch.float64), run(dtype), run(torch.float64, absolute=True))
+    )
+    assert y.stride() == torch.empty_like(x).stride()
+    assert_close_to_reference(y, expected, same, magnitude=size)
+    if wanted[0]:
+        assert gradients[0].stride() == y.stride()
+    for position, want in enumerate(wanted):
+        if not want:
+            assert gradients[position].numel() == 0
+            continue
+        true, rounded, terms = (of[position] for of in (all_expected, all_same, sizes))
+        assert_gradient_close_to_reference(gradients[position], true, rounded, magnitude=terms)
+
+
+def test_depthwise_conv2d_in_many_shares(monkeypatch):
+    from hflfnerv.triton_kernels import depthwise_conv2d as kernels
+
+    # Tiles that go on in the next strip and the next image, and a last share with fewer steps than the others.
+    monkeypatch.setattr(kernels, "_SHARES", 4)
+    x, dy = (make_tensor(2, 5, 20, 150, layout="channels_last", seed=seed) for seed in range(2))
+    weight = make_tensor(5, 1, 3, 3, seed=2)
+    with poisoned_empty():
+        dweight, dbias = kernels.depthwise_conv2d_bwd(dy, x, weight, None, sums=True)
+
+    def gradients(*tensors):
+        return torch.ops.aten.convolution_backward(
+            *tensors, [5], [1, 1], [1, 1], [1, 1], False, [0, 0], 5, [False, True, True]
+        )[1:]
+
+    three = (
+        gradients(dy.double(), x.double(), weight.double()),
+        gradients(dy, x, weight),
+        gradients(dy.double().abs(), x.double().abs(), weight.double()),
+    )
+    for actual, true, rounded, size in zip((dweight, dbias), *three, strict=True):
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_depthwise_conv2d_of_every_number_of_rows(rows, monkeypatch):
+    from hflfnerv.triton_kernels import depthwise_conv2d as kernels
+
+    x, weight = make_tensor(2, 5, 9, 11, layout="channels_last"), make_tensor(5, 1, 5, 3, seed=1)
+    expected = kernels.depthwise_conv2d_fwd(x, weight, None)
+    monkeypatch.setattr(kernels, "_ROWS", (rows,))
+    # A pixel's products are summed in the same order.
+    assert torch.equal(kernels.depthwise_conv2d_fwd(x, weight, None), expected)

@@ -1,15 +1,24 @@
-"""``depthwise_conv2d`` against PyTorch's convolution."""
+"""``depthwise_conv2d`` against PyTorch's convolution, on the CPU."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hflfnerv.errors import BackendUnavailable
 from hflfnerv.ops import _cpp
-from hflfnerv.ops._depthwise_conv2d import depthwise_conv2d
-from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, poisoned_empty, threads
+from hflfnerv.ops._depthwise_conv2d import DEPTHWISE_CONV2D, depthwise_conv2d
+from hflfnerv.testing import (
+    assert_close_to_reference,
+    assert_gradient_close_to_reference,
+    make_tensor,
+    poisoned_empty,
+    threads,
+)
 
 
 class ConvolutionGradients(TorchDispatchMode):
@@ -27,6 +36,16 @@ class ConvolutionGradients(TorchDispatchMode):
 
 KERNELS = pytest.mark.skipif(_cpp.unavailable() is not None, reason=str(_cpp.unavailable()))
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
+BY_IMPL = pytest.mark.parametrize(
+    "impl",
+    [
+        pytest.param(
+            entry.name, marks=pytest.mark.skipif(entry.unavailable() is not None, reason=str(entry.unavailable()))
+        )
+        for entry in DEPTHWISE_CONV2D
+        if entry.name != "triton"  # which has tests of its own
+    ],
+)
 
 
 def operands(dtype, channels=32, size=(9, 13), kernel=(7, 7), layout=torch.channels_last):
@@ -159,3 +178,92 @@ def test_compile():
     compiled = torch.compile(depthwise_conv2d, backend="aot_eager", fullgraph=True)
     # Without the kernels: it is made of PyTorch's operations.
     check(run(compiled, given, torch.float32, (3, 3)), given, torch.float32, (3, 3))
+
+
+@BY_IMPL
+def test_compile_an_implementation(impl):
+    def function(x, weight, bias, padding):
+        return depthwise_conv2d(x, weight, bias, padding=padding, impl=impl) * 2
+
+    given = operands(torch.float32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (y, gradients), (expected, true) = (run(f, given, torch.float32, (3, 3)) for f in (compiled, function))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients, true)
+
+
+@BY_IMPL
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_every_implementation(impl, layout, with_bias):
+    given = operands(torch.float32, layout=layout)
+    given = given if with_bias else (*given[:2], None)
+    with poisoned_empty():
+        results = run(functools.partial(depthwise_conv2d, impl=impl), given, torch.float32, (3, 3))
+    assert results[0].stride() == results[1][0].stride() == given[0].stride()
+    check(results, given, torch.float32, (3, 3))
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=KERNELS)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(impl, layout):
+    x, weight, bias = (t.requires_grad_() for t in operands(torch.float32, channels=5, kernel=(3, 5), layout=layout))
+    torch.library.opcheck(torch.ops.hflfnerv.depthwise_conv2d.default, (x, weight, bias, impl))
+    torch.library.opcheck(torch.ops.hflfnerv.depthwise_conv2d.default, (x, weight, None, impl))
+
+
+def test_gradcheck():
+    sizes = ((2, 3, 4, 5), (3, 1, 3, 5), (3,))
+    tensors = [make_tensor(*size, seed=i, dtype=torch.float64, requires_grad=True) for i, size in enumerate(sizes)]
+    assert torch.autograd.gradcheck(lambda *t: torch.ops.hflfnerv.depthwise_conv2d(*t, "reference"), tensors)
+
+
+@KERNELS
+def test_no_second_derivative_is_better_than_a_wrong_one():
+    x, weight, bias = (t.requires_grad_() for t in operands(torch.float32))
+    y = depthwise_conv2d(x, weight, bias, padding=(3, 3))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative in its kernels; use impl='reference'"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "impl", "reason"),
+    [
+        ({}, "triton", ""),
+        pytest.param({"dtype": torch.bfloat16}, "cpp", "dtype torch.bfloat16 is not torch.float32", marks=KERNELS),
+        pytest.param({"kernel": (6, 7)}, "cpp", "is not half of an odd kernel", marks=KERNELS),
+        pytest.param({"kernel": (7, 5)}, "cpp", r"padding \(3, 3\) is not half of an odd kernel", marks=KERNELS),
+        ({"channels": 20}, "groups", "20 channels are no multiple of 16"),
+        ({"dtype": torch.float64}, "groups", "is for exact gradients"),
+    ],
+)
+def test_what_implementations_reject(change, impl, reason):
+    if impl == "triton" and DEPTHWISE_CONV2D.entries[0].unavailable() is None:
+        reason = "the tensors are on cpu"
+    with pytest.raises(BackendUnavailable, match=f"depthwise_conv2d: impl='{impl}' cannot run: .*{reason}"):
+        depthwise_conv2d(*operands(**{"dtype": torch.float32, **change}), padding=(3, 3), impl=impl)
+
+
+def test_rejects_an_unknown_implementation():
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'fft'"):
+        depthwise_conv2d(*operands(torch.float32), padding=(3, 3), impl="fft")
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("change", "padding", "impl"),
+    [
+        ({}, (3, 3), "cpp"),
+        ({"channels": 20}, (3, 3), "cpp"),
+        ({}, (3, 2), "groups"),
+        ({"channels": 20}, (3, 2), "reference"),
+        ({"dtype": torch.bfloat16}, (3, 3), "groups"),
+        ({"dtype": torch.float64}, (3, 3), "reference"),
+    ],
+)
+def test_what_auto_is(change, padding, impl, monkeypatch):
+    chosen, select = [], DEPTHWISE_CONV2D.select
+    monkeypatch.setattr(DEPTHWISE_CONV2D, "select", lambda *call: chosen.append(entry := select(*call)) or entry)
+    depthwise_conv2d(*operands(**{"dtype": torch.float32, **change}), padding=padding)
+    assert [entry.name for entry in chosen] == [impl]
