@@ -113,6 +113,9 @@ PARTS = {
         "blocks of few channels, forward and gradients", "bench.ops.bench_conv_pixel_shuffle_gelu:stream_points"
     ),
     "head": Part("the last convolution of a network, forward and backward", "bench.ops.bench_head:gpu_points"),
+    "depthwise": Part(
+        "the encoders' depthwise convolutions, forward and backward", "bench.ops.bench_depthwise_conv2d:gpu_points"
+    ),
     "highpass": Part("the FFT high-pass filter", "bench.ops.bench_highpass:gpu_points"),
     "output": Part("the output stage", "bench.ops.bench_output_stage:gpu_points"),
     "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
