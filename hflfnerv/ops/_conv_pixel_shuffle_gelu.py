@@ -59,6 +59,7 @@ def _forward(
     if packed is None:
         packed = pack_weight(weight, r)
     kernel_size = (weight.shape[2], weight.shape[3])
+    bias = None if bias is None else bias.contiguous()
     y, kept = conv_pixel_shuffle_gelu_fwd(x, packed, bias, weight.shape[0], kernel_size, r, approximate, keep_z=keep_z)
     return y, x.new_empty(0) if kept is None else kept
 

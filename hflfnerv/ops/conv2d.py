@@ -100,7 +100,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
     if impl == "triton":
         from ..triton_kernels.conv2d import conv2d_fwd
 
-        y: torch.Tensor = conv2d_fwd(channels_last_pixels(x), weight, bias)
+        y: torch.Tensor = conv2d_fwd(channels_last_pixels(x), weight, None if bias is None else bias.contiguous())
         return y
     return _winograd.forward(x, weight, None, bias, 1, "identity", keep_z=False)[0]
 

@@ -112,7 +112,7 @@ def _cpp_backward(
 
 def _forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str) -> torch.Tensor:
     layout = memory_format_of(x)
-    x = x.contiguous(memory_format=layout)
+    x, bias = x.contiguous(memory_format=layout), None if bias is None else bias.contiguous()
     if impl == "reference":
         return reference.pixel_shuffle_gelu(x, r, bias, approximate=approximate).contiguous(memory_format=layout)
     if impl == "cpp":
@@ -138,6 +138,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = memory_format_of(x)
     dy, x = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+    bias = None if bias is None else bias.contiguous()
     if impl == "reference":
         dx, dbias = reference.pixel_shuffle_gelu_backward(dy, x, r, bias, approximate=approximate)
         dx = dx.contiguous(memory_format=layout)

@@ -52,7 +52,11 @@ def test_pixel_shuffle_gelu(shape, with_bias, dtype, layout, approximate):
     batch, channels, r, height, width = shape
     x = make_tensor(batch, channels * r * r, height, width, dtype=dtype, layout=layout, scale=2, requires_grad=True)
     dy = make_tensor(batch, channels, height * r, width * r, dtype=dtype, seed=1)
-    bias = make_tensor(channels * r * r, dtype=dtype, seed=2, requires_grad=True) if with_bias else None
+    # A bias in every second place of memory, and one that is whole.
+    kind = "strided" if layout == "channels_last" else "contiguous"
+    bias = None
+    if with_bias:
+        bias = make_tensor(channels * r * r, dtype=dtype, layout=kind, seed=2, requires_grad=True)
     inputs = [x] if bias is None else [x, bias]
 
     with poisoned_empty():
@@ -140,13 +144,13 @@ CONV_SHAPES = [
 ]
 
 
-def conv_operands(shape, dtype, layout="channels_last", requires_grad=True):
+def conv_operands(shape, dtype, layout="channels_last", requires_grad=True, bias_layout="contiguous"):
     batch, channels, out_channels, r, kernel, height, width = shape
     n = out_channels * r * r
     x = make_tensor(batch, channels, height, width, dtype=dtype, layout=layout, requires_grad=requires_grad)
     scale = (channels * kernel[0] * kernel[1]) ** -0.5
     weight = make_tensor(n, channels, *kernel, dtype=dtype, scale=scale, seed=1, requires_grad=requires_grad)
-    bias = make_tensor(n, dtype=dtype, seed=2, requires_grad=requires_grad)
+    bias = make_tensor(n, dtype=dtype, layout=bias_layout, seed=2, requires_grad=requires_grad)
     return x, weight, bias
 
 
@@ -173,7 +177,8 @@ def run_conv_reference(tensors, dy, shape, approximate, dtype):
     ],
 )
 def test_conv_shuffle(shape, approximate, layout, with_bias, dtype, gradients):
-    x, weight, bias = conv_operands(shape, dtype, layout)
+    kind = "strided" if layout == "contiguous" else "contiguous"
+    x, weight, bias = conv_operands(shape, dtype, layout, bias_layout=kind)
     tensors = (x, weight, bias) if with_bias else (x, weight)
     batch, _, out_channels, r, _, height, width = shape
     dy = make_tensor(batch, out_channels, height * r, width * r, dtype=dtype, seed=3)
@@ -572,7 +577,8 @@ def test_conv2d(shape, dtype, wanted):
     x = memory[..., :channels].permute(0, 3, 1, 2)
     x.copy_(make_tensor(batch, channels, height, width, dtype=dtype))
     weight = make_tensor(n, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5, seed=1)
-    bias, dy = make_tensor(n, dtype=dtype, seed=2), make_tensor(batch, n, height, width, dtype=dtype, seed=3)
+    bias = make_tensor(n, dtype=dtype, layout="strided", seed=2)
+    dy = make_tensor(batch, n, height, width, dtype=dtype, seed=3)
     with poisoned_empty():
         y = torch.ops.hflfnerv.conv2d(x, weight, bias, "triton")
         gradients = torch.ops.hflfnerv.conv2d_backward(dy, x, weight, wanted, "triton")
