@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hflfnerv import huffman, ops
+from hflfnerv._impl import tables
 from hflfnerv.cli.main import build_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,6 +57,19 @@ def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (REPOSITORY / target).exists(), target
+
+
+def test_every_implementation_of_an_operation_is_named():
+    named = {}
+    for row in re.findall(r"^\| `(?:ops|huffman)\..*\|$", README, flags=re.MULTILINE):
+        what, _, implementations = (cell.strip() for cell in row.strip("|").split(" | "))
+        operation = re.match(r"`(?:ops\.)?(\w+)", what)[1]
+        named[operation] = sorted(re.findall(r"`([\w+]+)`", implementations))
+    assert huffman.encode  # importing it makes its table
+    there = {table.op: sorted(table.names) for table in tables()}
+    assert len(named) >= 8
+    assert named == {operation: there[operation] for operation in named}
+    assert set(ops.__all__) & there.keys() <= named.keys() | {"quantize_int8"}
 
 
 def test_the_demo_takes_as_long_as_make_says():
