@@ -122,7 +122,10 @@ class TrainingStep:
         """Return the mean squared error of each frame, with these weights in place of the network's own."""
         # A cast that autocast kept from another step would be of weights that have changed since.
         with torch.autocast(index.device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
-            errors: Tensor = functional_call(self._objective, weights, (index, self.clip, self.quantization))
+            arguments = index, self.clip, self.quantization
+            errors: Tensor = (
+                functional_call(self._objective, weights, arguments) if weights else self._objective(*arguments)
+            )
             return errors
 
     def _set_lr(self) -> None:
