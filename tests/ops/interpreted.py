@@ -710,3 +710,41 @@ def test_depthwise_conv2d_of_every_number_of_rows(rows, monkeypatch):
     monkeypatch.setattr(kernels, "_ROWS", (rows,))
     # A pixel's products are summed in the same order.
     assert torch.equal(kernels.depthwise_conv2d_fwd(x, weight, None), expected)
+
+
+def test_training_step(monkeypatch):
+    """All kernels of a step hand their tensors on to each other as PyTorch's operations do."""
+    import copy
+
+    from hflfnerv._impl import ImplementationTable
+    from hflfnerv.models import HFLFNeRV, build_model
+    from hflfnerv.models.streams import use_implementation
+
+    torch.manual_seed(0)
+    model = build_model(HFLFNeRV.plan(20_000, 3, 24, 32, preset="best"))
+    model = model.to(memory_format=torch.channels_last)
+    x = make_tensor(1, 3, 24, 32, layout="channels_last")
+    frames = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8)
+
+    def gradients(network, to):
+        network = copy.deepcopy(network).to(to)
+        network.errors(x.to(to), torch.tensor([1]), frames).mean().backward()
+        return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+    plain = copy.deepcopy(model)
+    use_implementation(plain, "reference")
+    expected, same = gradients(plain, torch.float64), gradients(plain, torch.float32)
+    select, chosen = ImplementationTable.select, set()
+
+    def by_triton(table, impl, *args, **kwargs):
+        entry = next((entry for entry in table if entry.name == "triton"), None)
+        chosen.add(table.op)
+        return entry or select(table, impl, *args, **kwargs)
+
+    monkeypatch.setattr(ImplementationTable, "select", by_triton)
+    actual = gradients(model, torch.float32)
+    assert chosen >= {"conv_pixel_shuffle_gelu", "conv2d", "depthwise_conv2d", "stream_loss"}
+    for name, true in expected.items():
+        of_kernels, of_pytorch = ((each[name].double() - true).norm() / true.norm() for each in (actual, same))
+        # Sums over the pixels in an order of their own.
+        assert of_kernels <= 2 * of_pytorch + (24 * 32) ** 0.5 * torch.finfo(torch.float32).eps, name
