@@ -198,20 +198,22 @@ __device__ void fill_tables(const Arguments<T>& call, const Tables& tables) {
   }
 }
 
-// One thread: the halo of every tile, chunk after chunk.
+// One thread: the boxes of every tile, chunk after chunk.
 __device__ void load_input(const Plan& plan, const CUtensorMap* map, std::uint32_t shared, Ring ring) {
   const Problem& p = plan.problem;
-  const int bytes = plan.halo_rows * plan.pitch * kGroup * kElementBytes;
-  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
-    const Tile tile = plan.tile(index);
+  const int boxes = plan.boxes(), bytes = boxes * plan.halo_rows * plan.pitch * kGroup * kElementBytes;
+  for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk, ring.next()) {
       const int planes = plan.cut.planes(chunk);
       barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
       barrier_arrive_and_expect(ring.full_barrier(), planes * bytes);
-      for (int plane = 0; plane < planes; ++plane) {
-        copy_box(shared + ring.index * plan.slot_bytes + plane * plan.plane_bytes, map,
-                 plan.cut.first_channel(chunk) + plane * kGroup, tile.column - p.padding_w, tile.row - p.padding_h,
-                 tile.image, ring.full_barrier());
+      for (int box = 0; box < boxes; ++box) {
+        const Place place = plan.box(tile, box);
+        for (int plane = 0; plane < planes; ++plane) {
+          copy_box(shared + ring.index * plan.slot_bytes + plane * plan.plane_bytes + box * plan.box_pixels * 16, map,
+                   plan.cut.first_channel(chunk) + plane * kGroup, place.column - p.padding_w, place.row - p.padding_h,
+                   place.image, ring.full_barrier());
+        }
       }
     }
   }
@@ -222,8 +224,8 @@ template <class T>
 __device__ void load_weight(const Plan& plan, const T* packed, std::uint32_t shared, Ring ring) {
   const int step_bytes = plan.step_bytes(), taps = plan.problem.taps();
   const std::int64_t tile_bytes = std::int64_t(plan.cut.all_steps(taps)) * step_bytes;
-  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
-    const char* from = reinterpret_cast<const char*>(packed) + plan.tile(index).first_slot / plan.columns * tile_bytes;
+  for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+    const char* from = reinterpret_cast<const char*>(packed) + tile % plan.column_tiles * tile_bytes;
     std::uint32_t resident = shared;
     for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk) {
       for (int left = plan.cut.steps(chunk, taps); left > 0; left -= kStageSteps, ring.next()) {
@@ -279,8 +281,7 @@ __device__ void multiply(const Arguments<T>& call, int patch, std::uint32_t shar
   bool weight_is_there = false;  // to stay
   float sums[kColumns / 2];
 
-  for (int index = blockIdx.x; index < plan.tiles; index += gridDim.x, turns.next()) {
-    const Tile tile = plan.tile(index);
+  for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x, turns.next()) {
     int add = 0, lead = behind ? 0 : plan.lead;
     if (behind) {
       barrier_wait(turns.full_barrier(), turns.phase);
@@ -346,17 +347,17 @@ __device__ void multiply(const Arguments<T>& call, int patch, std::uint32_t shar
     if (lane == 0 && used_weight != 0) barrier_arrive(used_weight);
     if (lane == 0) barrier_arrive(used_input);
 
+    const Place place = plan.patch(tile, patch);
+    const int slot = plan.first_slot(tile);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int h = tile.row + patch / plan.patch_columns * kPatch + patch_row(row + 8 * i);
-      const int w = tile.column + patch % plan.patch_columns * kPatch + patch_column(row + 8 * i);
-      if (h >= p.out_height() || w >= p.out_width()) continue;
-      const std::int64_t y_line = (std::int64_t(tile.image) * p.out_height() + h) * p.r;
-      const std::int64_t pixel = (std::int64_t(tile.image) * p.out_height() + h) * p.out_width() + w;
-      const Target<T> y{call.y + y_line * y_row + std::int64_t(w) * p.r * p.y_pixel,
-                        tables.y_offsets + tile.first_slot};
-      const Target<T> z{call.z == nullptr ? nullptr : call.z + pixel * channels_n, tables.z_offsets + tile.first_slot};
-      finish<kColumns, 0>(sums, i, lane, call, tables.biases + tile.first_slot, y, z);
+      const int h = place.row + patch_row(row + 8 * i), w = place.column + patch_column(row + 8 * i);
+      if (place.image >= p.batch || h >= p.out_height() || w >= p.out_width()) continue;
+      const std::int64_t y_line = (std::int64_t(place.image) * p.out_height() + h) * p.r;
+      const std::int64_t pixel = (std::int64_t(place.image) * p.out_height() + h) * p.out_width() + w;
+      const Target<T> y{call.y + y_line * y_row + std::int64_t(w) * p.r * p.y_pixel, tables.y_offsets + slot};
+      const Target<T> z{call.z == nullptr ? nullptr : call.z + pixel * channels_n, tables.z_offsets + slot};
+      finish<kColumns, 0>(sums, i, lane, call, tables.biases + slot, y, z);
     }
     __syncwarp();  // behind pixels that are not in the image
   }

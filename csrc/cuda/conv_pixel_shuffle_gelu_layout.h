@@ -4,7 +4,9 @@
 //
 // The block is an implicit GEMM: rows are pixels, K runs over (channel, tap), columns are the convolution's channels.
 //
-//   Tile.   256 pixels in patches of 8 x 8, the 64 rows of one wgmma, times `columns` output channels.
+//   Tile.   256 pixels in patches of 8 x 8, the 64 rows of one wgmma, times `columns` output channels. The patches are a
+//           rectangle, or any that follow each other where rectangles would reach far beyond the image.
+//   Box.    What is copied at once: a rectangle's pixels with their halo, or a patch's with its own.
 //   Chunk.  The input comes in chunks of 16 channels: two planes [halo row][halo column][8 channels]. 8 pixels of a row are
 //           then a core matrix of wgmma without swizzle, and every tap reads the same planes from another start address.
 //   Step.   K = 16 of one wgmma: a tap of 16 channels ("full"), two taps of the last 8 ("half"), or 16 (tap, channel)
@@ -231,34 +233,43 @@ HFLFNERV_HOST_DEVICE inline std::uint32_t descriptor_low(std::uint32_t address, 
 }
 HFLFNERV_HOST_DEVICE inline std::uint32_t descriptor_high(std::uint32_t stride) { return stride >> 4; }
 
-struct Tile {
-  int image, row, column, first_slot;
+struct Place {
+  int image, row, column;
 };
 
 struct Plan {
   Problem problem;
   Channels cut;
-  int columns, column_tiles;            // of a tile, and tiles that cover all of them
-  int patch_columns;                    // patches of a tile side by side: 1, 2 or 4
-  int pitch, halo_rows, plane_bytes;    // pixels of a halo row, rows, bytes of a plane
-  int tile_rows, tile_columns, tiles;   // tiles of an image in both directions, and all there are
+  int columns, column_tiles;             // of a tile, and tiles that cover all of them
+  int patch_columns;                     // patches of a tile side by side: 1, 2 or 4; 0 where each has a box of its own
+  int pitch, halo_rows;                  // pixels of a row of a box, its rows
+  int box_pixels, plane_bytes;           // pixels from a box to the next, bytes of a plane, which are whole 128 bytes
+  int box_rows, box_columns, tiles;      // boxes of an image in both directions, and all tiles there are
   int slots, slot_bytes, stages, stage_bytes;
-  bool resident;                        // the whole weight stays in shared memory
-  int lead;                             // stages of a tile by which half of the warpgroups is ahead of the other
+  bool resident;                         // the whole weight stays in shared memory
+  int lead;                              // stages of a tile by which half of the warpgroups is ahead of the other
   int weight_offset, tables_offset, barriers_offset, shared_bytes;  // shared memory begins with the slots
   int blocks;
 
-  HFLFNERV_HOST_DEVICE int tile_height() const { return kPatches / patch_columns * kPatch; }
-  HFLFNERV_HOST_DEVICE int tile_width() const { return patch_columns * kPatch; }
+  HFLFNERV_HOST_DEVICE int boxes() const { return patch_columns == 0 ? kPatches : 1; }  // of a tile
+  HFLFNERV_HOST_DEVICE int box_height() const { return patch_columns == 0 ? kPatch : kPatches / patch_columns * kPatch; }
+  HFLFNERV_HOST_DEVICE int box_width() const { return patch_columns == 0 ? kPatch : patch_columns * kPatch; }
   HFLFNERV_HOST_DEVICE int step_bytes() const { return columns * kStepK * kElementBytes; }
   // Pixels, in a plane, from a tile's first to a patch's first.
   HFLFNERV_HOST_DEVICE int patch_offset(int patch) const {
-    return (patch / patch_columns * pitch + patch % patch_columns) * kPatch;
+    return patch_columns == 0 ? patch * box_pixels
+                              : (patch / patch_columns * pitch + patch % patch_columns) * kPatch;
   }
-  HFLFNERV_HOST_DEVICE Tile tile(int index) const {
-    const int image = index / (column_tiles * tile_rows * tile_columns), row = index / (column_tiles * tile_columns);
-    return {image, row % tile_rows * tile_height(), index / column_tiles % tile_columns * tile_width(),
-            index % column_tiles * columns};
+  HFLFNERV_HOST_DEVICE int first_slot(int tile) const { return tile % column_tiles * columns; }
+  // The first pixel whose result a box of a tile is for. Behind the last box the image is one that is not there.
+  HFLFNERV_HOST_DEVICE Place box(int tile, int number) const {
+    const int at = tile / column_tiles * boxes() + number, row = at / box_columns;
+    return {row / box_rows, row % box_rows * box_height(), at % box_columns * box_width()};
+  }
+  HFLFNERV_HOST_DEVICE Place patch(int tile, int number) const {
+    if (patch_columns == 0) return box(tile, number);
+    const Place first = box(tile, 0);
+    return {first.image, first.row + number / patch_columns * kPatch, first.column + number % patch_columns * kPatch};
   }
   // Entries of the table of descriptor changes: the stages of a full chunk, then those of a half one.
   HFLFNERV_HOST_DEVICE int full_entries() const { return divide_up(problem.taps(), kStageSteps) * kStageEntries; }
@@ -306,41 +317,54 @@ HFLFNERV_HOST_DEVICE inline std::int64_t packed_source(const Plan& plan, std::in
   return (std::int64_t(shuffle_channel(n, p.out_channels, p.r)) * p.channels + source.channel) * p.taps() + source.tap;
 }
 
-// How wide the tiles are: whatever keeps the busiest multiprocessor busy for the shortest time. A wgmma of n columns takes
-// n / 2 cycles, but not less than reading its operands at 128 bytes a cycle does.
-inline int choose_columns(int n, int pixel_tiles, int multiprocessors) {
-  int best = 0;
-  std::int64_t best_cost = 0;
-  for (const int columns : kColumnChoices) {
-    const int rounds = divide_up(divide_up(n, columns) * pixel_tiles, multiprocessors);
-    const int reads = (64 + columns) * kStepK * kElementBytes / 128, multiplies = columns / 2;
-    const std::int64_t cost = std::int64_t(rounds) * (reads > multiplies ? reads : multiplies);
-    if (best == 0 || cost <= best_cost) best = columns, best_cost = cost;
+// Cycles, about, that the busiest multiprocessor needs for its tiles. A wgmma of n columns takes n / 2, but not less than
+// reading its operands at 128 bytes a cycle does. Boxes are copied meanwhile, at 64, and waited for now and then.
+inline std::int64_t cost_of(const Plan& plan, int columns, int multiprocessors) {
+  const Problem& p = plan.problem;
+  const std::int64_t boxes = std::int64_t(p.batch) * plan.box_rows * plan.box_columns;
+  const std::int64_t tiles = (boxes + plan.boxes() - 1) / plan.boxes() * divide_up(p.n(), columns);
+  const std::int64_t rounds = (tiles + multiprocessors - 1) / multiprocessors;
+  const int reads = (64 + columns) * kStepK * kElementBytes / 128, multiplies = columns / 2;
+  int planes = 0;
+  for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk) planes += plan.cut.planes(chunk);
+  const int copies = planes * plan.plane_bytes / 64, products = kPatches * plan.cut.all_steps(p.taps());
+  return rounds * (std::int64_t(products) * (reads > multiplies ? reads : multiplies) + copies);
+}
+
+// Arranges patches in boxes and columns in tiles.
+inline void arrange(Plan& plan, int patch_columns, int columns) {
+  const Problem& p = plan.problem;
+  plan.patch_columns = patch_columns;
+  plan.box_rows = divide_up(p.out_height(), plan.box_height());
+  plan.box_columns = divide_up(p.out_width(), plan.box_width());
+  plan.pitch = plan.box_width() + p.kernel_w - 1;
+  plan.halo_rows = plan.box_height() + p.kernel_h - 1;
+  plan.box_pixels = divide_up(plan.halo_rows * plan.pitch, 8) * 8;
+  plan.plane_bytes = plan.boxes() * plan.box_pixels * kGroup * kElementBytes;
+  plan.columns = columns;
+}
+
+// Chooses what keeps the busiest multiprocessor busy for the shortest time.
+inline void choose_tiles(Plan& plan, int multiprocessors) {
+  std::int64_t best = 0;
+  int best_arrangement = 0, best_columns = 0;
+  for (const int patch_columns : {2, 4, 1, 0}) {
+    for (const int columns : kColumnChoices) {
+      arrange(plan, patch_columns, columns);
+      const std::int64_t cost = cost_of(plan, columns, multiprocessors);
+      if (best == 0 || cost < best) best = cost, best_arrangement = patch_columns, best_columns = columns;
+    }
   }
-  return best;
+  arrange(plan, best_arrangement, best_columns);
 }
 
 // Fills a plan for a device; returns why there is none, or null.
 inline const char* make_plan(const Problem& p, int multiprocessors, int shared_limit, Plan& plan) {
   plan.problem = p;
   plan.cut = cut_channels(p.channels, p.taps());
-  // The arrangement of patches with the fewest tiles, then with the smallest halo.
-  std::int64_t best = 0;
-  for (const int patch_columns : {2, 4, 1}) {
-    const int width = patch_columns * kPatch, height = kPatches / patch_columns * kPatch;
-    const int tiles = divide_up(p.out_height(), height) * divide_up(p.out_width(), width);
-    const std::int64_t cost = std::int64_t(tiles) * (height + p.kernel_h - 1) * (width + p.kernel_w - 1);
-    if (best == 0 || cost < best) best = cost, plan.patch_columns = patch_columns;
-  }
-  plan.tile_rows = divide_up(p.out_height(), plan.tile_height());
-  plan.tile_columns = divide_up(p.out_width(), plan.tile_width());
-  plan.pitch = plan.tile_width() + p.kernel_w - 1;
-  plan.halo_rows = plan.tile_height() + p.kernel_h - 1;
-  plan.plane_bytes = divide_up(plan.halo_rows * plan.pitch * kGroup * kElementBytes, 128) * 128;
-  const int pixel_tiles = p.batch * plan.tile_rows * plan.tile_columns;
-  plan.columns = choose_columns(p.n(), pixel_tiles, multiprocessors);
+  choose_tiles(plan, multiprocessors);
   plan.column_tiles = divide_up(p.n(), plan.columns);
-  plan.tiles = pixel_tiles * plan.column_tiles;
+  plan.tiles = divide_up(p.batch * plan.box_rows * plan.box_columns, plan.boxes()) * plan.column_tiles;
   plan.blocks = plan.tiles < multiprocessors ? plan.tiles : multiprocessors;
 
   const int chunks = plan.cut.chunks(), all_steps = plan.cut.all_steps(p.taps());

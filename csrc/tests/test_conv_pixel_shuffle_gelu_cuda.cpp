@@ -54,6 +54,7 @@ struct Case {
   bool bfloat16 = true;
   bool tanh_form = false;
   int multiprocessors = 2;
+  bool apart = false;  // whether each patch has a box of its own; otherwise it may have
 };
 
 void check(const Case& c) {
@@ -67,6 +68,7 @@ void check(const Case& c) {
   Plan plan;
   CHECK(conv_pixel_shuffle_gelu_cuda_plan(p, 0, plan) == nullptr);
   CHECK(plan.shared_bytes <= emulation::kSharedBytes);
+  CHECK(!c.apart || plan.patch_columns == 0);
 
   const int taps = p.taps(), n_all = p.n();
   const std::int64_t out_pixels = std::int64_t(c.batch) * p.out_height() * p.out_width();
@@ -183,6 +185,11 @@ void test_blocks() {
   check({1, 7, 40, 3, 80, 1, 2, 2, 1, 0, false});
   check({1, 18, 5, 6, 2, 4, 5, 1, 2, 0, true});
   check({1, 200, 9, 9, 3, 2, 3, 3, 1, 1, false});
+  // Patches that are no rectangle, and a number of them that four does not divide.
+  check({1, 48, 24, 40, 10, 2, 3, 3, 1, 1, false, true, false, 2, true});
+  check({3, 9, 8, 40, 7, 3, 5, 5, 2, 2, true, true, false, 2, true});
+  check({2, 33, 23, 39, 5, 2, 5, 5, 2, 2, false, false, false, 2, true});
+  check({5, 17, 7, 8, 6, 2, 1, 1, 0, 0, false, true, false, 2, true});
 }
 
 // Plans for the sizes that the kernel is meant for, on a Hopper GPU.
@@ -199,7 +206,14 @@ void test_plans() {
   CHECK(s5.columns == 112 && s5.resident && s5.cut.all_steps(25) == 52 && s5.slots >= 3);
   CHECK(s5.lead == 11 && s4.lead == s4.stages - 1);
   CHECK(s4.columns == 136 && !s4.resident && s4.cut.all_steps(25) == 63 && s4.stages >= 4);
-  CHECK(plan_of(8, 48, 40, 80, 40, 4, 5).column_tiles * plan_of(8, 48, 40, 80, 40, 4, 5).columns == 640);
+  CHECK(s5.patch_columns == 2 && s5.tiles == 800 && s4.patch_columns == 2 && s4.tiles == 200);
+  // No rectangle of four patches divides 40 x 80 pixels: patches of a row after the other do, also from image to image.
+  const Plan s3 = plan_of(8, 48, 40, 80, 40, 4, 5), s3_alone = plan_of(1, 48, 40, 80, 40, 4, 5);
+  CHECK(s3.patch_columns == 0 && s3.columns == 128 && s3.column_tiles == 5 && s3.tiles == 8 * 5 * 10 / 4 * 5);
+  CHECK(s3_alone.patch_columns == 0 && s3_alone.columns == 64 && s3_alone.tiles == 13 * 10);
+  CHECK(s3.box(2 * 5 + 4, 1).image == 0 && s3.box(2 * 5 + 4, 1).row == 0 && s3.box(2 * 5 + 4, 1).column == 72);
+  CHECK(s3.patch(2 * 5 + 4, 3).row == 8 && s3.patch(2 * 5 + 4, 3).column == 8);
+  CHECK(s3.patch(12 * 5, 2).image == 1 && s3_alone.patch(12 * 10, 2).image == 1);
   plan_of(1, 57, 10, 20, 48, 4, 3);
   plan_of(32, 512, 64, 64, 128, 2, 5);
   // Of the image nothing but the width of the tiles makes a difference to the packed weight.
