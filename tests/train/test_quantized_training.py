@@ -15,7 +15,7 @@ from hflfnerv._log_step import Levels, log_steps
 from hflfnerv.codec.quantization import dequantize, quantize, quantize_to_levels
 from hflfnerv.errors import CheckpointError, TrainingInterrupted
 from hflfnerv.models import MODELS
-from hflfnerv.train import EMBEDDINGS, QuantizationConfig, StepChooser, TrainConfig, fake_quantize
+from hflfnerv.train import EMBEDDINGS, Quantization, QuantizationConfig, StepChooser, TrainConfig, fake_quantize
 
 QUANTIZATION = QuantizationConfig(epochs=2, rate_weight=0.5, weight_bits=8, embedding_bits=6)
 CONFIG = TrainConfig(epochs=4, lr=0.02, batch_size=2, seed=3, optimizer="muon", quantization=QUANTIZATION)
@@ -181,6 +181,21 @@ def test_the_network_sees_what_the_file_holds(moving_frames):
         )
 
 
+def test_all_weights_are_rounded_as_one_is(trained):
+    levels = StepChooser(trained.model, trained.clip, seed=0).choose(QUANTIZATION)
+    narrow = {name: of._replace(low=of.low // 3, high=of.high // 3) for name, of in levels.items()}
+    parameters = trained.model.coded_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for chosen in (levels, narrow):
+        quantization = Quantization(trained.model, chosen)
+        quantization.round_weights()
+        for name, parameter in parameters.items():
+            step, of = torch.from_numpy(log_steps(np.array(chosen[name].exponent))), chosen[name]
+            assert torch.equal(parameter, fake_quantize(before[name], step, of.low, of.high)), name
+        quantization.restore_weights()
+        assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+
+
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "muon"), ("bf16", "muon"), ("fp16", "adam")])
 def test_a_step_reads_nothing_back(model_name, moving_frames, precision, optimizer):
     trainer = make_trainer(
@@ -196,7 +211,7 @@ def test_a_step_reads_nothing_back(model_name, moving_frames, precision, optimiz
         step()
     with Operations() as second:
         step()
-    assert "round" in first.names
+    assert "_foreach_round_" in first.names  # one kernel for all weights
     assert not READS_BACK & set(first.names)
     assert first.names == second.names
 
