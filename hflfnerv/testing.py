@@ -21,9 +21,11 @@ __all__ = [
     "assert_gradient_close_to_reference",
     "convolution_magnitudes",
     "implementations",
+    "layer_norm_magnitudes",
     "make_tensor",
     "poisoned_empty",
     "requires",
+    "rounded_in_the_end",
     "threads",
 ]
 
@@ -97,6 +99,38 @@ def convolution_magnitudes(
         slopes, size, terms, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
     )
     return y, dx, dweight, slopes.sum(dim=(0, 2, 3))
+
+
+def layer_norm_magnitudes(
+    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, dy: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, ...]:
+    """Return the sums of absolute terms behind y, dx, dgain and dbias of LayerNorm over the last axis, in float64.
+
+    A mean that is taken away is a term of its own, so a normalised value is as exact as the terms of that difference
+    are, and so is each product with one: to first order that is its error times the other factors.
+    """
+    x, gain, bias, dy = (t.detach().double() for t in (x, gain, bias, dy))
+
+    def mean(t: torch.Tensor) -> torch.Tensor:
+        return t.mean(dim=-1, keepdim=True)
+
+    rstd = (mean((x - mean(x)).square()) + eps).rsqrt()
+    normal, terms = ((x - mean(x)) * rstd).abs(), (x.abs() + mean(x.abs())) * rstd
+    slopes = (dy * gain).abs()
+    dx = rstd * (slopes + mean(slopes) + terms * mean(slopes * normal) + normal * mean(slopes * terms))
+    dgain, dbias = ((dy.abs() * t).flatten(0, -2).sum(dim=0) for t in (terms, torch.ones_like(x)))
+    return terms * gain.abs() + bias.abs(), dx, dgain, dbias
+
+
+def rounded_in_the_end(expected: torch.Tensor, terms: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the ``magnitude`` of what is computed in float32 and rounded to a dtype once.
+
+    Args:
+        expected: the result in float64.
+        terms: the sums of its absolute terms.
+        dtype: of the result.
+    """
+    return expected.detach().abs() + terms * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,13 @@ import torch
 
 from ._device_checks import device_checks
 
-__all__ = ["rejects_tensor", "unavailable"]
+__all__ = ["rejects_rows", "rejects_tensor", "unavailable"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_VERSION = (3, 5)
 _MIN_CAPABILITY = (8, 0)
+_MAX_CHANNELS = 1024
+_MAX_ROWS = 2**31 - 4096
 
 
 @functools.cache
@@ -47,3 +49,18 @@ def _capability(index: int) -> str | None:
 
 
 unavailable, rejects_tensor = device_checks("Triton kernels", _DTYPES, _machine, _capability)
+
+
+def rejects_rows(x: torch.Tensor, *dtypes: torch.dtype) -> str | None:
+    """Return why kernels that keep a row ``[C]`` of x in registers cannot run, with x and others of these dtypes."""
+    for dtype in (x.dtype, *dtypes):
+        reason = rejects_tensor(x.device, dtype)
+        if reason is not None:
+            return reason
+    if x.numel() == 0:
+        return f"x of shape {tuple(x.shape)} is empty"
+    if x.shape[-1] > _MAX_CHANNELS:
+        return f"x of shape {tuple(x.shape)} has more than {_MAX_CHANNELS} channels"
+    if x.numel() // x.shape[-1] > _MAX_ROWS:
+        return f"x of shape {tuple(x.shape)} has too many rows for offsets of 32 bits"
+    return None

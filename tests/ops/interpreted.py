@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from triton.runtime import interpreter
 
 from hflfnerv import ops
-from hflfnerv.ops import _depthwise_conv2d  # noqa: F401  registers its operation
+from hflfnerv.ops import _channel_norm, _depthwise_conv2d, _scale_residual  # noqa: F401  register their operations
 from hflfnerv.reference import conv_pixel_shuffle_gelu as conv_reference
 from hflfnerv.reference import highpass as highpass_reference
 from hflfnerv.reference import output_stage as stage_reference
@@ -22,8 +22,10 @@ from hflfnerv.testing import (
     assert_close_to_reference,
     assert_gradient_close_to_reference,
     convolution_magnitudes,
+    layer_norm_magnitudes,
     make_tensor,
     poisoned_empty,
+    rounded_in_the_end,
 )
 
 torch.set_num_threads(1)
@@ -748,3 +750,108 @@ def test_training_step(monkeypatch):
         of_kernels, of_pytorch = ((each[name].double() - true).norm() / true.norm() for each in (actual, same))
         # Sums over the pixels in an order of their own.
         assert of_kernels <= 2 * of_pytorch + (24 * 32) ** 0.5 * torch.finfo(torch.float32).eps, name
+
+
+# One row and many, channels that are a block, that fill none, and that take all of a program.
+ROWS = [(1, 1), (700, 1), (2, 5, 7, 3), (9, 5), (1, 9, 3, 64), (2, 3, 70), (3, 1000)]
+F32, F16 = torch.float32, torch.float16
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_weights", "out_dtype"),
+    [
+        (F32, F32, F32),
+        (F16, F32, F16),
+        (F16, F32, F32),
+        (F32, F32, F16),
+        (F16, F16, F16),
+    ],
+)
+def test_channel_norm(shape, dtype, of_weights, out_dtype):
+    layout = "strided" if of_weights == F16 else "contiguous"
+    x = make_tensor(*shape, dtype=dtype, layout=layout)
+    gain, bias = (make_tensor(shape[-1], dtype=of_weights, layout=layout, seed=seed) for seed in (1, 2))
+    dy = make_tensor(*shape, dtype=out_dtype, layout=layout, seed=3)
+
+    def run(to, impl):
+        leaves = [t.detach().to(to or t.dtype).requires_grad_() for t in (x, gain, bias)]
+        y = torch.ops.hflfnerv.channel_norm(*leaves, 1e-6, to or out_dtype, impl)
+        return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    with poisoned_empty():
+        results = run(None, "triton")
+    expected, same = run(torch.float64, "reference"), run(None, "reference")
+    sizes = layer_norm_magnitudes(x, gain, bias, dy, 1e-6)
+    for actual, true, rounded, size in zip(results, expected, same, sizes, strict=True):
+        assert actual.is_contiguous()
+        magnitude = rounded_in_the_end(true, size, actual.dtype)
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_gamma", "of_y"),
+    [(F32, F32, F32), (F32, F32, F16), (F16, F32, F16), (F16, F16, F16), (F16, F16, F32)],
+)
+def test_scale_residual(shape, dtype, of_gamma, of_y):
+    layout = "strided" if of_gamma == F16 else "contiguous"
+    x, y = make_tensor(*shape, dtype=dtype, layout=layout), make_tensor(*shape, dtype=of_y, layout=layout, seed=1)
+    gamma = make_tensor(shape[-1], dtype=of_gamma, layout=layout, seed=2)
+    dout = make_tensor(*shape, dtype=(x + gamma * y).dtype, layout=layout, seed=3)
+
+    def run(to, impl, change=lambda t: t):
+        leaves = [change(t.detach().to(to or t.dtype)).requires_grad_() for t in (x, gamma, y)]
+        out = torch.ops.hflfnerv.scale_residual(*leaves, impl)
+        return out, *torch.autograd.grad(out, leaves, change(dout.to(to or dout.dtype)))
+
+    with poisoned_empty():
+        results = run(None, "triton")
+    expected, same = run(torch.float64, "reference"), run(None, "reference")
+    for actual, true, rounded, size in zip(
+        results, expected, same, run(torch.float64, "reference", torch.abs), strict=True
+    ):
+        magnitude = rounded_in_the_end(true, size, actual.dtype)
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=magnitude)
+
+
+def test_channel_norm_and_scale_residual_in_many_shares(monkeypatch):
+    from hflfnerv.triton_kernels import _rows
+
+    # Shares of several tiles, the last with fewer than the others and a tile that is not full.
+    monkeypatch.setattr(_rows, "_SHARES", 3)
+    x, dy = (make_tensor(300, 64, seed=seed) for seed in range(2))
+    gain = make_tensor(64, seed=2)
+
+    def gradients(impl, to=F32, change=lambda t: t):
+        of, slopes, factors = (change(t.to(to)) for t in (x, dy, gain))
+        yield from torch.ops.hflfnerv.channel_norm_backward(slopes, of, factors, 1e-6, [True, True], impl)
+        yield from torch.ops.hflfnerv.scale_residual_backward(slopes, factors, of, [True, True], impl)
+
+    with poisoned_empty():
+        results = list(gradients("triton"))
+    _, dx, *sums = layer_norm_magnitudes(x, gain, gain, dy, 1e-6)
+    _, _, *sizes = gradients("reference", torch.float64, torch.abs)
+    for actual, true, rounded, size in zip(
+        results,
+        gradients("reference", torch.float64),
+        gradients("reference"),
+        [dx, torch.stack(sums), *sizes],
+        strict=True,
+    ):
+        assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
+
+
+@pytest.mark.parametrize("wanted", [[True, False], [False, True]])
+def test_channel_norm_and_scale_residual_make_what_is_wanted(wanted):
+    x, dy = (make_tensor(3, 11, 5, seed=seed) for seed in range(2))
+    gain = make_tensor(5, seed=2)
+
+    def gradients(wanted):
+        with poisoned_empty():
+            yield torch.ops.hflfnerv.channel_norm_backward(dy, x, gain, 1e-6, wanted, "triton")
+            yield torch.ops.hflfnerv.scale_residual_backward(dy, gain, x, wanted, "triton")
+
+    for some, both in zip(gradients(wanted), gradients([True, True]), strict=True):
+        for actual, expected, want in zip(some, both, wanted, strict=True):
+            assert torch.equal(actual, expected) if want else actual.numel() == 0

@@ -1,0 +1,174 @@
+"""A branch added to what it branched from, each of its channels scaled, and the gradients: for the encoders here.
+
+It is none of the public operations: ``x + gamma * y`` is its definition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .._impl import Implementation, ImplementationTable
+from ._check import check_like, check_tensor, compute_dtype
+from ._library import register
+from ._triton import rejects_rows, unavailable
+
+__all__ = ["SCALE_RESIDUAL", "scale_residual"]
+
+
+def _run_reference(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + gamma * y
+
+
+def _run_triton(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.scale_residual(x, gamma, y, "triton")
+    return out
+
+
+def _triton_rejects(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor) -> str | None:
+    return rejects_rows(x, gamma.dtype, y.dtype)
+
+
+SCALE_RESIDUAL = ImplementationTable(
+    "scale_residual",
+    [
+        Implementation("triton", _run_triton, unavailable, _triton_rejects),
+        Implementation("reference", _run_reference),
+    ],
+)
+
+
+def _out_dtype(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.promote_types(gamma.dtype, y.dtype))
+
+
+def _forward(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, impl: str) -> torch.Tensor:
+    x, gamma, y = x.contiguous(), gamma.contiguous(), y.contiguous()
+    if impl == "reference":
+        return _run_reference(x, gamma, y)
+    from ..triton_kernels.scale_residual import scale_residual_fwd
+
+    out: torch.Tensor = scale_residual_fwd(x, gamma, y, _out_dtype(x, gamma, y))
+    return out
+
+
+def _forward_fake(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, impl: str) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=_out_dtype(x, gamma, y))
+
+
+def _backward(
+    dout: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, wanted: list[bool], impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dout, gamma, y = dout.contiguous(), gamma.contiguous(), y.contiguous()
+    dgamma: torch.Tensor | None = None
+    dy: torch.Tensor | None = None
+    if impl == "reference":
+        if wanted[0]:
+            terms = dout.to(torch.promote_types(dout.dtype, torch.float32)) * y
+            dgamma = terms.flatten(0, -2).sum(dim=0)
+        if wanted[1]:
+            dy = (gamma * dout).to(y.dtype)
+    else:
+        from ..triton_kernels.scale_residual import scale_residual_bwd
+
+        dy = torch.empty_like(y) if wanted[1] else None
+        dgamma = scale_residual_bwd(dout, gamma, y, dy, sums=wanted[0])
+    return (
+        gamma.new_empty(0) if dgamma is None else dgamma.to(gamma.dtype),
+        y.new_empty(0) if dy is None else dy,
+    )
+
+
+def _backward_fake(
+    dout: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, wanted: list[bool], impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gamma.new_empty(gamma.shape if wanted[0] else 0), y.new_empty(y.shape if wanted[1] else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, gamma, y, ctx.impl = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(gamma, y)
+
+
+def _autograd(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    want_x, *wanted = ctx.needs_input_grad[:3]
+    gradients: tuple[torch.Tensor | None, ...] = (None, None)
+    if any(wanted):
+        gradients = torch.ops.hflfnerv.scale_residual_backward(dout, *ctx.saved_tensors, wanted, ctx.impl)
+    dgamma, dy = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return dout.to(ctx.x_dtype) if want_x else None, dgamma, dy, None
+
+
+def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    raise RuntimeError("scale_residual has no second derivative in its kernels; use impl='reference'")
+
+
+register(
+    "scale_residual(Tensor x, Tensor gamma, Tensor y, str impl) -> Tensor",
+    run=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+register(
+    "scale_residual_backward(Tensor dout, Tensor gamma, Tensor y, bool[] wanted, str impl) -> (Tensor, Tensor)",
+    run=_backward,
+    fake=_backward_fake,
+    setup_context=None,
+    backward=_no_double_backward,
+)
+
+
+def _choice(x: torch.Tensor, y: torch.Tensor) -> str:
+    """Return what ``"auto"`` stands for.
+
+    On a GPU it is the kernels where one of the tensors is in half precision, by the count of kernels and bytes: PyTorch
+    takes two passes, and four back. It is not measured yet (``python -m bench.gpu --parts encoder`` compares them). A
+    compiler joins those passes by itself.
+    """
+    half = compute_dtype(x).itemsize == 2 or min(x.dtype.itemsize, y.dtype.itemsize) == 2
+    return "auto" if x.device.type == "cuda" and half and not torch.compiler.is_compiling() else "reference"
+
+
+def scale_residual(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Add a branch to x, each of its channels scaled.
+
+    Equivalent PyTorch: ``x + gamma * y``.
+
+    Args:
+        x: ``[..., C]``, floating point.
+        gamma: ``[C]`` in x's dtype (under autocast it may have another).
+        y: ``[..., C]`` in x's dtype (likewise).
+        impl: ``"auto"``, ``"triton"`` (CUDA: up to 1024 channels, gradients included) or ``"reference"`` (PyTorch,
+            anywhere). ``"auto"`` is ``"triton"`` where it can run and x or y is in half precision or autocast computes
+            in it, but not under torch.compile.
+
+    Returns:
+        ``[..., C]`` in the dtype to which PyTorch promotes the three: float32 if one of them is.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ without autocast.
+        ValueError: a shape, device or name is not as above.
+        BackendUnavailable: the named implementation cannot run; the message says why.
+
+    Numerics:
+        ``"triton"`` computes in float32 and rounds once, and sums the gradient of gamma over rows in an order that
+        depends on the shape alone.
+
+    Example:
+        >>> scale_residual(torch.zeros(1, 8, 9, 64), torch.ones(64), torch.zeros(1, 8, 9, 64)).shape
+        torch.Size([1, 8, 9, 64])
+    """
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must be [..., C], got a scalar")
+    for name, t, shape in (("gamma", gamma, x.shape[-1:]), ("y", y, x.shape)):
+        check_tensor(name, t)
+        check_like(name, t, x)
+        if t.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+    entry = SCALE_RESIDUAL.select(_choice(x, y) if impl == "auto" else impl, x, gamma, y)
+    out: torch.Tensor = entry.run(x, gamma, y)
+    return out
