@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._device import training_precision
 from ..config import PRESETS, TrainingDefaults
 from ..models import MODELS, VideoNetwork, build_model
-from ..models.convnext import DepthwiseConv, PatchConv
+from ..models.convnext import use_pytorch
 from ..models.streams import use_implementation
 from ..train import TrainConfig, Trainer, prepare_clip
 from .bitstream import write_bitstream
@@ -127,9 +127,7 @@ def plain_network(network: VideoNetwork) -> VideoNetwork:
     plain = build_model(network.spec)
     plain.load_state_dict(network.state_dict())
     use_implementation(plain, "reference")
-    for module in plain.modules():
-        if isinstance(module, (DepthwiseConv, PatchConv)):
-            module.forward = functools.partial(nn.Conv2d.forward, module)  # type: ignore[method-assign]
+    use_pytorch(plain)
     return plain
 
 

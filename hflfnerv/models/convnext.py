@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._concurrent import concurrently
+from ..ops._channel_norm import channel_norm
 from ..ops._check import compute_dtype
 from ..ops._depthwise_conv2d import depthwise_conv2d
+from ..ops._scale_residual import scale_residual
 
-__all__ = ["ConvNeXtEncoder", "DetailEncoder", "larger_patches"]
+__all__ = ["ConvNeXtEncoder", "DetailEncoder", "larger_patches", "use_pytorch"]
 
 _NORM_EPSILON = 1e-6
 _LAYER_SCALE = 1e-6
@@ -21,15 +23,26 @@ _DETAIL_WIDTH = 32
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of ``[B, C, H, W]``."""
+    """LayerNorm over the channels of ``[B, C, H, W]``.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C.
+        for_product: whether a convolution takes the result, which then has the dtype in which that computes. Otherwise
+            it is what blocks add to, which autocast leaves in float32.
+    """
+
+    impl = "auto"
+
+    def __init__(self, channels: int, *, for_product: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self._for_product = for_product
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, _NORM_EPSILON)
+        dtype = compute_dtype(x) if self._for_product else None
+        pixels = x.permute(0, 2, 3, 1)
+        y = channel_norm(pixels, self.weight, self.bias, eps=_NORM_EPSILON, out_dtype=dtype, impl=self.impl)
         return y.permute(0, 3, 1, 2)
 
 
@@ -68,6 +81,8 @@ class PatchConv(nn.Conv2d):
 class ConvNeXtBlock(nn.Module):
     """``x + gamma * pwconv2(GELU(pwconv1(LayerNorm(dwconv7x7(x)))))`` (Liu et al., "A ConvNet for the 2020s")."""
 
+    impl = "auto"
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv(channels, 7)
@@ -78,10 +93,11 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((channels,), _LAYER_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        y = self.gamma * self.pwconv2(self.act(self.pwconv1(y)))
-        out: Tensor = x + y.permute(0, 3, 1, 2)
-        return out
+        norm, dtype = self.norm, compute_dtype(x)
+        y = self.dwconv(x).permute(0, 2, 3, 1)
+        y = channel_norm(y, norm.weight, norm.bias, eps=norm.eps, out_dtype=dtype, impl=self.impl)
+        y = self.pwconv2(self.act(self.pwconv1(y)))
+        return scale_residual(x.permute(0, 2, 3, 1), self.gamma, y, impl=self.impl).permute(0, 3, 1, 2)
 
 
 class ConvNeXtEncoder(nn.Module):
@@ -105,7 +121,9 @@ class ConvNeXtEncoder(nn.Module):
         for index, (stride, width) in enumerate(zip(strides, widths, strict=True)):
             conv = PatchConv(previous, width, stride)
             self.downsample_layers.append(
-                nn.Sequential(ChannelNorm(previous), conv) if index else nn.Sequential(conv, ChannelNorm(width))
+                nn.Sequential(ChannelNorm(previous, for_product=True), conv)
+                if index
+                else nn.Sequential(conv, ChannelNorm(width, for_product=False))
             )
             self.stages.append(nn.Sequential(ConvNeXtBlock(width)))
             previous = width
@@ -122,6 +140,15 @@ class ConvNeXtEncoder(nn.Module):
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
         return x
+
+
+def use_pytorch(model: nn.Module) -> None:
+    """Let the layers of all encoders in a model be PyTorch's own operations, gradients included."""
+    for module in model.modules():
+        if isinstance(module, (DepthwiseConv, PatchConv)):
+            module.forward = functools.partial(nn.Conv2d.forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, (ChannelNorm, ConvNeXtBlock)):
+            module.impl = "reference"
 
 
 def larger_patches(strides: Sequence[int]) -> tuple[int, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hflfnerv.models.convnext import PatchConv
-from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, make_tensor
+from hflfnerv.models import convnext
+from hflfnerv.models.convnext import ChannelNorm, ConvNeXtEncoder, PatchConv, use_pytorch
+from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to_reference, make_tensor, requires
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -30,3 +34,89 @@ def test_patches_are_a_convolution(size, height, width, layout):
     assert_close_to_reference(y, exact, same, magnitude=magnitude)
     for four in zip(gradients, exact_gradients, same_gradients, magnitudes, strict=True):
         assert_gradient_close_to_reference(*four[:3], magnitude=four[3])
+
+
+def encoder():
+    torch.manual_seed(0)
+    model = ConvNeXtEncoder((4, 3, 2), channels=16, embedding_channels=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Gains, biases and scales that show where they are left out.
+            if parameter.dim() == 1:
+                parameter.copy_(make_tensor(*parameter.shape, seed=len(name)))
+    return model
+
+
+def by_formula(model, x):
+    for downsample, (block,) in zip(model.downsample_layers, model.stages, strict=True):
+        for layer in downsample:
+            if isinstance(layer, ChannelNorm):
+                x = F.layer_norm(x.permute(0, 2, 3, 1), layer.weight.shape, layer.weight, layer.bias, 1e-6)
+                x = x.permute(0, 3, 1, 2)
+            else:
+                x = layer(x)
+        y = block.norm(block.dwconv(x).permute(0, 2, 3, 1))
+        y = block.gamma * block.pwconv2(block.act(block.pwconv1(y)))
+        x = x + y.permute(0, 3, 1, 2)
+    return x
+
+
+def results_of(function, model, x, autocast):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        y = function(x)
+    dy = make_tensor(*y.shape, dtype=y.dtype, device=x.device.type, seed=1)
+    return [y.detach(), *torch.autograd.grad(y, list(model.parameters()), dy)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_encoder_on_the_cpu_is_the_formula(layout, autocast):
+    model, x = encoder(), make_tensor(2, 3, 48, 72, layout=layout)
+    plain = copy.deepcopy(model)
+    use_pytorch(plain)
+    for of in (model, plain):
+        expected = results_of(functools.partial(by_formula, of), of, x, autocast)
+        for actual, true in zip(results_of(of, of, x, autocast), expected, strict=True):
+            assert actual.dtype == true.dtype
+            assert torch.equal(actual, true)
+
+
+def test_norms_that_a_product_takes_have_its_dtype(monkeypatch):
+    made = []
+
+    def record(*tensors, out_dtype, **options):
+        made.append(out_dtype)
+        return channel_norm(*tensors, out_dtype=out_dtype, **options)
+
+    channel_norm = convnext.channel_norm
+    monkeypatch.setattr(convnext, "channel_norm", record)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder()(make_tensor(1, 3, 24, 24))
+    # Behind the first patches follows what blocks add to.
+    assert made == [None, torch.bfloat16] + 2 * [torch.bfloat16, torch.bfloat16]
+
+
+def test_use_pytorch():
+    model = encoder()
+    use_pytorch(model)
+    assert model.downsample_layers[0][0].forward.args == (model.downsample_layers[0][0],)
+    assert {m.impl for m in model.modules() if hasattr(m, "impl")} == {"reference"}
+    assert ChannelNorm.impl == "auto"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and not requires("cuda"), reason="PyTorch sees no CUDA device")
+def test_encoder_on_a_gpu():
+    model, x = encoder().cuda(), make_tensor(2, 3, 96, 144, device="cuda", layout="channels_last")
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    use_pytorch(plain)
+    use_pytorch(exact)
+    results, same = results_of(model, model, x, True), results_of(plain, plain, x, True)
+    expected = results_of(exact, exact, x.double(), False)
+    assert [t.dtype for t in results] == [t.dtype for t in same]
+
+    def distance(tensors):
+        """Return the distance to the truth, of all tensors in units of their own size."""
+        parts = [(a - e).norm() / e.norm() for a, e in zip(tensors, expected, strict=True)]
+        return float(torch.stack(parts).square().mean().sqrt())
+
+    assert distance(results) <= 2 * distance(same) + torch.finfo(torch.bfloat16).eps / 2
