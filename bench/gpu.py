@@ -74,6 +74,7 @@ def run_tests(arguments: argparse.Namespace) -> None:
         "no:cacheprovider",
         "tests/ops",
         "tests/nn",
+        "tests/models/test_convnext.py",
         "tests/test_concurrent.py",
     ]
     if importlib.util.find_spec("psutil") is not None:  # without which there is no training of high-pass frames
@@ -117,6 +118,7 @@ PARTS = {
     "depthwise": Part(
         "the encoders' depthwise convolutions, forward and backward", "bench.ops.bench_depthwise_conv2d:gpu_points"
     ),
+    "encoder": Part("encoders and blocks of them, forward and backward", "bench.ops.bench_encoder:gpu_points"),
     "highpass": Part("the FFT high-pass filter", "bench.ops.bench_highpass:gpu_points"),
     "output": Part("the output stage", "bench.ops.bench_output_stage:gpu_points"),
     "loss": Part("the loss of training and its gradient", "bench.ops.bench_stream_loss:gpu_points"),
