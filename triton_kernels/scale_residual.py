@@ -42,6 +42,7 @@ def scale_residual_bwd_kernel(
     dout_ptr,
     gamma_ptr,
     y_ptr,
+    dx_ptr,
     dy_ptr,
     partial_ptr,
     rows,
@@ -65,6 +66,8 @@ def scale_residual_bwd_kernel(
         dout = tl.load(dout_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         if partial_ptr is not None:
             dgamma += dout * tl.load(y_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + start + offset, dout.to(dx_ptr.dtype.element_ty), mask=inside)
         if dy_ptr is not None:
             dy = gamma * dout
             tl.store(dy_ptr + start + offset, dy.to(dy_ptr.dtype.element_ty), mask=inside)
@@ -101,8 +104,8 @@ def scale_residual_fwd(x, gamma, y, out_dtype):
     return out
 
 
-def scale_residual_bwd(dout, gamma, y, dy, *, sums):
-    """Write the gradient of y, and return that of gamma, ``[C]`` in float32.
+def scale_residual_bwd(dout, gamma, y, dx, dy, *, sums):
+    """Write the gradients of x and y, and return that of gamma, ``[C]`` in float32.
 
     The sums over rows are taken in two passes, a share for each program and then the sum of those, so they are the same
     in every run.
@@ -111,6 +114,7 @@ def scale_residual_bwd(dout, gamma, y, dy, *, sums):
         dout: ``[..., C]``, contiguous.
         gamma: ``[C]``, contiguous.
         y: ``[..., C]``, contiguous.
+        dx: memory for dout in the dtype of x, contiguous, or None where it is not wanted.
         dy: memory for the gradient of y, contiguous, or None where it is not wanted.
         sums: whether that of gamma is wanted; None otherwise.
     """
@@ -124,6 +128,7 @@ def scale_residual_bwd(dout, gamma, y, dy, *, sums):
             dout,
             gamma,
             y,
+            dx,
             dy,
             partial,
             rows,

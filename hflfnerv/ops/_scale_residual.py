@@ -58,32 +58,36 @@ def _forward_fake(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, impl: s
 
 
 def _backward(
-    dout: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, wanted: list[bool], impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dout: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, x_dtype: torch.dtype, wanted: list[bool], impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dout, gamma, y = dout.contiguous(), gamma.contiguous(), y.contiguous()
+    dx = torch.empty_like(dout, dtype=x_dtype) if wanted[0] else None
+    dy = torch.empty_like(y) if wanted[2] else None
     dgamma: torch.Tensor | None = None
-    dy: torch.Tensor | None = None
     if impl == "reference":
-        if wanted[0]:
+        if dx is not None:
+            dx.copy_(dout)
+        if wanted[1]:
             terms = dout.to(torch.promote_types(dout.dtype, torch.float32)) * y
             dgamma = terms.flatten(0, -2).sum(dim=0)
-        if wanted[1]:
-            dy = (gamma * dout).to(y.dtype)
+        if dy is not None:
+            dy.copy_(gamma * dout)
     else:
         from ..triton_kernels.scale_residual import scale_residual_bwd
 
-        dy = torch.empty_like(y) if wanted[1] else None
-        dgamma = scale_residual_bwd(dout, gamma, y, dy, sums=wanted[0])
+        dgamma = scale_residual_bwd(dout, gamma, y, dx, dy, sums=wanted[1])
     return (
+        y.new_empty(0, dtype=x_dtype) if dx is None else dx,
         gamma.new_empty(0) if dgamma is None else dgamma.to(gamma.dtype),
         y.new_empty(0) if dy is None else dy,
     )
 
 
 def _backward_fake(
-    dout: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, wanted: list[bool], impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return gamma.new_empty(gamma.shape if wanted[0] else 0), y.new_empty(y.shape if wanted[1] else 0)
+    dout: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, x_dtype: torch.dtype, wanted: list[bool], impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dgamma, dy = (t.shape if want else 0 for t, want in zip((y, gamma, y), wanted, strict=True))
+    return y.new_empty(dx, dtype=x_dtype), gamma.new_empty(dgamma), y.new_empty(dy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -93,12 +97,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _autograd(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    want_x, *wanted = ctx.needs_input_grad[:3]
-    gradients: tuple[torch.Tensor | None, ...] = (None, None)
-    if any(wanted):
-        gradients = torch.ops.hflfnerv.scale_residual_backward(dout, *ctx.saved_tensors, wanted, ctx.impl)
-    dgamma, dy = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-    return dout.to(ctx.x_dtype) if want_x else None, dgamma, dy, None
+    wanted = list(ctx.needs_input_grad[:3])
+    given = wanted[0] and dout.dtype == ctx.x_dtype  # then it is the gradient of x
+    made = [wanted[0] and not given, *wanted[1:]]
+    gradients: list[torch.Tensor | None] = [None] * 3
+    if any(made):
+        op = torch.ops.hflfnerv.scale_residual_backward
+        gradients = [
+            gradient if make else None
+            for gradient, make in zip(op(dout, *ctx.saved_tensors, ctx.x_dtype, made, ctx.impl), made, strict=True)
+        ]
+    return dout if given else gradients[0], *gradients[1:], None
 
 
 def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -113,7 +122,8 @@ register(
     backward=_autograd,
 )
 register(
-    "scale_residual_backward(Tensor dout, Tensor gamma, Tensor y, bool[] wanted, str impl) -> (Tensor, Tensor)",
+    "scale_residual_backward(Tensor dout, Tensor gamma, Tensor y, ScalarType x_dtype, bool[] wanted, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
     setup_context=None,

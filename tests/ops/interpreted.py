@@ -6,6 +6,8 @@ interpreter truncates where it should round to bfloat16.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -826,7 +828,7 @@ def test_channel_norm_and_scale_residual_in_many_shares(monkeypatch):
     def gradients(impl, to=F32, change=lambda t: t):
         of, slopes, factors = (change(t.to(to)) for t in (x, dy, gain))
         yield from torch.ops.hflfnerv.channel_norm_backward(slopes, of, factors, 1e-6, [True, True], impl)
-        yield from torch.ops.hflfnerv.scale_residual_backward(slopes, factors, of, [True, True], impl)
+        yield from torch.ops.hflfnerv.scale_residual_backward(slopes, factors, of, to, [True] * 3, impl)
 
     with poisoned_empty():
         results = list(gradients("triton"))
@@ -843,15 +845,22 @@ def test_channel_norm_and_scale_residual_in_many_shares(monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [[True, False], [False, True]])
-def test_channel_norm_and_scale_residual_make_what_is_wanted(wanted):
+def test_channel_norm_makes_what_is_wanted(wanted):
     x, dy = (make_tensor(3, 11, 5, seed=seed) for seed in range(2))
-    gain = make_tensor(5, seed=2)
+    make = torch.ops.hflfnerv.channel_norm_backward
+    check_wanted(lambda wanted: make(dy, x, make_tensor(5, seed=2), 1e-6, wanted, "triton"), wanted)
 
-    def gradients(wanted):
-        with poisoned_empty():
-            yield torch.ops.hflfnerv.channel_norm_backward(dy, x, gain, 1e-6, wanted, "triton")
-            yield torch.ops.hflfnerv.scale_residual_backward(dy, gain, x, wanted, "triton")
 
-    for some, both in zip(gradients(wanted), gradients([True, True]), strict=True):
-        for actual, expected, want in zip(some, both, wanted, strict=True):
-            assert torch.equal(actual, expected) if want else actual.numel() == 0
+@pytest.mark.parametrize("wanted", [list(w) for w in itertools.product([True, False], repeat=3) if any(w)])
+def test_scale_residual_makes_what_is_wanted(wanted):
+    y, dout = (make_tensor(3, 11, 5, seed=seed) for seed in range(2))
+    make = torch.ops.hflfnerv.scale_residual_backward
+    check_wanted(lambda wanted: make(dout, make_tensor(5, seed=2), y, F16, wanted, "triton"), wanted)
+
+
+def check_wanted(gradients, wanted):
+    with poisoned_empty():
+        some, all_of_them = gradients(wanted), gradients([True] * len(wanted))
+    for actual, expected, want in zip(some, all_of_them, wanted, strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected) if want else actual.numel() == 0

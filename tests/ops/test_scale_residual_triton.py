@@ -17,7 +17,7 @@ from hflfnerv.testing import (
     rounded_in_the_end,
 )
 
-# Of x, of gamma, of y; the first are the encoders'.
+# Of x, of gamma, of y; the first two are the encoders'.
 DTYPES = [
     (torch.float32, torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float32, torch.bfloat16),
@@ -47,7 +47,8 @@ def test_ahead_of_time(compile_launch, capability, dtypes, channels):
             for size, dtype in zip(((1, 128, 256), (), (1, 128, 256)), dtypes, strict=True)
         )
         out = kernels.scale_residual_fwd(x, gamma, y, (x + gamma * y).dtype)
-        kernels.scale_residual_bwd(out, gamma, y, torch.empty_like(y), sums=True)
+        dx = torch.empty_like(x) if x.dtype != out.dtype else None
+        kernels.scale_residual_bwd(out, gamma, y, dx, torch.empty_like(y), sums=True)
 
     forward, backward = compile_launch(kernels, launch, capability)
     for kernel in (forward, backward):
@@ -71,7 +72,7 @@ def test_programs_fill_the_device_and_small_images_take_few(monkeypatch):
     for size in ((1, 128, 256, 64), (8, 128, 256, 64), (1, 128, 256, 16), (1, 2, 4, 16)):
         x, gamma = torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size[-1])
         kernels.scale_residual_fwd(x, gamma, x, torch.float32)
-        kernels.scale_residual_bwd(x, gamma, x, None, sums=True)
+        kernels.scale_residual_bwd(x, gamma, x, None, None, sums=True)
     forward, backward = programs[::2], programs[1::2]
     assert min(forward[:3]) >= 132
     # Each of them writes sums, which are read again.
