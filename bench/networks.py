@@ -16,6 +16,7 @@ from hflfnerv.codec.benchmark import plain_optimizers
 from hflfnerv.codec.engine_cuda import CudaEngine
 from hflfnerv.config import PRESETS, TrainingDefaults
 from hflfnerv.models import VideoNetwork, build_model
+from hflfnerv.models.convnext import use_pytorch
 from hflfnerv.models.hflf import HFLFNeRV
 from hflfnerv.models.hnerv import HNeRV
 from hflfnerv.models.streams import use_implementation
@@ -49,9 +50,11 @@ def network_of(
 
 
 def _with(network: VideoNetwork, impl: str, dtype: torch.dtype = torch.float32) -> VideoNetwork:
-    """Return a copy in a dtype, channels-last, whose blocks use one implementation."""
+    """Return a copy in a dtype, channels-last, whose blocks use one implementation; "reference" is all PyTorch's."""
     network = copy.deepcopy(network).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     use_implementation(network, impl)
+    if impl == "reference":
+        use_pytorch(network)
     return network
 
 
