@@ -318,17 +318,20 @@ HFLFNERV_HOST_DEVICE inline std::int64_t packed_source(const Plan& plan, std::in
 }
 
 // Cycles, about, that the busiest multiprocessor needs for its tiles. A wgmma of n columns takes n / 2, but not less than
-// reading its operands at 128 bytes a cycle does. Boxes are copied meanwhile, at 64, and waited for now and then.
+// reading its operands does, at 112 bytes a cycle, since copies write at the same time: of the 128 that there are. Boxes are
+// copied meanwhile, at 64, and waited for now and then; and a tile begins and ends, which its neighbours hide in part.
+constexpr int kReadBytes = 112, kCopyBytes = 64, kTileCycles = 1000;
+
 inline std::int64_t cost_of(const Plan& plan, int columns, int multiprocessors) {
   const Problem& p = plan.problem;
   const std::int64_t boxes = std::int64_t(p.batch) * plan.box_rows * plan.box_columns;
   const std::int64_t tiles = (boxes + plan.boxes() - 1) / plan.boxes() * divide_up(p.n(), columns);
   const std::int64_t rounds = (tiles + multiprocessors - 1) / multiprocessors;
-  const int reads = (64 + columns) * kStepK * kElementBytes / 128, multiplies = columns / 2;
+  const int reads = divide_up((64 + columns) * kStepK * kElementBytes, kReadBytes), multiplies = columns / 2;
   int planes = 0;
   for (int chunk = 0; chunk < plan.cut.chunks(); ++chunk) planes += plan.cut.planes(chunk);
-  const int copies = planes * plan.plane_bytes / 64, products = kPatches * plan.cut.all_steps(p.taps());
-  return rounds * (std::int64_t(products) * (reads > multiplies ? reads : multiplies) + copies);
+  const int copies = planes * plan.plane_bytes / kCopyBytes, products = kPatches * plan.cut.all_steps(p.taps());
+  return rounds * (std::int64_t(products) * (reads > multiplies ? reads : multiplies) + copies + kTileCycles);
 }
 
 // Arranges patches in boxes and columns in tiles.
