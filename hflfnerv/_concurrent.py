@@ -54,7 +54,8 @@ def concurrently(*calls: functools.partial[T]) -> list[T]:
             memory may be given away on one stream while another reads it.
     """
     device = next((x.device for x in _tensors(calls[0].args) if x.is_cuda), None) if calls else None
-    if device is None or not _side_by_side():
+    # A compiler sees one stream, and no state of threads.
+    if device is None or torch.compiler.is_compiling() or not _side_by_side():
         return [call() for call in calls]
     current = torch.cuda.current_stream(device)
     beside = _streams_beside(current, min(len(calls), _STREAMS) - 1)
