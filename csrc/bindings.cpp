@@ -484,12 +484,13 @@ hflfnerv::conv_layout::Plan conv_pixel_shuffle_gelu_cuda_plan(const CudaShape& s
   return plan;
 }
 
-void conv_pixel_shuffle_gelu_cuda_pack(const CudaShape& sizes, int device, std::uintptr_t weight, std::uintptr_t packed,
+void conv_pixel_shuffle_gelu_cuda_pack(const CudaShape& sizes, int device, std::uintptr_t weight,
+                                       const std::array<std::int64_t, 3>& strides, std::uintptr_t packed,
                                        std::uintptr_t stream) {
   const auto plan = conv_pixel_shuffle_gelu_cuda_plan(sizes, device);
   const py::gil_scoped_release release;
-  raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_pack(plan, pointer<void>(weight), pointer<void>(packed),
-                                                                pointer<void>(stream)));
+  raise_unless_done(hflfnerv::conv_pixel_shuffle_gelu_cuda_pack(plan, pointer<void>(weight), {strides[0], strides[1], strides[2]},
+                                                                pointer<void>(packed), pointer<void>(stream)));
 }
 
 hflfnerv::Activation cuda_activation(const std::string& name) {
@@ -717,7 +718,7 @@ PYBIND11_MODULE(_C, module) {
       [](const CudaShape& sizes, int device) { return conv_pixel_shuffle_gelu_cuda_plan(sizes, device).columns; },
       py::arg("sizes"), py::arg("device"));
   module.def("conv_pixel_shuffle_gelu_cuda_pack", &conv_pixel_shuffle_gelu_cuda_pack, py::arg("sizes"),
-             py::arg("device"), py::arg("weight"), py::arg("packed"), py::arg("stream"));
+             py::arg("device"), py::arg("weight"), py::arg("strides"), py::arg("packed"), py::arg("stream"));
   module.def("conv_pixel_shuffle_gelu_cuda_fwd", &conv_pixel_shuffle_gelu_cuda_fwd, py::arg("sizes"), py::arg("device"),
              py::arg("dtype"), py::arg("activation"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"),
              py::arg("z"), py::arg("stream"));

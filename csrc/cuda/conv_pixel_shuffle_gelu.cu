@@ -407,10 +407,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T>
-__global__ void conv_pixel_shuffle_gelu_pack_kernel(const __grid_constant__ Plan plan, const T* weight, T* packed) {
+__global__ void conv_pixel_shuffle_gelu_pack_kernel(const __grid_constant__ Plan plan, const T* weight,
+                                                    const __grid_constant__ WeightStrides strides, T* packed) {
   const std::int64_t element = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (element >= plan.packed_elements()) return;
-  const std::int64_t source = packed_source(plan, element);
+  const std::int64_t source = packed_source(plan, strides, element);
   packed[element] = source < 0 ? T() : weight[source];
 }
 
@@ -499,14 +500,16 @@ const char* conv_pixel_shuffle_gelu_cuda_plan(const Problem& problem, int device
   return error == cudaSuccess ? make_plan(problem, multiprocessors, shared, plan) : message(error);
 }
 
-const char* conv_pixel_shuffle_gelu_cuda_pack(const Plan& plan, const void* weight, void* packed, void* stream) {
+const char* conv_pixel_shuffle_gelu_cuda_pack(const Plan& plan, const void* weight, const WeightStrides& strides,
+                                              void* packed, void* stream) {
   // Both types are moved as bits.
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>((plan.packed_elements() + 255) / 256));
   config.blockDim = dim3(256);
   config.stream = static_cast<cudaStream_t>(stream);
   return message(cudaLaunchKernelEx(&config, conv_pixel_shuffle_gelu_pack_kernel<std::uint16_t>, plan,
-                                    static_cast<const std::uint16_t*>(weight), static_cast<std::uint16_t*>(packed)));
+                                    static_cast<const std::uint16_t*>(weight), strides,
+                                    static_cast<std::uint16_t*>(packed)));
 }
 
 const char* conv_pixel_shuffle_gelu_cuda_fwd(const ConvPixelShuffleGeluCuda& call, void* stream) {

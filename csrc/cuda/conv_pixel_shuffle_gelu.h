@@ -29,12 +29,11 @@ const char* cuda_device_unavailable(int device);
 // Makes a plan for a device, and the device the current one, on which the others work.
 const char* conv_pixel_shuffle_gelu_cuda_plan(const conv_layout::Problem& problem, int device, conv_layout::Plan& plan);
 
-// weight: [out_channels r r, channels, kernel_h, kernel_w], contiguous, two bytes an element; packed:
-// plan.packed_elements() of them. Of a plan that is a gradient the weight is the block's, [channels, out_channels, kernel_h,
-// kernel_w]. What is packed for one plan serves those with the same columns whose problems differ in
-// the image alone.
-const char* conv_pixel_shuffle_gelu_cuda_pack(const conv_layout::Plan& plan, const void* weight, void* packed,
-                                              void* stream);
+// weight: [out_channels r r, channels, kernel_h kernel_w], two bytes an element; packed: plan.packed_elements() of them. Of a
+// plan that is a gradient the weight is the block's, [channels, out_channels, kernel_h kernel_w]. What is packed for one plan
+// serves those with the same columns whose problems differ in the image alone.
+const char* conv_pixel_shuffle_gelu_cuda_pack(const conv_layout::Plan& plan, const void* weight,
+                                              const conv_layout::WeightStrides& strides, void* packed, void* stream);
 
 const char* conv_pixel_shuffle_gelu_cuda_fwd(const ConvPixelShuffleGeluCuda& call, void* stream);
 

@@ -297,8 +297,14 @@ HFLFNERV_HOST_DEVICE inline int gathered_offset(const Plan& plan, int k) {
   return (tap / kernel_w * plan.pitch + tap % kernel_w) * 16 + k % channels * kElementBytes;
 }
 
-// The weight [n, channels, taps] in the order of the packed one: source of an element, or -1 where that is zero.
-HFLFNERV_HOST_DEVICE inline std::int64_t packed_source(const Plan& plan, std::int64_t element) {
+// Elements between neighbours of a weight [n, channels, taps].
+struct WeightStrides {
+  std::int64_t n, channel, tap;
+};
+
+// The weight in the order of the packed one: source of an element, or -1 where that is zero.
+HFLFNERV_HOST_DEVICE inline std::int64_t packed_source(const Plan& plan, const WeightStrides& strides,
+                                                       std::int64_t element) {
   const Problem& p = plan.problem;
   const int per_step = plan.columns * kStepK, within = static_cast<int>(element % per_step);
   const int all_steps = plan.cut.all_steps(p.taps());
@@ -312,9 +318,9 @@ HFLFNERV_HOST_DEVICE inline std::int64_t packed_source(const Plan& plan, std::in
   if (n < 0 || source.tap < 0) return -1;
   if (p.gradient_of_r > 0) {  // taps turned, and the two kinds of channels exchanged
     const int row = shuffle_channel(source.channel, p.channels / (p.gradient_of_r * p.gradient_of_r), p.gradient_of_r);
-    return (std::int64_t(row) * p.n() + n) * p.taps() + p.taps() - 1 - source.tap;
+    return row * strides.n + n * strides.channel + (p.taps() - 1 - source.tap) * strides.tap;
   }
-  return (std::int64_t(shuffle_channel(n, p.out_channels, p.r)) * p.channels + source.channel) * p.taps() + source.tap;
+  return shuffle_channel(n, p.out_channels, p.r) * strides.n + source.channel * strides.channel + source.tap * strides.tap;
 }
 
 // Cycles, about, that the busiest multiprocessor needs for its tiles. A wgmma of n columns takes n / 2, but not less than

@@ -55,6 +55,7 @@ struct Case {
   bool tanh_form = false;
   int multiprocessors = 2;
   bool apart = false;  // whether each patch has a box of its own; otherwise it may have
+  bool channels_last = false;  // the weight
 };
 
 void check(const Case& c) {
@@ -80,7 +81,11 @@ void check(const Case& c) {
   for (std::int64_t i = 0; i < c.batch * p.x_image; ++i) {  // what lies behind the channels must not matter
     if (i % p.x_pixel >= c.channels) x[i] = kPoison;
   }
-  CHECK(conv_pixel_shuffle_gelu_cuda_pack(plan, weight.data(), packed.data(), nullptr) == nullptr);
+  // The weight in either order: [n, channels, taps], or with its channels last.
+  const WeightStrides strides = c.channels_last
+                                    ? WeightStrides{std::int64_t(c.channels) * taps, 1, c.channels}
+                                    : WeightStrides{std::int64_t(c.channels) * taps, taps, 1};
+  CHECK(conv_pixel_shuffle_gelu_cuda_pack(plan, weight.data(), strides, packed.data(), nullptr) == nullptr);
   const Activation activation = c.tanh_form ? Activation::gelu_tanh : Activation::gelu;
   const ConvPixelShuffleGeluCuda call{plan,          c.bfloat16,  activation, x.data(),
                                       packed.data(), bias.data(), y.data(),   z.data()};
@@ -100,7 +105,7 @@ void check(const Case& c) {
             if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
             for (int k = 0; k < c.channels; ++k) {
               sum += double(x[b * p.x_image + row * p.x_row + column * p.x_pixel + k]) *
-                     double(weight[(std::int64_t(m) * c.channels + k) * taps + tap]);
+                     double(weight[m * strides.n + k * strides.channel + tap * strides.tap]);
             }
           }
           const int k = m / (c.r * c.r), i = m / c.r % c.r, j = m % c.r, n = (i * c.r + j) * c.out_channels + k;
@@ -129,7 +134,8 @@ void check_gradient(int channels, int out_channels, int r, int height, int width
   Tensor dx(std::int64_t(height) * width * dx_pixel);
   fill(dz, 1);
   fill(weight, 1 / std::sqrt(static_cast<float>(n * taps)));
-  CHECK(conv_pixel_shuffle_gelu_cuda_pack(plan, weight.data(), packed.data(), nullptr) == nullptr);
+  const WeightStrides strides{std::int64_t(channels) * taps, taps, 1};
+  CHECK(conv_pixel_shuffle_gelu_cuda_pack(plan, weight.data(), strides, packed.data(), nullptr) == nullptr);
   const ConvPixelShuffleGeluCuda call{plan,          true,    Activation::none, dz.data(),
                                       packed.data(), nullptr, dx.data(),        nullptr};
   CHECK(conv_pixel_shuffle_gelu_cuda_fwd(call, nullptr) == nullptr);
@@ -188,7 +194,7 @@ void test_blocks() {
   // Patches that are no rectangle, and a number of them that four does not divide.
   check({1, 48, 24, 40, 10, 2, 3, 3, 1, 1, false, true, false, 2, true});
   check({3, 9, 8, 40, 7, 3, 5, 5, 2, 2, true, true, false, 2, true});
-  check({2, 33, 23, 39, 5, 2, 5, 5, 2, 2, false, false, false, 2, true});
+  check({2, 33, 23, 39, 5, 2, 5, 5, 2, 2, false, false, false, 2, true, true});
   check({5, 17, 7, 8, 6, 2, 1, 1, 0, 0, false, true, false, 2, true});
 }
 
@@ -221,7 +227,10 @@ void test_plans() {
   CHECK(small.columns != s5.columns && small.packed_elements() != s5.packed_elements());
   const Plan other = plan_of(7, 33, 320, 600, 28, 2, 5);
   CHECK(other.columns == s5.columns && other.packed_elements() == s5.packed_elements());
-  for (std::int64_t i = 0; i < s5.packed_elements(); ++i) CHECK(packed_source(s5, i) == packed_source(other, i));
+  for (std::int64_t i = 0; i < s5.packed_elements(); ++i) {
+    const WeightStrides strides{33 * 25, 25, 1};
+    CHECK(packed_source(s5, strides, i) == packed_source(other, strides, i));
+  }
   // The largest that hflfnerv/ops lets through, and one that is too large.
   for (const int out_channels : {2048, 128, 16384}) {
     const int r = out_channels == 128 ? 4 : 1;

@@ -141,10 +141,22 @@ def _pack(sizes: list[int], weight: torch.Tensor) -> torch.Tensor:
     module, device = _ext.load(), weight.device.index
     with torch.cuda.device_of(weight):
         packed = weight.new_empty(module.conv_pixel_shuffle_gelu_cuda_packed_elements(sizes, device))
-        weight = weight.contiguous()
+        strides = _weight_strides(weight)
+        if strides is None:
+            weight = weight.contiguous()
+            strides = [weight.stride(0), weight.stride(1), 1]
         stream = torch.cuda.current_stream().cuda_stream
-        module.conv_pixel_shuffle_gelu_cuda_pack(sizes, device, weight.data_ptr(), packed.data_ptr(), stream)
+        module.conv_pixel_shuffle_gelu_cuda_pack(sizes, device, weight.data_ptr(), strides, packed.data_ptr(), stream)
     return packed
+
+
+def _weight_strides(weight: torch.Tensor) -> list[int] | None:
+    """Return the strides of ``[n, C_in, taps]``, None where the taps are no one axis of a weight's memory."""
+    _, _, rows, columns = weight.shape
+    n, channel, row, column = weight.stride()
+    if rows == 1 or columns == 1:
+        return [n, channel, row if columns == 1 else column]
+    return [n, channel, column] if row == columns * column else None
 
 
 def conv_pixel_shuffle_gelu_fwd(

@@ -201,10 +201,10 @@ def test_what_the_kernel_is_told(monkeypatch):
     assert calls["elements"] == (sizes, None)
     assert _cuda.columns(x, weight, 2) == 32
     assert calls["columns"] == (sizes, None)
-    assert calls["pack"][:3] == (sizes, None, weight.data_ptr())
-    assert calls["pack"][4] == 77
+    assert calls["pack"][:4] == (sizes, None, weight.data_ptr(), [9 * 15, 15, 1])
+    assert calls["pack"][5] == 77
     assert calls["fwd"][:4] == (sizes, None, "float16", "gelu_tanh")
-    assert calls["fwd"][5:] == (calls["pack"][3], 0, y.data_ptr(), z.data_ptr(), 77)
+    assert calls["fwd"][5:] == (calls["pack"][4], 0, y.data_ptr(), z.data_ptr(), 77)
     assert y.stride(3) == 8
     assert z.shape == (2, 20, 4, 6)
     assert z.stride() == (480, 1, 120, 20)
@@ -225,11 +225,21 @@ def test_what_the_kernel_is_told_of_a_gradient(monkeypatch):
     dz = torch.zeros(2, 24, 4, 6).half().contiguous(memory_format=torch.channels_last)
     dx = _cuda.conv_pixel_shuffle_gelu_dgrad(dz, weight, 2)
     sizes = [2, 20, 4, 6, 9, 1, 3, 5, 1, 2, 4 * 6 * 24, 6 * 24, 24, 16, 2]
-    assert calls["pack"][:3] == (sizes, None, weight.data_ptr())
+    assert calls["pack"][:4] == (sizes, None, weight.data_ptr(), [9 * 15, 15, 1])
     assert calls["fwd"][:4] == (sizes, None, "float16", "none")
-    assert calls["fwd"][4:] == (dz.data_ptr(), calls["pack"][3], 0, dx.data_ptr(), 0, 77)
+    assert calls["fwd"][4:] == (dz.data_ptr(), calls["pack"][4], 0, dx.data_ptr(), 0, 77)
     assert dx.shape == (2, 9, 4, 6)
     assert dx.stride() == (4 * 6 * 16, 1, 6 * 16, 16)
+
+
+@pytest.mark.parametrize("kernel", [(5, 5), (3, 1), (1, 3), (1, 1), (1, 7)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_are_packed_from_where_they_lie(kernel, layout):
+    weight = torch.arange(6 * 5 * kernel[0] * kernel[1]).view(6, 5, *kernel).contiguous(memory_format=layout)
+    taps = weight.as_strided((6, 5, kernel[0] * kernel[1]), _cuda._weight_strides(weight))
+    assert torch.equal(taps, weight.flatten(2))
+    apart = torch.zeros(6, 5, *(2 * size for size in kernel))[:, :, ::2, ::2]
+    assert _cuda._weight_strides(apart) is None or 1 in kernel
 
 
 def test_gradient_fake():
