@@ -34,6 +34,7 @@ COMPILED_BY_DEFAULT = "torch.compile bf16"
 ENGINE, ENGINE_TO_HOST = "Decoder's engine fp16", "Decoder's engine fp16, to the host"
 ENGINE_INT8 = "Decoder's engine int8"
 TRAINER = "Trainer bf16"
+TRAINER_ON_ONE_STREAM = "Trainer bf16, on one stream"
 
 
 def network_of(
@@ -222,7 +223,7 @@ def _measure_training(
     trainees[COMPILED_BY_DEFAULT] = Trainee("reference", bf16, mode="default")
     trainees[COMPILED] = Trainee("reference", bf16, mode="max-autotune")
     eager = Trainee("reference", None)
-    own_step = trainers_step(machine, network, batch, used)
+    own_step, in_turn = (trainers_step(machine, network, batch, used, concurrent=each) for each in (True, False))
 
     def check() -> None:
         expected, same = eager.gradients(), trainees["eager bf16"].gradients()
@@ -240,6 +241,7 @@ def _measure_training(
         contenders=[
             *(Contender(trainee_name, trainee.step, batch) for trainee_name, trainee in trainees.items()),
             Contender(TRAINER, own_step, batch, "with the choice of frames, the schedule and the fused loss"),
+            Contender(TRAINER_ON_ONE_STREAM, in_turn, batch, "likewise"),
             Contender("eager fp32", eager.step, batch, "TF32 convolutions as PyTorch's default"),
             Contender(LAUNCHED, eager.step, batch, "without a CUDA graph; TF32 convolutions as PyTorch's default"),
         ],
@@ -247,12 +249,18 @@ def _measure_training(
         check=check,
     )
     with captured_or_failed():
-        rows = machine.measure(point, launched=(LAUNCHED, TRAINER), flush=False)
+        rows = machine.measure(point, launched=(LAUNCHED, TRAINER, TRAINER_ON_ONE_STREAM), flush=False)
     yield from rows
 
 
 def trainers_step(
-    machine: Machine, network: VideoNetwork, batch: int, used: TrainingDefaults, *, captured: bool = True
+    machine: Machine,
+    network: VideoNetwork,
+    batch: int,
+    used: TrainingDefaults,
+    *,
+    captured: bool = True,
+    concurrent: bool = True,
 ) -> Callable[[], None]:
     """Return the step that ``hflfnerv encode`` takes, where there is CUDA as a CUDA graph unless told otherwise."""
     spec = network.spec
@@ -263,4 +271,5 @@ def trainers_step(
     # More steps than the clock will take.
     config = TrainConfig(2000, used.lr, batch, 0, "bf16", used.optimizer, used.schedule)
     step = Trainer(copy.deepcopy(network), clip, config, device=machine.device).training_step
+    step.concurrent = concurrent
     return CapturedStep(step, machine.device) if captured and not machine.dry else step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,7 @@ class TrainingStep:
         errors: float32 ``[steps_per_epoch, B]``, the mean squared error of each frame of the running epoch.
         quantization: how weights and embeddings are quantised in the step; None while they are not. A step that was
             captured before it is set goes on without.
+        concurrent: whether independent parts of the step run side by side on a GPU.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class TrainingStep:
         self.scaler = scaler
         self.errors = torch.zeros(steps_per_epoch, orders.shape[1], dtype=torch.float32, device=orders.device)
         self.quantization: Quantization | None = None
+        self.concurrent = True
         self._objective = _Objective(model)
         self._dtype = autocast_dtype(precision)
         self._master_weights = None if self._dtype is None else MasterWeights(self._objective, self._dtype)
@@ -96,7 +99,7 @@ class TrainingStep:
 
     def __call__(self) -> None:
         """Take the next step."""
-        with side_by_side():
+        with side_by_side() if self.concurrent else nullcontext():
             self._take()
         self._number.add_(1)
 

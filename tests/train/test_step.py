@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hflfnerv import _concurrent
 from hflfnerv._device import exact_convolutions
 from hflfnerv.models import MODELS, build_model
 from hflfnerv.testing import requires
 from hflfnerv.train import TrainConfig, Trainer, prepare_clip
 from hflfnerv.train import graph as graph_module
-from hflfnerv.train import step as step_module
 from hflfnerv.train.graph import CapturedStep
 
 # What waits for the device, or takes a shape from the values there.
@@ -134,10 +133,21 @@ def test_a_step_that_cannot_be_captured_is_called_as_it_is(fake_cuda, monkeypatc
     assert len(calls) == 6 + 1
 
 
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_parts_run_side_by_side_unless_told_otherwise(concurrent, moving_frames):
+    step = make_trainer("hnerv", moving_frames).training_step
+    seen = []
+    step._set_lr = lambda: seen.append(_concurrent._side_by_side())
+    step.concurrent = concurrent
+    step()
+    assert seen == [concurrent]
+    assert not _concurrent._side_by_side()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() and not requires("cuda"), reason="PyTorch sees no CUDA device")
 @pytest.mark.parametrize("preset", ["best", "paper"])
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_gradients_on_streams_of_a_graph_are_those_of_a_sequence(preset, optimizer, moving_frames, monkeypatch):
+def test_gradients_on_streams_of_a_graph_are_those_of_a_sequence(preset, optimizer, moving_frames):
     # A learning rate of 0 leaves the weights alone, so the gradients of a step are the same whatever went before.
     config = {"optimizer": optimizer, "lr": 0.0, "preset": preset}
     trainer, other = (make_trainer("hflf", moving_frames, "cuda", **config) for _ in range(2))
@@ -148,7 +158,7 @@ def test_gradients_on_streams_of_a_graph_are_those_of_a_sequence(preset, optimiz
             for _ in range(graph_module._WARM_UP + 2):
                 captured()
         torch.cuda.synchronize()
-        monkeypatch.setattr(step_module, "side_by_side", contextlib.nullcontext)
+        other.training_step.concurrent = False
         other.training_step.seek(graph_module._WARM_UP + 1)
         other.training_step()
     for (name, parameter), same in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
