@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
 from ._check import check_like, check_tensor, compute_dtype
-from ._library import register
+from ._library import register, register_gradient
 from ._triton import rejects_rows, unavailable
 
 __all__ = ["CHANNEL_NORM", "channel_norm"]
@@ -133,10 +133,6 @@ def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("channel_norm has no second derivative in its kernels; use impl='reference'")
-
-
 register(
     "channel_norm(Tensor x, Tensor gain, Tensor bias, float eps, ScalarType out_dtype, str impl) -> Tensor",
     run=_forward,
@@ -144,12 +140,10 @@ register(
     setup_context=_setup_context,
     backward=_autograd,
 )
-register(
+register_gradient(
     "channel_norm_backward(Tensor dy, Tensor x, Tensor gain, float eps, bool[] wanted, str impl) -> (Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
 )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from . import _cpp, _cuda, _winograd
 from ._check import channels_last_pixels, half_padding, memory_format_of
-from ._library import register
+from ._library import register, register_gradient
 
 __all__ = ["conv2d_gradients"]
 
@@ -220,10 +220,6 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _dz: torch.Tensor | None) -> tu
     return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 7)
 
 
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("conv_pixel_shuffle_gelu has no second derivative in its kernels; use impl='reference'")
-
-
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
 # the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad`` and ``wgrad`` what makes
 # the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda"; "winograd" makes all of
@@ -236,13 +232,11 @@ register(
     setup_context=_setup_context,
     backward=_autograd,
 )
-register(
+register_gradient(
     "conv_pixel_shuffle_gelu_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, int r, str approximate, "
     "bool[] wanted, str impl, str dgrad, str wgrad) -> (Tensor, Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
 )
 
 

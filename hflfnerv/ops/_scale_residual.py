@@ -11,7 +11,7 @@ import torch
 
 from .._impl import Implementation, ImplementationTable
 from ._check import check_like, check_tensor, compute_dtype
-from ._library import register
+from ._library import register, register_gradient
 from ._triton import rejects_rows, unavailable
 
 __all__ = ["SCALE_RESIDUAL", "scale_residual"]
@@ -110,10 +110,6 @@ def _autograd(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dout if given else gradients[0], *gradients[1:], None
 
 
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("scale_residual has no second derivative in its kernels; use impl='reference'")
-
-
 register(
     "scale_residual(Tensor x, Tensor gamma, Tensor y, str impl) -> Tensor",
     run=_forward,
@@ -121,13 +117,11 @@ register(
     setup_context=_setup_context,
     backward=_autograd,
 )
-register(
+register_gradient(
     "scale_residual_backward(Tensor dout, Tensor gamma, Tensor y, ScalarType x_dtype, bool[] wanted, str impl) "
     "-> (Tensor, Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from ._check import (
     half_padding,
     memory_format_of,
 )
-from ._library import register
+from ._library import register_convolution
 from ._triton import rejects_tensor, unavailable
 
 __all__ = ["CONV2D", "conv2d"]
@@ -198,36 +197,7 @@ def _backward_fake(
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, ctx.impl = inputs
-    ctx.with_bias = bias is not None
-    ctx.save_for_backward(x, weight)
-
-
-def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.with_bias and ctx.needs_input_grad[2]]
-    gradients = torch.ops.hflfnerv.conv2d_backward(dy, *ctx.saved_tensors, wanted, ctx.impl)
-    return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), None)
-
-
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("conv2d has no second derivative in its kernels; use impl='reference'")
-
-
-register(
-    "conv2d(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
-    run=_forward,
-    fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-)
-register(
-    "conv2d_backward(Tensor dy, Tensor x, Tensor weight, bool[] wanted, str impl) -> (Tensor, Tensor, Tensor)",
-    run=_backward,
-    fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
-)
+register_convolution("conv2d", run=_forward, fake=_forward_fake, backward=_backward, backward_fake=_backward_fake)
 
 
 def _kernels_pay(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from .._impl import Implementation, ImplementationTable
 from ..reference import pixel_shuffle_gelu as reference
 from . import _cpp
 from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, memory_format_of
-from ._library import register
+from ._library import register, register_gradient
 from ._triton import rejects_tensor, unavailable
 
 __all__ = ["PIXEL_SHUFFLE_GELU", "image_is_small", "pixel_shuffle_gelu", "rejects_shape"]
@@ -169,10 +169,6 @@ def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dx, None, None if bias is None else dbias, None, None
 
 
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("pixel_shuffle_gelu has no second derivative in its kernels; use impl='reference'")
-
-
 register(
     "pixel_shuffle_gelu(Tensor x, int r, Tensor? bias, str approximate, str impl) -> Tensor",
     run=_forward,
@@ -180,13 +176,11 @@ register(
     setup_context=_setup_context,
     backward=_autograd,
 )
-register(
+register_gradient(
     "pixel_shuffle_gelu_backward(Tensor dy, Tensor x, int r, Tensor? bias, str approximate, str impl)"
     " -> (Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
 )
 
 

@@ -11,7 +11,7 @@ from .._impl import Implementation, ImplementationTable
 from ..reference import stream_loss as reference
 from . import _cpp
 from ._check import check_like, check_tensor
-from ._library import register
+from ._library import register, register_gradient
 from ._triton import rejects_tensor, unavailable
 
 __all__ = ["STREAM_LOSS", "stream_loss"]
@@ -138,10 +138,6 @@ def _autograd(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dlow, None, None if high is None else dhigh, None
 
 
-def _no_double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    raise RuntimeError("stream_loss has no second derivative in its kernels; use impl='reference'")
-
-
 register(
     "stream_loss(Tensor low, Tensor target, Tensor? high, str impl) -> Tensor",
     run=_forward,
@@ -149,12 +145,10 @@ register(
     setup_context=_setup_context,
     backward=_autograd,
 )
-register(
+register_gradient(
     "stream_loss_backward(Tensor dloss, Tensor low, Tensor target, Tensor? high, str impl) -> (Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
-    setup_context=None,
-    backward=_no_double_backward,
 )
 
 
