@@ -291,13 +291,13 @@ void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uint
 // batch, input channels, height, width, channels of y, r, kernel, points on each axis.
 using Shape8 = std::array<std::int64_t, 8>;
 
-hflfnerv::WinogradShape winograd_shape(const Shape8& n) {
+hflfnerv::WinogradShape winograd_shape(const Shape8& n, const std::string& dtype = "float32") {
   if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
   if (n[6] != 3 && n[6] != 5) throw py::value_error("kernel must be 3 or 5, got " + std::to_string(n[6]));
   if (n[7] != 8 && (n[7] != 10 || n[6] != 5)) {
     throw py::value_error("points must be 8, or 10 with a kernel of 5, got " + std::to_string(n[7]));
   }
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]};
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], float_type_of(dtype)};
 }
 
 std::int64_t winograd_weight_floats(const Shape8& sizes, bool data_gradient, const std::string& simd) {
@@ -319,39 +319,40 @@ hflfnerv::WinogradActivation winograd_activation(const std::string& name) {
   throw py::value_error("activation must be 'identity', 'gelu' or 'gelu_tanh', got '" + name + "'");
 }
 
-void winograd_fwd(const Shape8& sizes, const std::string& activation, std::uintptr_t x, std::uintptr_t points, std::uintptr_t bias,
-                  std::uintptr_t y, std::uintptr_t z, int threads, const std::string& simd) {
-  const auto shape = winograd_shape(sizes);
+void winograd_fwd(const Shape8& sizes, const std::string& dtype, const std::string& activation, std::uintptr_t x,
+                  std::uintptr_t points, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z, int threads,
+                  const std::string& simd) {
+  const auto shape = winograd_shape(sizes, dtype);
   const auto kind = winograd_activation(activation);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::winograd_fwd(shape, kind, pointer<float>(x), pointer<float>(points), pointer<float>(bias),
-                         pointer<float>(y), pointer<float>(z), threads, level);
+  hflfnerv::winograd_fwd(shape, kind, pointer<void>(x), pointer<float>(points), pointer<float>(bias), pointer<void>(y),
+                         pointer<void>(z), threads, level);
 }
 
-void winograd_undo(const Shape8& sizes, bool tanh_form, std::uintptr_t dy, std::uintptr_t z, std::uintptr_t dz,
-                   std::uintptr_t dbias, int threads, const std::string& simd) {
-  const auto shape = winograd_shape(sizes);
+void winograd_undo(const Shape8& sizes, const std::string& dtype, bool tanh_form, std::uintptr_t dy, std::uintptr_t z,
+                   std::uintptr_t dz, std::uintptr_t dbias, int threads, const std::string& simd) {
+  const auto shape = winograd_shape(sizes, dtype);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::winograd_undo(shape, tanh_form, pointer<float>(dy), pointer<float>(z), pointer<float>(dz),
-                          pointer<float>(dbias), threads, level);
+  hflfnerv::winograd_undo(shape, tanh_form, pointer<void>(dy), pointer<void>(z), pointer<void>(dz), pointer<float>(dbias),
+                          threads, level);
 }
 
-void winograd_dgrad(const Shape8& sizes, std::uintptr_t dz, std::uintptr_t points, std::uintptr_t dx, int threads,
-                    const std::string& simd) {
-  const auto shape = winograd_shape(sizes);
+void winograd_dgrad(const Shape8& sizes, const std::string& dtype, std::uintptr_t dz, std::uintptr_t points,
+                    std::uintptr_t dx, int threads, const std::string& simd) {
+  const auto shape = winograd_shape(sizes, dtype);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::winograd_dgrad(shape, pointer<float>(dz), pointer<float>(points), pointer<float>(dx), threads, level);
+  hflfnerv::winograd_dgrad(shape, pointer<void>(dz), pointer<float>(points), pointer<void>(dx), threads, level);
 }
 
-void winograd_wgrad(const Shape8& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight, int threads,
-                    const std::string& simd) {
-  const auto shape = winograd_shape(sizes);
+void winograd_wgrad(const Shape8& sizes, const std::string& dtype, std::uintptr_t x, std::uintptr_t dz,
+                    std::uintptr_t dweight, int threads, const std::string& simd) {
+  const auto shape = winograd_shape(sizes, dtype);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::winograd_wgrad(shape, pointer<float>(x), pointer<float>(dz), pointer<float>(dweight), threads, level);
+  hflfnerv::winograd_wgrad(shape, pointer<void>(x), pointer<void>(dz), pointer<float>(dweight), threads, level);
 }
 
 // batch, channels, height, width.
@@ -684,14 +685,14 @@ PYBIND11_MODULE(_C, module) {
              py::arg("simd") = "auto");
   module.def("winograd_weight", &winograd_weight, py::arg("sizes"), py::arg("data_gradient"), py::arg("weight"),
              py::arg("points"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("winograd_fwd", &winograd_fwd, py::arg("sizes"), py::arg("activation"), py::arg("x"), py::arg("points"),
-             py::arg("bias"), py::arg("y"), py::arg("z"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("winograd_undo", &winograd_undo, py::arg("sizes"), py::arg("tanh_form"), py::arg("dy"), py::arg("z"),
-             py::arg("dz"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("winograd_dgrad", &winograd_dgrad, py::arg("sizes"), py::arg("dz"), py::arg("points"), py::arg("dx"),
-             py::arg("threads"), py::arg("simd") = "auto");
-  module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("x"), py::arg("dz"), py::arg("dweight"),
-             py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_fwd", &winograd_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("activation"), py::arg("x"),
+             py::arg("points"), py::arg("bias"), py::arg("y"), py::arg("z"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_undo", &winograd_undo, py::arg("sizes"), py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"),
+             py::arg("z"), py::arg("dz"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_dgrad", &winograd_dgrad, py::arg("sizes"), py::arg("dtype"), py::arg("dz"), py::arg("points"),
+             py::arg("dx"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("dtype"), py::arg("x"), py::arg("dz"),
+             py::arg("dweight"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("conv2d_head_fwd", &conv2d_head_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("conv2d_head_bwd", &conv2d_head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),

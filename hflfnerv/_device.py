@@ -14,6 +14,7 @@ from .errors import BackendUnavailable
 
 __all__ = [
     "autocast_dtype",
+    "cpu_flags",
     "device_failure",
     "exact_convolutions",
     "first_line",
@@ -94,17 +95,20 @@ def training_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    multiplies = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else _cpu_has_bf16()
+    if device.type == "cuda":
+        multiplies = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        multiplies = not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
     return "bf16" if multiplies else "fp32"
 
 
 @functools.cache
-def _cpu_has_bf16() -> bool:
+def cpu_flags() -> frozenset[str]:
+    """Return what Linux lists of the processor's instructions; nothing elsewhere."""
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+        return frozenset()
 
 
 class _ExactConvolutions:

@@ -94,11 +94,11 @@ def test_first_line():
 
 @pytest.mark.parametrize(("flags", "expected"), [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512f", "fp32")])
 def test_training_precision_of_a_cpu(monkeypatch, flags, expected):
-    _device._cpu_has_bf16.cache_clear()
+    _device.cpu_flags.cache_clear()
     monkeypatch.setattr(_device.Path, "read_text", lambda path: f"flags : {flags}\n")
     assert training_precision("auto", torch.device("cpu")) == expected
     monkeypatch.undo()
-    _device._cpu_has_bf16.cache_clear()
+    _device.cpu_flags.cache_clear()
     assert training_precision("fp16", torch.device("cpu")) == "fp16"
 
 

@@ -24,7 +24,7 @@ constexpr std::int64_t kGradientPoints = 8;
 WinogradPlan plan_of(const WinogradShape& shape, std::int64_t axis, bool data_gradient, SimdLevel level) {
   const std::int64_t in = shape.in_channels, out = shape.out_channels();
   return {shape.batch, shape.height, shape.width, data_gradient ? out : in, data_gradient ? in : out, shape.kernel,
-          lanes_of(level), axis};
+          lanes_of(level), axis, shape.type};
 }
 
 // PixelShuffle's number of the n-th output channel in the order of y's rows.
@@ -75,9 +75,13 @@ const GeluTable* table_of(WinogradActivation activation) {
   return &gelu_table(activation == WinogradActivation::gelu_tanh, false);
 }
 
-void run_conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, int threads,
+// Asks for large pages for `elements` of images.
+void advise(const WinogradShape& shape, void* p, std::int64_t elements) {
+  advise_large_pages(p, static_cast<std::size_t>(elements * size_bytes(shape.type)));
+}
+
+void run_conv(const WinogradPlan& plan, const void* x, const float* points, const WinogradOutput& out, int threads,
               SimdLevel level) {
-  advise_large_pages(out.y, static_cast<std::size_t>(plan.batch * out.image_floats) * sizeof(float));
   const auto conv = kernels_of(level).conv;
   parallel_items_with_scratch(plan.blocks(), threads, plan.scratch_floats(), [&](float* scratch, std::int64_t block) {
     const std::int64_t begin = block * plan.block();
@@ -103,17 +107,17 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
                  [&](int, std::int64_t begin, std::int64_t end) { kernel(plan, at, weight, points, begin, end); });
 }
 
-void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
-                  float* y, float* z, int threads, SimdLevel level) {
+void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
+                  void* y, void* z, int threads, SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, shape.points, false, level);
   const std::vector<float> biases = ordered_bias(shape, plan, bias);
   const std::int64_t run = shape.r * shape.channels, row = shape.width * run;
   const Stores stores(plan, run, row);
-  if (z != nullptr) {
-    advise_large_pages(z, static_cast<std::size_t>(plan.batch * plan.height * row * shape.r) * sizeof(float));
-  }
+  const std::int64_t image = shape.height * shape.r * row;
+  advise(shape, y, plan.batch * image);
+  if (z != nullptr) advise(shape, z, plan.batch * image);
   run_conv(plan, x, points,
-           {y, shape.height * shape.r * row, 0, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
+           {y, image, 0, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
             z, table_of(activation)},
            threads, level);
 }
@@ -159,13 +163,13 @@ void WinogradBands::run(std::int64_t band, float* y, float* scratch) const {
   }
 }
 
-void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,
+void winograd_undo(const WinogradShape& shape, bool tanh_form, const void* dy, const void* z, void* dz, float* dbias,
                    int threads, SimdLevel level) {
   constexpr std::int64_t kParts = 64;  // whose sums are added in order, whatever the number of threads
   const std::int64_t n = shape.out_channels(), rows = shape.batch * shape.height, parts = std::min(rows, kParts);
-  const WinogradUndo task{rows, shape.width, n, shape.r * shape.channels, dy, z, dz, &gelu_table(tanh_form, true)};
+  const WinogradUndo task{rows, shape.width, n, shape.r * shape.channels, shape.type, dy, z, dz, &gelu_table(tanh_form, true)};
   std::vector<double> sums(static_cast<std::size_t>(parts * n), 0.0);
-  advise_large_pages(dz, static_cast<std::size_t>(rows * shape.width * n) * sizeof(float));
+  advise(shape, dz, rows * shape.width * n);
   const auto kernel = kernels_of(level).undo;
   parallel_items_with_scratch(parts, threads, task.scratch_floats(), [&](float* scratch, std::int64_t part) {
     kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch);
@@ -177,18 +181,19 @@ void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, 
   }
 }
 
-void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* points, float* dx, int threads,
+void winograd_dgrad(const WinogradShape& shape, const void* dz, const float* points, void* dx, int threads,
                     SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, kGradientPoints, true, level);
   const std::int64_t row = plan.width * plan.out_channels;
   const Stores stores(plan, plan.out_channels, plan.out_channels);
+  advise(shape, dx, plan.batch * plan.height * row);
   run_conv(plan, dz, points,
            {dx, plan.height * row, 0, row, plan.out_channels, stores.stores.data(), stores.first.data(), nullptr, nullptr,
             nullptr},
            threads, level);
 }
 
-void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz, float* dweight, int threads,
+void winograd_wgrad(const WinogradShape& shape, const void* x, const void* dz, float* dweight, int threads,
                     SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, kGradientPoints, false, level);
   const WinogradKernels& kernels = kernels_of(level);
@@ -220,10 +225,10 @@ void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz,
 
 std::int64_t winograd_weight_floats(const WinogradShape&, bool, SimdLevel) { return 0; }
 void winograd_weight(const WinogradShape&, bool, const float*, float*, int, SimdLevel) {}
-void winograd_fwd(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, float*, float*, int, SimdLevel) {}
-void winograd_undo(const WinogradShape&, bool, const float*, const float*, float*, float*, int, SimdLevel) {}
-void winograd_dgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
-void winograd_wgrad(const WinogradShape&, const float*, const float*, float*, int, SimdLevel) {}
+void winograd_fwd(const WinogradShape&, WinogradActivation, const void*, const float*, const float*, void*, void*, int, SimdLevel) {}
+void winograd_undo(const WinogradShape&, bool, const void*, const void*, void*, float*, int, SimdLevel) {}
+void winograd_dgrad(const WinogradShape&, const void*, const float*, void*, int, SimdLevel) {}
+void winograd_wgrad(const WinogradShape&, const void*, const void*, float*, int, SimdLevel) {}
 
 struct WinogradBands::Prepared {};
 WinogradBands::WinogradBands(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,

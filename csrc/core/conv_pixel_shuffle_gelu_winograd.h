@@ -1,4 +1,4 @@
-// The upsampling block in float32, a plain convolution, and their gradients, by Winograd's method: tiles of the image and
+// The upsampling block, a plain convolution, and their gradients, in float32 by Winograd's method: tiles of the image and
 // the weight are evaluated at the 8 x 8 points {0, 1, -1, 2, -2, 1/2, -1/2, infinity}², where a convolution is a product, and
 // results are interpolated back. A product per point and tile makes 4 x 4 results of a 5 x 5 kernel, which take 25 products
 // each by definition, or 6 x 6 of a 3 x 3 kernel. With 10 x 10 points, of {0, 2/5, 4/5, 5/4, 5/2, their negatives, infinity}²,
@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "cpu.h"
+#include "float_types.h"
 
 namespace hflfnerv {
 
@@ -20,9 +21,11 @@ namespace hflfnerv {
 // half of which is the padding, y [batch, channels, height r, width r]; all of them channels-last. z, the convolution with
 // bias, and its gradient dz are [batch, channels r r, height, width], channels-last, with the channels in the order
 // (row of the shuffle, column of the shuffle, c), in which rows of y are contiguous. All sizes are at least 1. `points` on
-// each axis are 8, or 10 with a kernel of 5; gradients always take 8.
+// each axis are 8, or 10 with a kernel of 5; gradients always take 8. x, y, z and their gradients have elements of `type`,
+// everything else is float: with 16 bits, what is read is exact and what is stored is rounded once.
 struct WinogradShape {
   std::int64_t batch, in_channels, height, width, channels, r, kernel, points;
+  FloatType type = FloatType::f32;
   std::int64_t out_channels() const { return channels * r * r; }
 };
 
@@ -35,10 +38,10 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
 enum class WinogradActivation { identity, gelu, gelu_tanh };
 
 // bias has one float per output channel of the convolution in PixelShuffle's order, or is null; z may be null.
-void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
-                  float* y, float* z, int threads, SimdLevel level);
+void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
+                  void* y, void* z, int threads, SimdLevel level);
 
-// The forward pass of one image in bands: rows of y are made when they are wanted.
+// The forward pass of one image of floats in bands: rows of y are made when they are wanted.
 class WinogradBands {
  public:
   // As for winograd_fwd; the batch is 1. `row` floats lie between rows of y.
@@ -58,12 +61,12 @@ class WinogradBands {
 };
 
 // dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null.
-void winograd_undo(const WinogradShape& shape, bool tanh_form, const float* dy, const float* z, float* dz, float* dbias,
+void winograd_undo(const WinogradShape& shape, bool tanh_form, const void* dy, const void* z, void* dz, float* dbias,
                    int threads, SimdLevel level);
 
-void winograd_dgrad(const WinogradShape& shape, const float* dz, const float* points, float* dx, int threads,
+void winograd_dgrad(const WinogradShape& shape, const void* dz, const float* points, void* dx, int threads,
                     SimdLevel level);
-void winograd_wgrad(const WinogradShape& shape, const float* x, const float* dz, float* dweight, int threads,
+void winograd_wgrad(const WinogradShape& shape, const void* x, const void* dz, float* dweight, int threads,
                     SimdLevel level);
 
 }  // namespace hflfnerv

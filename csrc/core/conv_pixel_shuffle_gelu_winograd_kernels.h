@@ -17,7 +17,7 @@ constexpr std::int64_t kWinogradCache = 122880;  // floats that the second cache
 struct WinogradPlan {
   std::int64_t batch, height, width, in_channels, out_channels, kernel, lanes;
   std::int64_t axis;  // points on each axis, 8, or 10 for a kernel of 5
-
+  FloatType type;     // of images
 
   std::int64_t points() const { return axis * axis; }
   std::int64_t outputs() const { return axis + 1 - kernel; }  // of a tile, on each axis
@@ -66,22 +66,23 @@ struct WinogradStore {
   std::int64_t offset;
 };
 
-// Where results go: that of pixel (h, w) of an image begins at y + image * image_floats + (h - first_row) * row + w * pixel.
+// Where results go: that of pixel (h, w) of the i-th image begins at element i * image + (h - first_row) * row + w * pixel.
 struct WinogradOutput {
-  float* y;
-  std::int64_t image_floats, first_row, row, pixel;
+  void* y;
+  std::int64_t image, first_row, row, pixel;
   const WinogradStore* stores;  // of all vectors of output channels
   const int* first_store;       // of each vector, and the end of the last
   const float* bias;            // of all columns, or null
-  float* z;                     // channels-last, or null
+  void* z;                      // channels-last, or null
   const GeluTable* gelu;        // null for none
 };
 
 struct WinogradUndo {
-  std::int64_t rows, width, out_channels, run;  // rows of all images; floats of a pixel that lie together in a row of dy
-  const float* dy;
-  const float* z;
-  float* dz;
+  std::int64_t rows, width, out_channels, run;  // rows of all images; elements of a pixel that lie together in a row of dy
+  FloatType type;
+  const void* dy;
+  const void* z;
+  void* dz;
   const GeluTable* gradient;
 
   // Pixels that are handled at once: what belongs to them stays in the first cache.
@@ -98,10 +99,10 @@ struct WinogradKernels {
   void (*weight)(const WinogradPlan&, const WinogradWeight&, const float* weight, float* points, std::int64_t begin,
                  std::int64_t end);
   // Tiles [begin, end), at most plan.block() of them, from x to results.
-  void (*conv)(const WinogradPlan&, const float* x, const float* points, const WinogradOutput&, std::int64_t begin,
+  void (*conv)(const WinogradPlan&, const void* x, const float* points, const WinogradOutput&, std::int64_t begin,
                std::int64_t end, float* scratch);
   // Adds what tiles [begin, end) give to the sums of the weight's gradient at the points, for some chunks.
-  void (*wgrad)(const WinogradPlan&, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
+  void (*wgrad)(const WinogradPlan&, const void* x, const void* dz, float* sums, std::int64_t begin, std::int64_t end,
                 std::int64_t first_chunk, std::int64_t last_chunk, float* scratch);
   // The gradient of chunk `chunk` from `parts` sums, `part_floats` apart.
   void (*weight_gradient)(const WinogradPlan&, const WinogradWeight&, const float* sums, std::int64_t parts,

@@ -1,6 +1,7 @@
 // Included behind the Simd of one instruction set; see conv_pixel_shuffle_gelu_winograd_kernels.h.
 #include "conv_pixel_shuffle_gelu_winograd_kernels.h"
 #include "multiply.inl"
+#include "partial.inl"
 
 namespace hflfnerv {
 namespace {
@@ -126,23 +127,26 @@ inline void combine(const F* m, F* y) {
   y[n - 1] = Simd::add(y[n - 1], m[kAxis - 1]);
 }
 
+template <class T>
 struct Images {
-  const float* data;
+  const T* data;
   std::int64_t batch, height, width, channels;
 };
 
 // A square of pixels: that at (i, j) begins at p + i * row + j * pixel.
+template <class T>
 struct Window {
-  const float* p;
+  const T* p;
   std::int64_t row, pixel;
 };
 
 // `count` channels from `first` on of the square of `size` at (y, x), zero outside of the image. What lies behind an
 // image's last channel is another pixel, which is read only where there is one: else the square is copied.
-inline Window window(const Images& images, std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t size,
-                     std::int64_t first, std::int64_t count, float* copy) {
+template <class T>
+inline Window<T> window(const Images<T>& images, std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t size,
+                        std::int64_t first, std::int64_t count, T* copy) {
   const std::int64_t row = images.width * images.channels;
-  const float* const origin = images.data + image * images.height * row;
+  const T* const origin = images.data + image * images.height * row;
   if (y >= 0 && x >= 0 && y + size <= images.height && x + size <= images.width) {
     const std::int64_t last = (y + size - 1) * row + (x + size - 1) * images.channels + first;
     if (last + count <= (images.batch - image) * images.height * row) {
@@ -152,10 +156,10 @@ inline Window window(const Images& images, std::int64_t image, std::int64_t y, s
   const std::int64_t real = count < images.channels - first ? count : images.channels - first;
   for (std::int64_t i = 0; i < size; ++i) {
     for (std::int64_t j = 0; j < size; ++j) {
-      float* const to = copy + (i * size + j) * count;
+      T* const to = copy + (i * size + j) * count;
       const bool inside = y + i >= 0 && y + i < images.height && x + j >= 0 && x + j < images.width;
-      const float* const from = origin + (y + i) * row + (x + j) * images.channels + first;
-      for (std::int64_t c = 0; c < count; ++c) to[c] = inside && c < real ? from[c] : 0.0f;
+      const T* const from = origin + (y + i) * row + (x + j) * images.channels + first;
+      for (std::int64_t c = 0; c < count; ++c) to[c] = inside && c < real ? from[c] : T{};
     }
   }
   return {copy, size * count, count};
@@ -172,12 +176,13 @@ inline Tile tile_of(const WinogradPlan& plan, std::int64_t tile) {
 
 // The inputs of a tile at the points, point_floats apart. What is written behind its channels is the next tile's,
 // which is evaluated after it.
-template <int kAxis>
-inline void evaluate_tile(const WinogradPlan& plan, const float* x, const Tile& tile, std::int64_t point_floats,
-                          float* points, float* copy) {
+template <class T, int kAxis>
+inline void evaluate_tile(const WinogradPlan& plan, const T* x, const Tile& tile, std::int64_t point_floats, float* points,
+                          float* copy) {
   const std::int64_t inner = plan.inner(), half = plan.kernel / 2;
-  const Window in = window({x, plan.batch, plan.height, plan.width, plan.in_channels}, tile.image, tile.row - half,
-                           tile.column - half, kAxis, 0, inner, copy);
+  const Images<T> images{x, plan.batch, plan.height, plan.width, plan.in_channels};
+  const Window<T> in = window(images, tile.image, tile.row - half, tile.column - half, kAxis, 0, inner,
+                              reinterpret_cast<T*>(copy));
   for (std::int64_t c = 0; c < inner; c += kLanes) {
     F half_way[kAxis][kAxis];
     for (int j = 0; j < kAxis; ++j) {
@@ -235,7 +240,7 @@ void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* wei
 }
 
 // The products of a tile with one vector of output channels, `products` [point][kColumns], become results.
-template <int kTaps, int kAxis>
+template <class T, int kTaps, int kAxis>
 inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float* products, const WinogradOutput& out,
                         std::int64_t vector, const Simd::Gelu* gelu) {
   constexpr int kOutputs = kAxis + 1 - kTaps;
@@ -257,11 +262,11 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
     F y[kOutputs];
     combine<kOutputs, kAxis>(half_way[i], y);
     for (F& value : y) value = Simd::add(value, bias);
-    float* const to =
-        out.y + tile.image * out.image_floats + (tile.row + i - out.first_row) * out.row + tile.column * out.pixel;
+    T* const to = static_cast<T*>(out.y) + tile.image * out.image + (tile.row + i - out.first_row) * out.row +
+                  tile.column * out.pixel;
     if (out.z != nullptr) {
       const std::int64_t row = tile.image * plan.height + tile.row + i;
-      float* z = out.z + (row * plan.width + tile.column) * plan.out_channels + first;
+      T* z = static_cast<T*>(out.z) + (row * plan.width + tile.column) * plan.out_channels + first;
       for (int j = 0; j < columns; ++j, z += plan.out_channels) {
         if (left >= kLanes) {
           Simd::store(z, y[j]);
@@ -274,7 +279,7 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
       for (F& value : y) value = (*gelu)(value);
     }
     for (const WinogradStore* store = begin; store != end; ++store) {
-      float* p = to + store->offset;
+      T* p = to + store->offset;
       if (store->last - store->first == kLanes) {
         for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store(p, y[j]);
       } else {
@@ -284,8 +289,8 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
   }
 }
 
-template <int kTaps, int kAxis>
-void conv_of(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, std::int64_t begin,
+template <class T, int kTaps, int kAxis>
+void conv_of(const WinogradPlan& plan, const T* x, const float* points, const WinogradOutput& out, std::int64_t begin,
              std::int64_t end, float* scratch) {
   const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), product_floats = plan.product_floats();
   float* const tiles = scratch;
@@ -294,7 +299,7 @@ void conv_of(const WinogradPlan& plan, const float* x, const float* points, cons
   Tile at[kWinogradTiles];
   for (std::int64_t i = 0; i < end - begin; ++i) {
     at[i] = tile_of(plan, begin + i);
-    evaluate_tile<kAxis>(plan, x, at[i], point_floats, tiles + i * in, copy);
+    evaluate_tile<T, kAxis>(plan, x, at[i], point_floats, tiles + i * in, copy);
   }
   const GeluTable none{};
   const Simd::Gelu function(out.gelu != nullptr ? *out.gelu : none);
@@ -317,28 +322,33 @@ void conv_of(const WinogradPlan& plan, const float* x, const float* points, cons
     }
     for (std::int64_t i = 0; i < end - begin; ++i) {
       for (int v = 0; v < (whole ? 2 : 1); ++v) {
-        finish_tile<kTaps, kAxis>(plan, at[i], products + i * product_floats + v * kLanes, out, chunk * kWinogradVectors + v,
+        finish_tile<T, kTaps, kAxis>(plan, at[i], products + i * product_floats + v * kLanes, out, chunk * kWinogradVectors + v,
                                   gelu);
       }
     }
   }
 }
 
-void conv(const WinogradPlan& plan, const float* x, const float* points, const WinogradOutput& out, std::int64_t begin,
+void conv(const WinogradPlan& plan, const void* x, const float* points, const WinogradOutput& out, std::int64_t begin,
           std::int64_t end, float* scratch) {
-  (plan.kernel == 3 ? conv_of<3, 8> : plan.axis == 8 ? conv_of<5, 8> : conv_of<5, 10>)(plan, x, points, out, begin, end, scratch);
+  with_type(plan.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto of_kernel = plan.kernel == 3 ? conv_of<T, 3, 8> : plan.axis == 8 ? conv_of<T, 5, 8> : conv_of<T, 5, 10>;
+    of_kernel(plan, static_cast<const T*>(x), points, out, begin, end, scratch);
+  });
 }
 
 constexpr int kAxis = 8;  // of gradients of the weight
 
 // The gradients of a tile's results at the points, for the columns of a chunk: [point][tile of the block][kColumns].
-template <int kTaps>
-inline void evaluate_gradient(const WinogradPlan& plan, const float* dz, const Tile& tile, std::int64_t chunk, int vectors,
+template <class T, int kTaps>
+inline void evaluate_gradient(const WinogradPlan& plan, const T* dz, const Tile& tile, std::int64_t chunk, int vectors,
                               float* points, float* copy) {
   constexpr int kOutputs = kAxis + 1 - kTaps;
   const std::int64_t gradient_floats = plan.gradient_floats();
-  const Window in = window({dz, plan.batch, plan.height, plan.width, plan.out_channels}, tile.image, tile.row, tile.column,
-                           kOutputs, chunk * kColumns, vectors * kLanes, copy);
+  const Images<T> images{dz, plan.batch, plan.height, plan.width, plan.out_channels};
+  const Window<T> in = window(images, tile.image, tile.row, tile.column, kOutputs, chunk * kColumns, vectors * kLanes,
+                              reinterpret_cast<T*>(copy));
   for (int c = 0; c < vectors * kLanes; c += kLanes) {
     F half_way[kAxis][kOutputs];
     for (int j = 0; j < kOutputs; ++j) {
@@ -355,20 +365,20 @@ inline void evaluate_gradient(const WinogradPlan& plan, const float* dz, const T
   }
 }
 
-template <int kTaps>
-void wgrad_of(const WinogradPlan& plan, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
+template <class T, int kTaps>
+void wgrad_of(const WinogradPlan& plan, const T* x, const T* dz, float* sums, std::int64_t begin, std::int64_t end,
               std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
   const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), gradient_floats = plan.gradient_floats();
   float* const tiles = scratch;
   float* const gradients = tiles + plan.points() * point_floats;
   float* const copy = gradients + plan.points() * gradient_floats;
   for (std::int64_t tile = begin; tile < end; ++tile) {
-    evaluate_tile<kAxis>(plan, x, tile_of(plan, tile), point_floats, tiles + (tile - begin) * in, copy);
+    evaluate_tile<T, kAxis>(plan, x, tile_of(plan, tile), point_floats, tiles + (tile - begin) * in, copy);
   }
   for (std::int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const bool whole = plan.out_channels - chunk * kColumns > kLanes;
     for (std::int64_t tile = begin; tile < end; ++tile) {
-      evaluate_gradient<kTaps>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1, gradients + (tile - begin) * kColumns,
+      evaluate_gradient<T, kTaps>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1, gradients + (tile - begin) * kColumns,
                                copy);
     }
     for (std::int64_t point = 0; point < plan.points(); ++point) {
@@ -387,9 +397,13 @@ void wgrad_of(const WinogradPlan& plan, const float* x, const float* dz, float* 
   }
 }
 
-void wgrad(const WinogradPlan& plan, const float* x, const float* dz, float* sums, std::int64_t begin, std::int64_t end,
+void wgrad(const WinogradPlan& plan, const void* x, const void* dz, float* sums, std::int64_t begin, std::int64_t end,
            std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
-  (plan.kernel == 3 ? wgrad_of<3> : wgrad_of<5>)(plan, x, dz, sums, begin, end, first_chunk, last_chunk, scratch);
+  with_type(plan.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto of_kernel = plan.kernel == 3 ? wgrad_of<T, 3> : wgrad_of<T, 5>;
+    of_kernel(plan, static_cast<const T*>(x), static_cast<const T*>(dz), sums, begin, end, first_chunk, last_chunk, scratch);
+  });
 }
 
 template <int kTaps>
@@ -435,29 +449,31 @@ void weight_gradient(const WinogradPlan& plan, const WinogradWeight& at, const f
 
 // What belongs to pixels [begin, end) of a row, in the order of z: vectors are written in their order, so that what lies behind
 // a run is the next one's, and do not end behind a row of dy.
+template <class T>
 inline void unshuffle(const WinogradUndo& task, std::int64_t row, std::int64_t begin, std::int64_t end, float* to) {
   const std::int64_t run = task.run, r = task.out_channels / run;
   for (std::int64_t w = begin; w < end; ++w) {
     const bool inside = w + (run + kLanes - 1) / run < task.width;
     const std::int64_t whole = (inside ? run + kLanes - 1 : run) / kLanes * kLanes;
     for (std::int64_t i = 0; i < r; ++i, to += run) {
-      const float* const dy = task.dy + ((row * r + i) * task.width + w) * run;
+      const T* const dy = static_cast<const T*>(task.dy) + ((row * r + i) * task.width + w) * run;
       for (std::int64_t e = 0; e < whole; e += kLanes) Simd::store(to + e, Simd::load(dy + e));
-      for (std::int64_t e = whole; e < run; ++e) to[e] = dy[e];
+      if (whole < run) store_some(to + whole, load_some(dy + whole, run - whole), run - whole);
     }
   }
 }
 
 // A row where runs are whole vectors.
+template <class T>
 inline void undo_runs(const WinogradUndo& task, const Simd::GeluGradient& gradient, std::int64_t row, float* sums) {
   const std::int64_t run = task.run, n = task.out_channels, r = n / run;
   for (std::int64_t i = 0; i < r; ++i) {
-    const float* dy = task.dy + (row * r + i) * task.width * run;
+    const T* dy = static_cast<const T*>(task.dy) + (row * r + i) * task.width * run;
     for (std::int64_t w = 0; w < task.width; ++w) {
       const std::int64_t pixel = (row * task.width + w) * n + i * run;
       for (std::int64_t e = 0; e < run; e += kLanes, dy += kLanes) {
-        const F value = Simd::mul(gradient(Simd::load(task.z + pixel + e)), Simd::load(dy));
-        Simd::store(task.dz + pixel + e, value);
+        const F value = Simd::mul(gradient(Simd::load(static_cast<const T*>(task.z) + pixel + e)), Simd::load(dy));
+        Simd::store(static_cast<T*>(task.dz) + pixel + e, value);
         Simd::store(sums + i * run + e, Simd::add(Simd::load(sums + i * run + e), value));
       }
     }
@@ -465,22 +481,23 @@ inline void undo_runs(const WinogradUndo& task, const Simd::GeluGradient& gradie
 }
 
 // Pixels [begin, end) of any row; `slopes` are overwritten.
+template <class T>
 inline void undo_pixels(const WinogradUndo& task, const Simd::GeluGradient& gradient, std::int64_t row, std::int64_t begin,
                         std::int64_t end, float* sums, float* slopes) {
   const std::int64_t n = task.out_channels, count = (end - begin) * n, vectors = count / kLanes * kLanes;
-  const float* const z = task.z + (row * task.width + begin) * n;
-  float* const dz = task.dz + (row * task.width + begin) * n;
-  unshuffle(task, row, begin, end, slopes);
+  const T* const z = static_cast<const T*>(task.z) + (row * task.width + begin) * n;
+  T* const dz = static_cast<T*>(task.dz) + (row * task.width + begin) * n;
+  unshuffle<T>(task, row, begin, end, slopes);
   for (std::int64_t e = 0; e < vectors; e += kLanes) {
     const F value = Simd::mul(gradient(Simd::load(z + e)), Simd::load(slopes + e));
     Simd::store(dz + e, value);
     Simd::store(slopes + e, value);
   }
   if (vectors < count) {
-    alignas(64) float z_end[kLanes] = {};
-    for (std::int64_t e = vectors; e < count; ++e) z_end[e - vectors] = z[e];
-    Simd::store(slopes + vectors, Simd::mul(gradient(Simd::load(z_end)), Simd::load(slopes + vectors)));
-    for (std::int64_t e = vectors; e < count; ++e) dz[e] = slopes[e];
+    const std::int64_t rest = count - vectors;
+    const F value = Simd::mul(gradient(load_some(z + vectors, rest)), Simd::load(slopes + vectors));
+    Simd::store(slopes + vectors, value);
+    store_some(dz + vectors, value, rest);
   }
   const std::int64_t whole = n / kLanes * kLanes;
   for (const float* slope = slopes; slope != slopes + count; slope += n) {
@@ -491,20 +508,25 @@ inline void undo_pixels(const WinogradUndo& task, const Simd::GeluGradient& grad
   }
 }
 
-void undo(const WinogradUndo& task, std::int64_t begin, std::int64_t end, double* bias, float* scratch) {
+template <class T>
+void undo_of(const WinogradUndo& task, std::int64_t begin, std::int64_t end, double* bias, float* scratch) {
   const Simd::GeluGradient gradient(*task.gradient);
   const std::int64_t n = task.out_channels, piece = task.piece();
   for (std::int64_t row = begin; row < end; ++row) {
     for (std::int64_t i = 0; i < n; ++i) scratch[i] = 0;
     if (task.run % kLanes == 0) {
-      undo_runs(task, gradient, row, scratch);
+      undo_runs<T>(task, gradient, row, scratch);
     } else {
       for (std::int64_t w = 0; w < task.width; w += piece) {
-        undo_pixels(task, gradient, row, w, w + piece < task.width ? w + piece : task.width, scratch, scratch + n);
+        undo_pixels<T>(task, gradient, row, w, w + piece < task.width ? w + piece : task.width, scratch, scratch + n);
       }
     }
     for (std::int64_t i = 0; i < n; ++i) bias[i] += static_cast<double>(scratch[i]);
   }
+}
+
+void undo(const WinogradUndo& task, std::int64_t begin, std::int64_t end, double* bias, float* scratch) {
+  with_type(task.type, [&](auto zero) { undo_of<decltype(zero)>(task, begin, end, bias, scratch); });
 }
 
 }  // namespace

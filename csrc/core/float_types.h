@@ -17,4 +17,14 @@ struct BFloat16 {
 
 constexpr int size_bytes(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
 
+// run(zero), with a zero of the type.
+template <class Run>
+void with_type(FloatType type, const Run& run) {
+  switch (type) {
+    case FloatType::f32: return run(float{});
+    case FloatType::f16: return run(Half{});
+    case FloatType::bf16: return run(BFloat16{});
+  }
+}
+
 }  // namespace hflfnerv

@@ -3,8 +3,7 @@
 // r = 2 and 4 shuffle in registers: r columns interleave (contiguous), or r² channels part (channels-last); where the last
 // vector would overrun, it starts earlier and computes some elements again. Any other case goes through a buffer in the
 // first cache: vectors on its one side, single elements on the other.
-#include <cstring>
-
+#include "partial.inl"
 #include "pixel_shuffle_gelu_kernels.h"
 
 namespace hflfnerv {
@@ -14,22 +13,6 @@ using F = Simd::F;
 constexpr int L = Simd::kLanes;
 using Gelu = Simd::Gelu;
 using GeluGradient = Simd::GeluGradient;
-
-template <class T>
-F load_some(const T* p, std::int64_t n) {
-  if (n >= L) return Simd::load(p);
-  T some[L] = {};
-  std::memcpy(some, p, static_cast<std::size_t>(n) * sizeof(T));
-  return Simd::load(some);
-}
-
-template <class T>
-void store_some(T* p, F v, std::int64_t n) {
-  if (n >= L) return Simd::store(p, v);
-  T some[L];
-  Simd::store(some, v);
-  std::memcpy(p, some, static_cast<std::size_t>(n) * sizeof(T));
-}
 
 // Asks for what a loop will read soon; these loops advance too slowly for the processor to look far enough ahead itself.
 // Reading ahead of the end does no harm.
@@ -354,15 +337,6 @@ struct Kernel {
     }
   }
 };
-
-template <class Run>
-void with_type(FloatType type, const Run& run) {
-  switch (type) {
-    case FloatType::f32: return run(float{});
-    case FloatType::f16: return run(Half{});
-    case FloatType::bf16: return run(BFloat16{});
-  }
-}
 
 void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
   with_type(task.type, [&](auto zero) { Kernel<decltype(zero)>{task, scratch}.fwd(begin, end); });

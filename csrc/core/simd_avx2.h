@@ -56,9 +56,10 @@ struct Simd {
   }
 
   // A masked store is microcode on some processors.
-  static void store_lanes(float* p, F v, int first, int last) {
-    alignas(32) float lanes[kLanes];
-    _mm256_store_ps(lanes, v);
+  template <class T>
+  static void store_lanes(T* p, F v, int first, int last) {
+    alignas(32) T lanes[kLanes];
+    store(lanes, v);
     for (int i = first; i < last; ++i) p[i] = lanes[i];
   }
 

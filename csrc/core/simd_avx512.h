@@ -48,8 +48,15 @@ struct Simd {
 
   // Lanes [first, last) of v, to the same places after p.
   static void store_lanes(float* p, F v, int first, int last) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << last) - (1u << first)), v);
+    _mm512_mask_storeu_ps(p, lanes(first, last), v);
   }
+  static void store_lanes(Half* p, F v, int first, int last) {
+    _mm256_mask_storeu_epi16(p, lanes(first, last), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_lanes(BFloat16* p, F v, int first, int last) {
+    _mm256_mask_storeu_epi16(p, lanes(first, last), to_bfloat16(v));
+  }
+  static __mmask16 lanes(int first, int last) { return static_cast<__mmask16>((1u << last) - (1u << first)); }
 
   // Rounds to the nearest, ties to even. NaNs made from 16-bit inputs have no low bits that could carry over.
   // A permutation drops the low halves: a narrowing store would be slow where it crosses cache lines.

@@ -11,6 +11,7 @@
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/pixel_shuffle_gelu.h"
 #include "core/winograd_output.h"
+#include "tests/bfloat16.h"
 #include "tests/check.h"
 
 namespace {
@@ -136,6 +137,56 @@ void check(const WinogradShape& s, SimdLevel level) {
   CHECK(error(results.dweight, dweight) < kAllowed);
 }
 
+// Images of 16 bits give what those of floats give, rounded where it is stored.
+void check_16_bits(WinogradShape s, SimdLevel level) {
+  using Halves = std::vector<BFloat16>;
+  const std::int64_t out = s.out_channels(), pixels = s.batch * s.height * s.width;
+  const double scale = 1 / std::sqrt(static_cast<double>(s.in_channels * s.kernel * s.kernel));
+  const auto exact = [](Floats values) {
+    for (float& value : values) value = widen(narrow(value));
+    return values;
+  };
+  const auto halves = [](const Floats& values) {
+    Halves narrowed;
+    for (const float value : values) narrowed.push_back(narrow(value));
+    return narrowed;
+  };
+  const auto check_same = [](const Halves& actual, const Floats& expected) {
+    CHECK(actual.size() == expected.size());
+    for (std::size_t i = 0; i < actual.size(); ++i) CHECK(actual[i].bits == narrow(expected[i]).bits);
+  };
+  const Floats x = exact(random(pixels * s.in_channels, 1)), dy = exact(random(pixels * out, 1)), bias = random(out, 1);
+  const Floats weight = random(out * s.kernel * s.kernel * s.in_channels, scale);
+  Floats points(static_cast<std::size_t>(winograd_weight_floats(s, false, level)));
+  winograd_weight(s, false, weight.data(), points.data(), 1, level);
+  Floats reversed(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
+  winograd_weight(s, true, weight.data(), reversed.data(), 1, level);
+  const auto gelu = WinogradActivation::gelu;
+
+  Floats y(dy.size()), z(dy.size()), dz(dy.size()), dbias(bias.size()), dx(x.size()), dweight(weight.size());
+  winograd_fwd(s, gelu, x.data(), points.data(), bias.data(), y.data(), z.data(), 1, level);
+  const Floats stored_z = exact(z);
+  winograd_undo(s, false, dy.data(), stored_z.data(), dz.data(), dbias.data(), 1, level);
+  const Floats stored_dz = exact(dz);
+  winograd_dgrad(s, stored_dz.data(), reversed.data(), dx.data(), 1, level);
+  winograd_wgrad(s, x.data(), stored_dz.data(), dweight.data(), 1, level);
+
+  s.type = FloatType::bf16;
+  const Halves x16 = halves(x), dy16 = halves(dy);
+  Halves y16(y.size()), z16(z.size()), dz16(dz.size()), dx16(dx.size());
+  Floats dbias16(dbias.size()), dweight16(dweight.size());
+  winograd_fwd(s, gelu, x16.data(), points.data(), bias.data(), y16.data(), z16.data(), 3, level);
+  winograd_undo(s, false, dy16.data(), z16.data(), dz16.data(), dbias16.data(), 3, level);
+  winograd_dgrad(s, dz16.data(), reversed.data(), dx16.data(), 3, level);
+  winograd_wgrad(s, x16.data(), dz16.data(), dweight16.data(), 3, level);
+  check_same(y16, y);
+  check_same(z16, z);
+  check_same(dz16, dz);
+  check_same(dx16, dx);
+  CHECK(dbias16 == dbias);
+  CHECK(dweight16 == dweight);
+}
+
 // In bands, frames are those of the blocks and the output stage one after the other, with rows and columns cut off or not.
 void check_frames(std::int64_t height, std::int64_t width, const std::vector<WinogradShape>& shapes, SimdLevel level) {
   const int count = static_cast<int>(shapes.size()), groups = count > 1 ? 2 : 1;
@@ -194,6 +245,7 @@ int main() {
                                      {3, 16, 4, 4, 1, 4, kernel, 8}, {1, 5, 31, 29, 2, 1, kernel, 8},
                                      {1, 70, 6, 7, 8, 1, kernel, 8}}) {
         check(s, static_cast<SimdLevel>(level));
+        check_16_bits(s, static_cast<SimdLevel>(level));
       }
     }
     check_frames(1, 1, {{1, 1, 1, 1, 1, 1, 3, 8}}, static_cast<SimdLevel>(level));

@@ -8,16 +8,23 @@ import torch
 
 from .. import _ext
 
-__all__ = ["address", "float_bias", "load", "rejects_tensor", "unavailable", "unavailable_amx"]
+__all__ = ["address", "dtype_name", "float_bias", "load", "rejects_tensor", "simd", "unavailable", "unavailable_amx"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 load = _ext.load
 
 
 @functools.cache
+def simd() -> str:
+    """Return the vector instructions that the kernels use: ``"avx512"``, ``"avx2"`` or ``"scalar"``."""
+    name: str = load().pixel_shuffle_gelu_simd()
+    return name
+
+
+@functools.cache
 def _machine() -> str | None:
     reason = _ext.unavailable()
-    if reason is None and load().pixel_shuffle_gelu_simd() == "scalar":
+    if reason is None and simd() == "scalar":
         return "needs AVX2 with FMA and F16C, or AVX-512: this CPU, or this build, has neither"
     return reason
 
@@ -50,6 +57,11 @@ def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, _DTYPES))}"
     return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what the kernels call a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def float_bias(bias: torch.Tensor | None) -> torch.Tensor | None:

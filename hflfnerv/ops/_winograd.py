@@ -1,4 +1,4 @@
-"""Convolutions in float32 on the CPU by Winograd's method: what the kernels can take, and calling them."""
+"""Convolutions on the CPU by Winograd's method, in float32: what the kernels can take, and calling them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._device import cpu_flags
 from . import _cpp
 from ._check import compute_dtype, half_padding, memory_format_of
 from .packed_weights import kept_weight, large_tiles_allowed
@@ -27,16 +28,22 @@ __all__ = [
 
 _KERNELS = (3, 5)
 _INT32_MAX = 2**31 - 1
-# Pixels times taps from which on fewer products save more than the evaluation of the weight costs, measured.
-_MIN_PRODUCTS = 3200
+# Pixels times taps of an image from which on the method pays, measured: where the weight is evaluated at every call,
+# and where it is kept. It saves the less, the faster PyTorch multiplies.
+_LEAST = {
+    "avx2": (3200, 3200),
+    "avx512": (20_000, 1280),
+    "avx512_bf16": (120_000, 5000),  # and float16 likewise
+    "emulated": (1280, 1280),  # 16 bits that no instruction multiplies
+}
+_INSTRUCTIONS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 
 
 def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> str | None:
     """Return why the kernels cannot run these tensors, or None."""
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    if compute_dtype(x) != torch.float32:
-        return f"dtype {compute_dtype(x)} is not torch.float32"
+    reason = _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+    if reason is not None:
+        return reason
     rows, columns = weight.shape[2:]
     if rows != columns or rows not in _KERNELS or padding != half_padding(weight):
         return f"kernel {(rows, columns)} with padding {padding} is not 3x3 with 1 or 5x5 with 2"
@@ -47,12 +54,26 @@ def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> 
     return None
 
 
-def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether an image is large enough for the method to pay.
+def pays(x: torch.Tensor, weight: torch.Tensor, *, kept: bool) -> bool:
+    """Return whether an image is large enough for the method to pay, where the extension is there.
 
     The size of one image decides, not that of the batch: an image gives the same bits alone and among others.
+
+    Args:
+        x: the input of the convolution.
+        weight: of the convolution.
+        kept: whether the weight is evaluated once for many calls.
     """
-    return x.shape[2] * x.shape[3] * weight.shape[2] * weight.shape[3] >= _MIN_PRODUCTS
+    least = _LEAST[_multiplies(compute_dtype(x))][kept]
+    return x.shape[2] * x.shape[3] * weight.shape[2] * weight.shape[3] >= least
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _multiplies(dtype: torch.dtype) -> str:
+    """Return the row of ``_LEAST`` that says how PyTorch multiplies a dtype here."""
+    if dtype == torch.float32:
+        return _cpp.simd()
+    return "avx512_bf16" if _INSTRUCTIONS[dtype] in cpu_flags() else "emulated"
 
 
 def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -74,15 +95,16 @@ def pack_weight(
 
     Args:
         x: any input of the convolution; only its number of channels matters.
-        weight: float32 ``[C_out r², C_in, k, k]``.
+        weight: ``[C_out r², C_in, k, k]``, float32, float16 or bfloat16.
         r: upscale factor.
         large_tiles: whether it is for :func:`forward` with large tiles.
         data_gradient: whether it is for the gradient of x.
     """
     module, sizes = _cpp.load(), _sizes(x, weight, r, large_tiles)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    weight = weight.float().contiguous(memory_format=torch.channels_last)
     packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient), dtype=torch.float32, device="cpu")
-    module.winograd_weight(sizes, data_gradient, *_addresses(weight, packed), threads=torch.get_num_threads())
+    addresses = (_address(t, torch.float32) for t in (weight, packed))
+    module.winograd_weight(sizes, data_gradient, *addresses, threads=torch.get_num_threads())
     return packed
 
 
@@ -105,7 +127,7 @@ def forward(
     keep_z: bool,
     large_tiles: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept.
+    """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept, in x's dtype.
 
     ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``. Large tiles: 6 x 6 results of a 5x5 kernel, from
     10 x 10 points.
@@ -115,13 +137,16 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     n = weight.shape[0]
-    y = _empty(batch, n // (r * r), height * r, width * r)
-    z = _empty(batch, n, height, width) if keep_z else None
+    y = _empty(x.dtype, batch, n // (r * r), height * r, width * r)
+    z = _empty(x.dtype, batch, n, height, width) if keep_z else None
     biases = _cpp.float_bias(bias)
     _cpp.load().winograd_fwd(
         _sizes(x, weight, r, large_tiles),
+        _cpp.dtype_name(x.dtype),
         activation,
-        *_addresses(x, packed, biases, y, z),
+        _address(x, x.dtype),
+        *(_address(t, torch.float32) for t in (packed, biases)),
+        *(_address(t, x.dtype) for t in (y, z)),
         threads=torch.get_num_threads(),
     )
     return y, z
@@ -158,7 +183,9 @@ def last_blocks(
         size = (x.shape[2], x.shape[3])
         if x.shape[0] != 1 or rejects(x, weight, half_padding(weight)) is not None:
             return None
-        if image_is_small(weight.shape[0], *size) or not pays(x, weight):
+        if compute_dtype(x) != torch.float32:
+            return None
+        if image_is_small(weight.shape[0], *size) or not pays(x, weight, kept=True):
             return None
     heights = {(6 if large else 9 - block.weight.shape[2]) * block.r for block in blocks}
     if _cpp.unavailable() is not None or len(heights) != 1:
@@ -172,8 +199,9 @@ def last_blocks(
         bias = _cpp.float_bias(bias)
         used.append((x, packed, bias, head))  # until the kernels have read them
         activation = "gelu_tanh" if approximate == "tanh" else "gelu"
-        addresses = (*_addresses(x, packed, bias), _cpp.address(head, torch.float32))
-        streams.append((_sizes(x, weight, r, large), activation, *addresses, group))
+        addresses = (_address(t, torch.float32) for t in (x, packed, bias))
+        head_address = _cpp.address(head, torch.float32)
+        streams.append((_sizes(x, weight, r, large), activation, *addresses, head_address, group))
     out = torch.empty((1, *crop, 3), dtype=torch.uint8 if as_bytes else torch.float32, device="cpu")
     link = (list(scales), biases.flatten().tolist(), offset)
     _cpp.load().winograd_output_fwd(
@@ -185,48 +213,50 @@ def last_blocks(
 def undo(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of z and of the bias."""
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    dz = _empty(*z.shape)
+    """Return the gradients of z and of the bias, in z's dtype."""
+    dy, dtype = dy.contiguous(memory_format=torch.channels_last), z.dtype
+    dz = _empty(dtype, *z.shape)
     dbias = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu") if with_bias else None
     _cpp.load().winograd_undo(
         _sizes(x, weight, r),
+        _cpp.dtype_name(dtype),
         approximate == "tanh",
-        *_addresses(dy, z, dz, dbias),
+        *(_address(t, dtype) for t in (dy, z, dz)),
+        _address(dbias, torch.float32),
         threads=torch.get_num_threads(),
     )
-    return dz, dbias
+    return dz, None if dbias is None else dbias.to(dtype)
 
 
 def gradients(
     dz: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: int, wanted: list[bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of x and weight, as far as they are wanted, for dz in the order (i, j, c)."""
-    module, sizes, threads = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads()
+    module, sizes, threads, dtype = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads(), x.dtype
     # The gradient of x has x's layout. Not every operation before takes another: the backward pass of nn.InstanceNorm2d
     # on the CPU (torch 2.13) gives wrong numbers for a channels-last gradient of a contiguous result.
     x_format = memory_format_of(x)
     dz, x = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x))
     dx = dweight = None
     if wanted[0]:
-        packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(*x.shape)
-        module.winograd_dgrad(sizes, *_addresses(dz, packed, dx), threads=threads)
+        packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(dtype, *x.shape)
+        addresses = (_address(dz, dtype), _address(packed, torch.float32), _address(dx, dtype))
+        module.winograd_dgrad(sizes, _cpp.dtype_name(dtype), *addresses, threads=threads)
         dx = dx.contiguous(memory_format=x_format)
     if wanted[1]:
-        dweight = _empty(*weight.shape)
-        module.winograd_wgrad(sizes, *_addresses(x, dz, dweight), threads=threads)
-        if not weight.is_contiguous(memory_format=torch.channels_last):
+        dweight = _empty(torch.float32, *weight.shape)
+        addresses = (_address(x, dtype), _address(dz, dtype), _address(dweight, torch.float32))
+        module.winograd_wgrad(sizes, _cpp.dtype_name(dtype), *addresses, threads=threads)
+        if dweight.dtype != weight.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
             dweight = torch.empty_like(weight).copy_(dweight)
     return dx, dweight
 
 
-def _empty(*size: int) -> Any:
-    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+def _empty(dtype: torch.dtype, *size: int) -> Any:
+    return torch.empty(size, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def _addresses(*tensors: torch.Tensor | None) -> list[int]:
-    """Return where tensors are: images and weights channels-last, what has one axis in its order."""
-    channels_last, contiguous = torch.channels_last, torch.contiguous_format
-    return [
-        _cpp.address(t, torch.float32, channels_last if t is not None and t.dim() == 4 else contiguous) for t in tensors
-    ]
+def _address(t: torch.Tensor | None, dtype: torch.dtype) -> int:
+    """Return where a tensor is: images and weights channels-last, what has one axis in its order."""
+    four = t is not None and t.dim() == 4
+    return _cpp.address(t, dtype, torch.channels_last if four else torch.contiguous_format)

@@ -24,6 +24,8 @@ __all__ = ["CONV2D", "conv2d"]
 
 _INT32_MAX = 2**31 - 1
 _TRITON_CHANNELS = 128
+# From which on "direct" is faster than PyTorch, measured.
+_DIRECT_PIXELS = 360
 
 
 def _run_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -39,10 +41,9 @@ def _run_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _direct_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    if compute_dtype(x) != torch.float32:
-        return f"dtype {compute_dtype(x)} is not torch.float32"
+    reason = _not_float_on_the_cpu(x)
+    if reason is not None:
+        return reason
     if weight.shape[0] != 3 or weight.shape[2:] != (3, 3):
         return f"weight of shape {tuple(weight.shape)} is not that of a 3x3 kernel with three output channels"
     if x.numel() == 0:
@@ -69,7 +70,14 @@ def _triton_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    return _winograd.rejects(x, weight, half_padding(weight))
+    return _not_float_on_the_cpu(x) or _winograd.rejects(x, weight, half_padding(weight))
+
+
+def _not_float_on_the_cpu(x: torch.Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return _cpp.rejects_tensor(x.device, x.dtype)
+    dtype = compute_dtype(x)
+    return None if dtype == torch.float32 else f"dtype {dtype} is not torch.float32"
 
 
 CONV2D = ImplementationTable(
@@ -200,14 +208,18 @@ def _backward_fake(
 register_convolution("conv2d", run=_forward, fake=_forward_fake, backward=_backward, backward_fake=_backward_fake)
 
 
-def _kernels_pay(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _kernels_pay(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Return whether a kernel of ours is faster than PyTorch's convolution.
 
     On a GPU a prediction for half precision: with three output channels in bfloat16 cuDNN takes ten times as long as
     reading x (``python -m bench.gpu --parts head`` compares them).
     """
     if x.device.type == "cpu":
-        return _winograd.pays(x, weight)
+        if _cpp.unavailable() is not None:
+            return False
+        if _direct_rejects(x, weight, bias) is None:
+            return x.shape[2] * x.shape[3] >= _DIRECT_PIXELS
+        return _winograd_rejects(x, weight, bias) is None and _winograd.pays(x, weight, kept=False)
     return compute_dtype(x).itemsize == 2
 
 
@@ -263,7 +275,7 @@ def conv2d(
         check_like("bias", bias, x)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if impl == "auto" and not _kernels_pay(x, weight):
+    if impl == "auto" and not _kernels_pay(x, weight, bias):
         impl = "reference"
     entry = CONV2D.select(impl, x, weight, bias)
     out: torch.Tensor = entry.run(x, weight, bias)

@@ -282,6 +282,17 @@ def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str
     return ("triton" if large and weight.shape[1] % 8 != 0 else "conv2d"), wgrad
 
 
+def _winograd_is_faster(call: Call) -> bool:
+    """Return whether "winograd" is faster than "conv2d+cpp" where it can run.
+
+    Matrix units for 16 bits, which PyTorch's convolutions use, make up for the products that it saves.
+    """
+    if compute_dtype(call.x).itemsize == 2 and _cpp.unavailable_amx() is None:
+        return False
+    kept = is_kept(call.weight) and not _wants_gradient(call.x, call.weight, call.bias)
+    return _winograd.pays(call.x, call.weight, kept=kept)
+
+
 def _by_shape(call: Call) -> str:
     """Return what "auto" is for these inputs: "cuda" or "triton" where that is faster, else the table's order.
 
@@ -293,7 +304,7 @@ def _by_shape(call: Call) -> str:
         if image_is_small(call.weight.shape[0], *_convolved_size(call)):
             return "reference"
         fits = _cpp.unavailable() is None and _winograd_rejects(call) is None
-        return "conv2d+cpp" if fits and not _winograd.pays(call.x, call.weight) else "auto"
+        return "conv2d+cpp" if fits and not _winograd_is_faster(call) else "auto"
     if _cuda_is_faster(call):
         return "cuda"
     if unavailable() is not None or _triton_rejects(call) is not None:
@@ -340,10 +351,9 @@ def conv_pixel_shuffle_gelu(
             are faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
             float16, half of an odd kernel as padding; the gradient of x likewise, that of the weight as with
             ``"triton"``), ``"cpp"`` (CPU with AMX: one kernel for all, bfloat16, channels-last, without gradients),
-            ``"winograd"`` (CPU with AVX2 or AVX-512:
-            one kernel for all, float32, kernels 3x3 and 5x5 with half of them as padding; a fifth to a sixth of the
-            products that the definition takes, and gradients likewise; channels-last is read and written as it is,
-            any other layout through copies),
+            ``"winograd"`` (CPU with AVX2 or AVX-512: one kernel for all, kernels 3x3 and 5x5 with half of them as
+            padding; a fifth to a sixth of the products that the definition takes, and gradients likewise, in float32
+            whatever is read and written; channels-last is read and written as it is, any other layout through copies),
             ``"conv2d+cpp"`` (CPU: PyTorch's convolution, then the kernel of :func:`pixel_shuffle_gelu`) or
             ``"reference"`` (PyTorch, anywhere).
 
@@ -370,10 +380,11 @@ def conv_pixel_shuffle_gelu(
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
         up to five times those of float32 sums by definition with kernels 5x5 and up to nine times with 3x3, in the root
-        mean square and more where few channels are summed; far below those of TF32. A NaN or an infinity spreads to
-        the results of every tile whose 8 x 8 pixels of x it is among, up to four: to 8 x 8 pixels with kernels 5x5 and
-        7 x 7 with 3x3, where the convolution alone reaches 5 x 5 or 3 x 3. ``"conv2d+cpp"`` avoids both. Without
-        gradients, ``PackedWeights(large_tiles=True)`` lets it take 10 x 10 points for kernels 5x5.
+        mean square and more where few channels are summed; far below those of TF32. In half precision that is far below
+        the rounding of the result, and of what is kept for the gradients, which happens once. A NaN or an infinity
+        spreads to the results of every tile whose 8 x 8 pixels of x it is among, up to four: to 8 x 8 pixels with
+        kernels 5x5 and 7 x 7 with 3x3, where the convolution alone reaches 5 x 5 or 3 x 3. ``"conv2d+cpp"`` avoids
+        both. Without gradients, ``PackedWeights(large_tiles=True)`` lets it take 10 x 10 points for kernels 5x5.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)

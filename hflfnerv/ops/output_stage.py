@@ -161,7 +161,7 @@ def _forward_cpp(call: Call) -> torch.Tensor:
             (_cpp.address(x, dtype, torch.channels_last), *x.shape[1:], _cpp.address(weight, torch.float32), group)
             for x, weight, group in zip(features, weights, groups, strict=True)
         ],
-        str(dtype).removeprefix("torch."),
+        _cpp.dtype_name(dtype),
         _cpp.address(out, out.dtype),
         as_bytes,
         torch.get_num_threads(),

@@ -72,7 +72,7 @@ PIXEL_SHUFFLE_GELU = ImplementationTable(
 def _cpp_arguments(x: torch.Tensor, r: int, approximate: str) -> tuple[Any, ...]:
     batch, channels, height, width = x.shape
     channels_last = memory_format_of(x) == torch.channels_last
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = _cpp.dtype_name(x.dtype)
     return [batch, channels // (r * r), r, height, width], channels_last, dtype, approximate == "tanh"
 
 

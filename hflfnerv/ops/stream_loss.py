@@ -71,7 +71,7 @@ def _call_cpp(
 
     getattr(_cpp.load(), function)(
         list(target.shape[:3]),
-        str(dtype).removeprefix("torch."),
+        _cpp.dtype_name(dtype),
         image(low, dlow),
         image(high, dhigh),
         _cpp.address(target, torch.uint8),

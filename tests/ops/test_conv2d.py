@@ -161,7 +161,7 @@ def test_what_auto_is():
     plain = ops.conv2d(x.contiguous(), weight.contiguous(), bias)
     assert plain.is_contiguous()
     assert torch.equal(plain, ops.conv2d(x.contiguous(), weight.contiguous(), bias, impl=direct))
-    more = make_tensor(8, 28, 3, 3)
+    x, more = make_tensor(1, 28, 50, 60), make_tensor(8, 28, 3, 3)
     assert torch.equal(ops.conv2d(x, more), ops.conv2d(x, more, impl=winograd))
     small = x[..., :6, :6]
     assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))

@@ -1,4 +1,4 @@
-"""conv_pixel_shuffle_gelu by Winograd's method: float32 on the CPU, gradients included."""
+"""conv_pixel_shuffle_gelu by Winograd's method: on the CPU, gradients included."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from winograd_method import channels_last, magnitudes, sums
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.nn import UpsampleBlock
-from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, PackedWeights
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, PackedWeights, _cpp, _winograd
 from hflfnerv.ops.conv_pixel_shuffle_gelu import Call, _by_shape
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
 from hflfnerv.testing import (
     assert_close_to_reference,
     assert_gradient_close_to_reference,
+    convolution_magnitudes,
     make_tensor,
     poisoned_empty,
+    rounded_in_the_end,
     threads,
 )
 
@@ -39,12 +41,16 @@ SHAPES = [
 ]
 
 
-def operands(shape, with_bias=True):
+HALF = [torch.bfloat16, torch.float16]
+
+
+def operands(shape, with_bias=True, dtype=torch.float32):
     batch, in_channels, channels, r, height, width, kernel = shape
     x = make_tensor(batch, in_channels, height, width)
     weight = make_tensor(channels * r * r, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5, seed=1)
     bias = make_tensor(channels * r * r, seed=2) if with_bias else None
-    return channels_last(x), channels_last(weight), bias
+    tensors = (channels_last(x), channels_last(weight), bias)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"):
@@ -79,6 +85,42 @@ def test_forward_and_backward(shape):
         assert y.is_contiguous(memory_format=torch.channels_last)
         for actual, wanted, other, terms in zip(gradients, true, rounded, sizes, strict=False):
             assert_gradient_close_to_reference(actual, wanted, other, magnitude=terms)
+
+
+@needs_vectors
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_16_bits(shape, dtype):
+    tensors = operands(shape, dtype=dtype)
+    batch, _, channels, r, height, width, kernel = shape
+    dy = make_tensor(batch, channels, height * r, width * r, seed=3).to(dtype)
+    with poisoned_empty():
+        y, gradients = run(tensors, shape, dy)
+    expected, true = run(tensors, shape, dy, dtype=torch.float64, impl="reference")
+    same, rounded = run(tensors, shape, dy, impl="reference")
+    # Sums are those of float32; what is stored is rounded once. Gradients are sums of terms with a stored factor.
+    size, *sizes = magnitudes(*tensors, dy, r)
+    assert_close_to_reference(y, expected, same, magnitude=rounded_in_the_end(expected, size, dtype))
+    stored = convolution_magnitudes(*tensors[:2], dy, r, (kernel // 2, kernel // 2))[1:]
+    for actual, wanted, other, terms, once in zip(gradients, true, rounded, sizes, stored, strict=True):
+        assert actual.dtype == dtype
+        assert_gradient_close_to_reference(actual, wanted, other, magnitude=rounded_in_the_end(once, terms, dtype))
+    # Without gradients, with the weight kept, and in the layout of the inputs.
+    for large in (False, True):
+        again = inference(tensors, shape, large_tiles=large)
+        assert_close_to_reference(again, expected, same, magnitude=rounded_in_the_end(expected, 8 * size, dtype))
+    again, others = run(tuple(t.contiguous() for t in tensors), shape, dy)
+    assert torch.equal(again, y)
+    assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
+
+
+@needs_vectors
+@pytest.mark.parametrize("dtype", HALF)
+def test_16_bits_are_those_of_float32_rounded(dtype):
+    shape = SHAPES[0]
+    tensors = operands(shape, dtype=dtype)
+    wide = [t.float() for t in tensors]
+    assert torch.equal(run(tensors, shape)[0], run(wide, shape)[0].to(dtype))
 
 
 @needs_vectors
@@ -267,7 +309,7 @@ def test_compile(dynamic):
 def test_auto():
     torch.manual_seed(0)
     block = UpsampleBlock(33, 7, 2, 5).to(memory_format=torch.channels_last)
-    x = make_tensor(1, 33, 40, 48)
+    x = make_tensor(1, 33, 80, 64)
     tensors = (x, block.conv.weight, block.conv.bias)
     assert torch.equal(block(x), ops.conv_pixel_shuffle_gelu(*tensors, 2, padding=2, impl="winograd"))
     with torch.inference_mode():
@@ -276,6 +318,11 @@ def test_auto():
             with packed:
                 assert torch.equal(block(x), ops.conv_pixel_shuffle_gelu(*tensors, 2, padding=2, impl="winograd"))
         assert len(packed._kept) == 1
+    # Fewer products are worth more than PyTorch's instructions for 16 bits, but not than matrix units.
+    half = (x.bfloat16().requires_grad_(), *(t.bfloat16() for t in tensors[1:]))
+    impl = "winograd" if _cpp.unavailable_amx() is not None else "conv2d+cpp"
+    y = ops.conv_pixel_shuffle_gelu(*half, 2, padding=2)
+    assert torch.equal(y, ops.conv_pixel_shuffle_gelu(*half, 2, padding=2, impl=impl))
     # Small images do not pay for the evaluation of the weight, and few values not for any kernel.
     wide = make_tensor(200, 33, 5, 5, layout="channels_last")
     assert _by_shape(Call(x[..., :4, :8], wide, None, 5, (2, 2), "none")) == "reference"
@@ -284,9 +331,35 @@ def test_auto():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "simd", "flags", "least"),
+    [
+        (torch.float32, "avx2", "", [3200, 3200]),
+        (torch.float32, "avx512", "avx512_bf16 avx512_fp16", [20_000, 1280]),
+        (torch.bfloat16, "avx512", "avx512_bf16", [120_000, 5000]),
+        (torch.bfloat16, "avx512", "avx512_fp16", [1280, 1280]),
+        (torch.float16, "avx512", "avx512_bf16", [1280, 1280]),
+        (torch.float16, "avx512", "avx512_fp16", [120_000, 5000]),
+    ],
+)
+def test_how_large_an_image_pays(monkeypatch, dtype, simd, flags, least):
+    monkeypatch.setattr("hflfnerv.ops._cpp.simd", lambda: simd)
+    monkeypatch.setattr("hflfnerv.ops._winograd.cpu_flags", lambda: frozenset(flags.split()))
+    weight = torch.empty(4, 1, 5, 5, dtype=dtype)
+    for kept in (False, True):
+        pixels = -(-least[kept] // 25)
+        for width, expected in ((pixels - 1, False), (pixels, True)):
+            x = torch.empty(7, 1, 1, width, dtype=dtype)
+            assert _winograd.pays(x, weight, kept=kept) == expected
+
+
+@pytest.mark.parametrize(
     ("change", "padding", "reason"),
     [
-        (lambda x, w: (x.double(), w.double()), 2, "dtype torch.float64 is not torch.float32"),
+        (
+            lambda x, w: (x.double(), w.double()),
+            2,
+            "dtype torch.float64 is not one of torch.float32, torch.float16, torch.bfloat16",
+        ),
         (lambda x, w: (x.to("meta"), w.to("meta")), 2, "the tensors are on meta"),
         (lambda x, w: (x[:0], w), 2, "is empty"),
         (lambda x, w: (x, w), 1, "kernel (5, 5) with padding (1, 1) is not 3x3 with 1 or 5x5 with 2"),
