@@ -154,12 +154,11 @@ inline Window<T> window(const Images<T>& images, std::int64_t image, std::int64_
     }
   }
   const std::int64_t real = count < images.channels - first ? count : images.channels - first;
-  for (std::int64_t i = 0; i < size; ++i) {
-    for (std::int64_t j = 0; j < size; ++j) {
-      T* const to = copy + (i * size + j) * count;
-      const bool inside = y + i >= 0 && y + i < images.height && x + j >= 0 && x + j < images.width;
+  std::memset(copy, 0, static_cast<std::size_t>(size * size * count) * sizeof(T));
+  for (std::int64_t i = y < 0 ? -y : 0; i < size && y + i < images.height; ++i) {
+    for (std::int64_t j = x < 0 ? -x : 0; j < size && x + j < images.width; ++j) {
       const T* const from = origin + (y + i) * row + (x + j) * images.channels + first;
-      for (std::int64_t c = 0; c < count; ++c) to[c] = inside && c < real ? from[c] : T{};
+      std::memcpy(copy + (i * size + j) * count, from, static_cast<std::size_t>(real) * sizeof(T));
     }
   }
   return {copy, size * count, count};

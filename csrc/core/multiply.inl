@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "registers.h"
+
 namespace hflfnerv {
 namespace {
 
@@ -13,18 +15,28 @@ constexpr int kRows = kLanes == 16 ? 12 : 6;  // of a product in registers: 24 o
 // c = a b, or c += a b: kCount rows, kVectors vectors of columns. The strides of a are those of its rows and of the inner
 // dimension.
 template <int kCount, int kVectors, bool kAccumulate>
-inline void multiply(const float* a, std::int64_t a_row, std::int64_t a_inner, const float* b, std::int64_t b_inner,
+inline __attribute__((always_inline)) void multiply(const float* a, std::int64_t a_row, std::int64_t a_inner, const float* b, std::int64_t b_inner,
                      std::int64_t inner, float* c, std::int64_t c_row) {
   F sums[kCount][kVectors];
   for (int i = 0; i < kCount; ++i) {
     for (int v = 0; v < kVectors; ++v) sums[i][v] = kAccumulate ? Simd::load(c + i * c_row + v * kLanes) : Simd::zero();
   }
-  for (std::int64_t k = 0; k < inner; ++k) {
+  constexpr int kGroup = 3;  // rows that share an address: there are fewer registers for these than rows
+  const float* rows[(kCount + kGroup - 1) / kGroup];
+  for (int i = 0; i < kCount; i += kGroup) rows[i / kGroup] = a + i * a_row;
+  for (std::int64_t k = 0; k < inner; ++k, b += b_inner) {
     F columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = Simd::load(b + k * b_inner + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) columns[v] = Simd::load(b + v * kLanes);
+#pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) {
-      const F row = Simd::set(a[i * a_row + k * a_inner]);
+      const float*& group = rows[i / kGroup];
+      const F row = Simd::set(group[i % kGroup * a_row]);
       for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::fma(row, columns[v], sums[i][v]);
+    }
+#pragma GCC unroll 12
+    for (const float*& group : rows) {
+      group += a_inner;
+      hide(group);
     }
   }
   for (int i = 0; i < kCount; ++i) {

@@ -30,7 +30,7 @@ class Finish {
       __m512 value = _mm512_set1_ps(rows_.offset);
       for (int group = 0; group < rows_.groups; ++group) {
         const __m512 sum = _mm512_add_ps(_mm512_load_ps(products_ + group * kBlockRows * kTile),
-                                         _mm512_loadu_ps(rows_.biases + group * kTile));
+                                         _mm512_loadu_ps(rows_.biases + group * kBiasLanes));
         value = _mm512_fmadd_ps(_mm512_set1_ps(rows_.scales[group]), tanh_(sum), value);
       }
       if (rows_.bytes) {

@@ -1,8 +1,8 @@
 // What output_stage.cpp and frame_decoder.cpp hand to the code compiled for one instruction set.
 //
-// The pixels under a kernel lie one after the other in channels-last memory and are the inner dimension. With AVX-512 and AMX
-// several pixels of a row are computed as one vector: their colours are its lanes, and the matrix is banded. With AVX2 the
-// lanes are of the inner dimension, and added up at the end.
+// The pixels under a kernel lie one after the other in channels-last memory and are the inner dimension. With AMX several
+// pixels of a row are computed as one row of a tile: their colours are its columns, and the matrix is banded. In float32 the
+// lanes of vectors are of the inner dimension, and added up at the end.
 #pragma once
 
 #include "gelu_table.h"
@@ -13,6 +13,7 @@ namespace hflfnerv {
 
 constexpr std::int64_t kColours = 3;
 constexpr std::int64_t kTaps = 3;  // rows and columns of the kernel
+constexpr std::int64_t kBiasLanes = 32;  // in which the three colours' biases repeat
 
 // One feature map and its weights.
 struct OutputStream {
@@ -23,7 +24,7 @@ struct OutputStream {
   std::int64_t ring;         // rows of memory: row y is at y % ring
   const void* zeros;      // a row of zeros
   const void* weights;    // the matrix of each kernel row
-  std::int64_t steps;     // of the inner dimension of a kernel row: floats with AVX-512, vectors with AVX2, or AMX steps
+  std::int64_t steps;     // of the inner dimension of a kernel row: vectors, or AMX steps
   int group;
 };
 
@@ -32,7 +33,7 @@ struct OutputRows {
   const OutputStream* streams;
   int count, groups;
   const float* scales;    // of the groups
-  const float* biases;    // 16 lanes for each group
+  const float* biases;    // kBiasLanes for each group
   float offset;
   const GeluTable* table;  // tanh_table()
   std::int64_t begin, end, width;
@@ -44,7 +45,6 @@ struct OutputRows {
 void output_rows_avx2(const OutputRows& rows);
 void output_rows_avx512(const OutputRows& rows);
 void output_rows(const OutputRows& rows, SimdLevel level);  // by the one of a level
-constexpr std::int64_t kPixelsAvx512 = 5;  // lanes / colours
 
 // For bfloat16 streams; `scratch` has output_scratch_floats(groups), aligned to cache lines.
 constexpr std::int64_t kPixelsAmx = 5;

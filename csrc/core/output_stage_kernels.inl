@@ -1,72 +1,93 @@
-// The loops of the output stage in float32 where vectors have lanes for the colours of several pixels: the including file
-// defines Simd.
+// The loops of the output stage in float32. Lanes are the inner elements of a kernel row, which lie one after the other in
+// memory, and are added up at the end. Included behind the Simd of one instruction set.
+#include <cstring>
+
 #include "output_stage_kernels.h"
+#include "registers.h"
 
 namespace hflfnerv {
 namespace {
 
 using F = Simd::F;
 constexpr int L = Simd::kLanes;
-constexpr int kPixels = L / kColours;
-constexpr int kVectors = 8;  // that share a load of weights
+constexpr int kShared = L / 2;  // pixels that share a load of weights: as many as registers hold sums of
+constexpr int kPixels = L;      // of a block: their colours fill three vectors
+constexpr int kSums = kPixels * kColours;
 
 class Worker {
  public:
   explicit Worker(const OutputRows& rows) : rows_(rows), tanh_(*rows.table) {}
 
-  void run() {
+  void run() const {
     for (std::int64_t y = rows_.begin; y < rows_.end; ++y) {
-      for (std::int64_t x = 0; x < rows_.width; x += kVectors * kPixels) block(y, x);
+      for (std::int64_t x = 0; x < rows_.width; x += kPixels) block(y, x);
     }
   }
 
  private:
-  void block(std::int64_t y, std::int64_t x) {
-    F sums[kVectors], values[kVectors];
+  void block(std::int64_t y, std::int64_t x) const {
+    F values[kColours];
     for (F& value : values) value = Simd::set(rows_.offset);
     int stream = 0;
     for (int group = 0; group < rows_.groups; ++group) {
-      for (F& sum : sums) sum = Simd::load(rows_.biases + group * kTile);
-      for (; stream < rows_.count && rows_.streams[stream].group == group; ++stream) add(rows_.streams[stream], y, x, sums);
-      for (int v = 0; v < kVectors; ++v) values[v] = Simd::fma(Simd::set(rows_.scales[group]), tanh_(sums[v]), values[v]);
+      const int first = stream;
+      while (stream < rows_.count && rows_.streams[stream].group == group) ++stream;
+      F sums[kSums];
+      for (int p = 0; p < kPixels; p += kShared) products(first, stream, y, x + p, sums + p * kColours);
+      for (int v = 0; v < kColours; ++v) {
+        // Colours repeat every three lanes: the bias of lane v L is that of lane v L mod 3.
+        const F bias = Simd::load(rows_.biases + group * kBiasLanes + v * L % kColours);
+        values[v] = Simd::fma(Simd::set(rows_.scales[group]), tanh_(Simd::add(Simd::sums(sums + v * L), bias)), values[v]);
+      }
     }
-    for (int v = 0; v < kVectors; ++v) {
-      const std::int64_t first = x + v * kPixels;
-      std::int64_t n = rows_.width - first;
-      if (n <= 0) break;
-      store((y * rows_.width + first) * kColours, values[v], static_cast<int>((n < kPixels ? n : kPixels) * kColours));
+    const std::int64_t left = rows_.width - x;
+    store((y * rows_.width + x) * kColours, values, static_cast<int>((left < kPixels ? left : kPixels) * kColours));
+  }
+
+  // The products of kShared pixels from x on, summed over streams [first, last) and lane by lane.
+  void products(int first, int last, std::int64_t y, std::int64_t x, F* sums) const {
+    F s[kShared][kColours];
+    for (int p = 0; p < kShared; ++p) {
+      for (F& sum : s[p]) sum = Simd::zero();
+    }
+    for (int i = first; i < last; ++i) add(rows_.streams[i], y, x, s);
+    for (int p = 0; p < kShared; ++p) {
+      for (int c = 0; c < kColours; ++c) sums[p * kColours + c] = s[p][c];
     }
   }
 
-  static void add(const OutputStream& stream, std::int64_t y, std::int64_t x, F* sums) {
+  static inline __attribute__((always_inline)) void add(const OutputStream& stream, std::int64_t y, std::int64_t x,
+                                                        F (*s)[kColours]) {
     const float* weights = static_cast<const float*>(stream.weights);
-    const std::int64_t vector = kPixels * stream.pixel;
     for (std::int64_t ky = 0; ky < kTaps; ++ky) {
       const std::int64_t row = y + ky - 1;
       const bool inside = row >= stream.top && row < stream.height;
       const float* from = static_cast<const float*>(inside ? stream.x : stream.zeros);
       if (inside) from += row % stream.ring * stream.row;
       from += x * stream.pixel;
-      F s[kVectors];
-      for (int v = 0; v < kVectors; ++v) s[v] = sums[v];
-      for (std::int64_t k = 0; k < stream.steps; ++k, weights += L) {
-        const F w = Simd::load(weights);
-        for (int v = 0; v < kVectors; ++v) s[v] = Simd::fma(Simd::set(from[v * vector + k]), w, s[v]);
+      for (std::int64_t k = 0; k < stream.steps; ++k, from += L, weights += kColours * L) {
+        F w[kColours];
+        for (int c = 0; c < kColours; ++c) w[c] = Simd::load(weights + c * L);
+        for (int p = 0; p < kShared; ++p) {
+          const F value = kept(Simd::load(from + p * stream.pixel));
+          for (int c = 0; c < kColours; ++c) s[p][c] = Simd::fma(value, w[c], s[p][c]);
+        }
       }
-      for (int v = 0; v < kVectors; ++v) sums[v] = s[v];
     }
   }
 
-  void store(std::int64_t at, F value, int n) {
+  void store(std::int64_t at, const F* values, int n) const {
     if (rows_.bytes) {
-      int levels[L];
-      const F unit = Simd::min(Simd::max(value, Simd::zero()), Simd::set(1));
-      Simd::store_rounded(levels, Simd::mul(unit, Simd::set(255)));
-      for (int i = 0; i < n; ++i) static_cast<std::uint8_t*>(rows_.out)[at + i] = static_cast<std::uint8_t>(levels[i]);
+      std::uint8_t levels[kSums];
+      for (int v = 0; v < kColours; ++v) {
+        const F unit = Simd::min(Simd::max(values[v], Simd::zero()), Simd::set(1));
+        Simd::store_rounded(levels + v * L, Simd::mul(unit, Simd::set(255)));
+      }
+      std::memcpy(static_cast<std::uint8_t*>(rows_.out) + at, levels, static_cast<std::size_t>(n));
     } else {
-      float values[L];
-      Simd::store(values, value);
-      for (int i = 0; i < n; ++i) static_cast<float*>(rows_.out)[at + i] = values[i];
+      float floats[kSums];
+      for (int v = 0; v < kColours; ++v) Simd::store(floats + v * L, values[v]);
+      std::memcpy(static_cast<float*>(rows_.out) + at, floats, static_cast<std::size_t>(n) * sizeof(float));
     }
   }
 

@@ -50,15 +50,12 @@ Aligned<BFloat16> output_tiles(const float* weight, std::int64_t channels, std::
 
 Aligned<float> output_vectors(const float* weight, std::int64_t channels, std::int64_t lanes) {
   const std::int64_t steps = output_vector_steps(channels, lanes);
-  const bool dots = lanes == 8;
-  Aligned<float> values = new_zeros<float>(kTaps * steps * lanes * (dots ? kColours : 1));
-  const std::int64_t inner = dots ? kTaps * channels : steps;
+  Aligned<float> values = new_zeros<float>(kTaps * steps * kColours * lanes);
   for (std::int64_t ky = 0; ky < kTaps; ++ky) {
-    for (std::int64_t k = 0; k < inner; ++k) {
-      for (std::int64_t lane = 0; lane < (dots ? kColours : kPixelsAvx512 * kColours); ++lane) {
-        const std::int64_t at = dots ? ((ky * steps + k / lanes) * kColours + lane) * lanes + k % lanes
-                                     : (ky * inner + k) * lanes + lane;
-        values[static_cast<std::size_t>(at)] = banded(weight, channels, ky, k / channels, k % channels, lane);
+    for (std::int64_t k = 0; k < kTaps * channels; ++k) {
+      for (std::int64_t colour = 0; colour < kColours; ++colour) {
+        const std::int64_t at = ((ky * steps + k / lanes) * kColours + colour) * lanes + k % lanes;
+        values[static_cast<std::size_t>(at)] = weight[((colour * channels + k % channels) * kTaps + ky) * kTaps + k / channels];
       }
     }
   }
@@ -66,11 +63,9 @@ Aligned<float> output_vectors(const float* weight, std::int64_t channels, std::i
 }
 
 Aligned<float> output_biases(const float* biases, int groups) {
-  Aligned<float> lanes = new_zeros<float>(groups * kTile);
-  for (std::int64_t i = 0; i < groups * kTile; ++i) {
-    if (i % kTile < kPixelsAmx * kColours) {
-      lanes[static_cast<std::size_t>(i)] = biases[i / kTile * kColours + i % kTile % kColours];
-    }
+  Aligned<float> lanes = new_zeros<float>(groups * kBiasLanes);
+  for (std::int64_t i = 0; i < groups * kBiasLanes; ++i) {
+    lanes[static_cast<std::size_t>(i)] = biases[i / kBiasLanes * kColours + i % kBiasLanes % kColours];
   }
   return lanes;
 }

@@ -1,4 +1,4 @@
-// Head weights as the kernels of the output stage read them: banded matrices, see output_stage_kernels.h.
+// Head weights as the kernels of the output stage read them, see output_stage_kernels.h.
 #pragma once
 
 #include "memory.h"
@@ -20,16 +20,15 @@ inline std::int64_t output_steps(std::int64_t pixel) { return ((kPixelsAmx + kTa
 // The weight is [3, channels, 3, 3]. Kernel row, pair of inner elements, colours of five pixels, element of the pair.
 Aligned<BFloat16> output_tiles(const float* weight, std::int64_t channels, std::int64_t pixel);
 
-// For vectors of 8 floats, kernel row, vector of the inner dimension, colour, lane; for those of 16, the banded matrix: kernel
-// row, inner element, lane.
+// For vectors of `lanes` floats: kernel row, vector of the inner dimension, colour, lane.
 Aligned<float> output_vectors(const float* weight, std::int64_t channels, std::int64_t lanes);
 inline std::int64_t output_vector_steps(std::int64_t channels, std::int64_t lanes) {
-  return lanes == 16 ? (kPixelsAvx512 + kTaps - 1) * channels : (kTaps * channels + lanes - 1) / lanes;
+  return (kTaps * channels + lanes - 1) / lanes;
 }
 // Pixels of a row in memory beside the frame's, on both sides, that blocks of pixels and whole vectors read.
-inline std::int64_t output_vector_margin(std::int64_t lanes) { return (lanes == 16 ? 8 * kPixelsAvx512 : 2 * lanes) + kTaps; }
+inline std::int64_t output_vector_margin(std::int64_t lanes) { return 2 * lanes + kTaps; }
 
-// Three colours for each group become 16 lanes: those of one pixel after the other.
+// Three colours for each group become kBiasLanes: those of one pixel after the other.
 Aligned<float> output_biases(const float* biases, int groups);
 
 }  // namespace hflfnerv

@@ -40,8 +40,10 @@ struct Simd {
   }
 
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
-  static void store_rounded(int* p, F v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(v));
+  static void store_rounded(std::uint8_t* p, F v) {
+    const __m256i levels = _mm256_cvtps_epi32(v), pairs = _mm256_packus_epi32(levels, levels);
+    const __m128i packed = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(packed, packed));
   }
   static void store(Half* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -154,6 +156,12 @@ struct Simd {
     const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+
+  static F sums(const F* v) {
+    const F low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const F high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
 
   // value times two to the power of the integer in the low bits of `integer`.

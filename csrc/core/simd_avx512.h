@@ -40,7 +40,10 @@ struct Simd {
   }
 
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static void store_rounded(int* p, F v) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
+  // Of values from 0 to 255.
+  static void store_rounded(std::uint8_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
   static void store(Half* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -134,6 +137,20 @@ struct Simd {
     const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
+
+  // The sums of as many vectors as there are lanes, in their order.
+  static F sums(const F* v) {
+    F fours[4];  // of four vectors each: in every quarter, a part of the sums of one vector after the other
+    for (int i = 0; i < 4; ++i, v += 4) {
+      const F first = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+      const F second = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+      fours[i] = add(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
+    }
+    const F low = halves(fours[0], fours[1]), high = halves(fours[2], fours[3]);
+    return halves(low, high);
+  }
+  // The sums of even and odd quarters of a, then of b.
+  static F halves(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
 
   // value times two to the power of the integer in the low bits of `integer`.
   static F add_exponent(F value, F integer) {

@@ -263,9 +263,10 @@ def output_stage(
     Numerics:
         ``"cpp"`` sums the convolution in float32, takes tanh (error at most 1e-6) in float32 and rounds once. A pixel
         is the same bits wherever it lies, on any number of threads and in any batch. A feature that is not finite
-        reaches up to five pixels further than its convolution does. ``"triton"`` and ``"cuda"`` do the same in tiles,
-        tanh within 2e-7; products of float32 are rounded to TF32 where PyTorch's convolutions are told to. A feature
-        that is not finite reaches no further than its convolution does.
+        also reaches pixels to the left whose vectors of 16 floats at most end on it, with AMX up to five pixels.
+        ``"triton"`` and ``"cuda"`` do the same in tiles, tanh within 2e-7; products of float32 are rounded to TF32
+        where PyTorch's convolutions are told to. A feature that is not finite reaches no further than its convolution
+        does.
 
     Example:
         >>> x, weight = torch.zeros(2, 8, 5, 7), torch.zeros(3, 8, 3, 3)
