@@ -358,26 +358,27 @@ void winograd_wgrad(const Shape8& sizes, const std::string& dtype, std::uintptr_
 // batch, channels, height, width.
 using Shape4 = std::array<std::int64_t, 4>;
 
-hflfnerv::HeadShape head_shape(const Shape4& n) {
+hflfnerv::HeadShape head_shape(const Shape4& n, const std::string& dtype) {
   if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
-  return {n[0], n[1], n[2], n[3]};
+  return {n[0], n[1], n[2], n[3], float_type_of(dtype)};
 }
 
-void conv2d_head_fwd(const Shape4& sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y,
-                     int threads, const std::string& simd) {
-  const auto shape = head_shape(sizes);
+void conv2d_head_fwd(const Shape4& sizes, const std::string& dtype, std::uintptr_t x, std::uintptr_t weight,
+                     std::uintptr_t bias, std::uintptr_t y, int threads, const std::string& simd) {
+  const auto shape = head_shape(sizes, dtype);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::conv2d_head_fwd(shape, pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y),
-                            threads, level);
+  hflfnerv::conv2d_head_fwd(shape, pointer<void>(x), pointer<float>(weight), pointer<float>(bias), pointer<void>(y), threads,
+                            level);
 }
 
-void conv2d_head_bwd(const Shape4& sizes, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
-                     std::uintptr_t dweight, std::uintptr_t dbias, int threads, const std::string& simd) {
-  const auto shape = head_shape(sizes);
+void conv2d_head_bwd(const Shape4& sizes, const std::string& dtype, std::uintptr_t dy, std::uintptr_t x,
+                     std::uintptr_t weight, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias, int threads,
+                     const std::string& simd) {
+  const auto shape = head_shape(sizes, dtype);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::conv2d_head_bwd(shape, pointer<float>(dy), pointer<float>(x), pointer<float>(weight), pointer<float>(dx),
+  hflfnerv::conv2d_head_bwd(shape, pointer<void>(dy), pointer<void>(x), pointer<float>(weight), pointer<void>(dx),
                             pointer<float>(dweight), pointer<float>(dbias), threads, level);
 }
 
@@ -693,10 +694,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dx"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("dtype"), py::arg("x"), py::arg("dz"),
              py::arg("dweight"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("conv2d_head_fwd", &conv2d_head_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-             py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("conv2d_head_bwd", &conv2d_head_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("dx"),
-             py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("conv2d_head_fwd", &conv2d_head_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("x"), py::arg("weight"),
+             py::arg("bias"), py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("conv2d_head_bwd", &conv2d_head_bwd, py::arg("sizes"), py::arg("dtype"), py::arg("dy"), py::arg("x"),
+             py::arg("weight"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"),
+             py::arg("simd") = "auto");
   module.def("depthwise_conv2d_fwd", &depthwise_conv2d_fwd, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("y"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("depthwise_conv2d_bwd", &depthwise_conv2d_bwd, py::arg("sizes"), py::arg("dy"), py::arg("x"), py::arg("weight"),

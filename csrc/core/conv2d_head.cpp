@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "conv2d_head_kernels.h"
+#include "convert.h"
 #include "scratch.h"
 
 namespace hflfnerv {
@@ -40,21 +41,22 @@ struct Bands {
   std::int64_t height, per_image, count;
 };
 
-// Copies rows [first, first + count) of an image of `height` rows of `size` floats, zeros where there are none.
-void copy_rows(const float* image, std::int64_t height, std::int64_t size, std::int64_t first, std::int64_t count, float* to,
-               std::int64_t stride) {
-  for (std::int64_t row = first; row < first + count; ++row, to += stride) {
-    if (row < 0 || row >= height) {
-      std::fill(to, to + size, 0.0f);
-    } else {
-      std::copy(image + row * size, image + (row + 1) * size, to);
-    }
+// Rows of all images, one after the other, of `size` elements each.
+struct Rows {
+  FloatType type;
+  SimdLevel level;
+  std::int64_t size;
+  const void* at(const void* data, std::int64_t row) const {
+    return static_cast<const char*>(data) + row * size * size_bytes(type);
   }
-}
+  void* at(void* data, std::int64_t row) const { return static_cast<char*>(data) + row * size * size_bytes(type); }
+  void read(const void* data, std::int64_t row, float* to) const { to_floats(type, at(data, row), size, to, level); }
+  void write(const float* from, void* data, std::int64_t row) const { from_floats(type, from, size, at(data, row), level); }
+};
 
 }  // namespace
 
-void conv2d_head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
+void conv2d_head_fwd(const HeadShape& shape, const void* x, const float* weight, const float* bias, void* y, int threads,
                      SimdLevel level) {
   const Bands bands(shape);
   const std::int64_t lanes = lanes_of(level), run = kHeadTaps * shape.channels, steps = (run + lanes - 1) / lanes;
@@ -68,24 +70,41 @@ void conv2d_head_fwd(const HeadShape& shape, const float* x, const float* weight
       }
     }
   }
-  float biases[kHeadColours] = {};
-  if (bias != nullptr) std::copy(bias, bias + kHeadColours, biases);
-  const std::int64_t row = shape.width * shape.channels;
-  const Aligned<float> zeros = new_zeros<float>(row);
+  const Aligned<float> biases = new_zeros<float>(kHeadColours * lanes);
+  for (std::int64_t i = 0; bias != nullptr && i < kHeadColours * lanes; ++i) {
+    biases[static_cast<std::size_t>(i)] = bias[i % kHeadColours];
+  }
+  const Rows in{shape.type, level, shape.width * shape.channels}, out{shape.type, level, shape.width * kHeadColours};
+  const bool wide = shape.type == FloatType::f32;
+  const Aligned<float> zeros = new_zeros<float>(in.size);
   const auto kernel = kernels_of(level).fwd;
-  parallel_items_with_scratch(bands.count, threads, kHeadTaps * steps * lanes, [&](float* edge, std::int64_t item) {
+  // What is beyond the ends of a row, and, of rows that are not floats, the three under the kernel and one of y.
+  const std::int64_t edges = kHeadTaps * steps * lanes, floats = edges + (wide ? 0 : kHeadTaps * in.size + out.size);
+  parallel_items_with_scratch(bands.count, threads, floats, [&](float* edge, std::int64_t item) {
     const Band band = bands[item];
-    const float* const image = x + band.image * shape.height * row;
+    const std::int64_t first_row = band.image * shape.height;
+    float* const copies = edge + edges;
+    // Row `row` of the image as floats, copied where it is `fresh`.
+    const auto floats_of = [&](std::int64_t row, bool fresh) -> const float* {
+      if (row < 0 || row >= shape.height) return zeros.get();
+      if (wide) return static_cast<const float*>(in.at(x, first_row + row));
+      float* const copy = copies + row % kHeadTaps * in.size;
+      if (fresh) in.read(x, first_row + row, copy);
+      return copy;
+    };
     for (std::int64_t at = band.first; at < band.first + band.rows; ++at) {
-      const float* const above = at > 0 ? image + (at - 1) * row : zeros.get();
-      const float* const below = at + 1 < shape.height ? image + (at + 1) * row : zeros.get();
-      float* const to = y + (band.image * shape.height + at) * shape.width * kHeadColours;
-      kernel({shape.channels, shape.width, steps, weights.get(), {above, image + at * row, below}, biases, to, edge});
+      const bool fresh = at == band.first;
+      const float* const above = floats_of(at - 1, fresh);
+      const float* const here = floats_of(at, fresh);
+      const float* const below = floats_of(at + 1, true);
+      float* const to = wide ? static_cast<float*>(out.at(y, first_row + at)) : copies + kHeadTaps * in.size;
+      kernel({shape.channels, shape.width, steps, weights.get(), {above, here, below}, biases.get(), to, edge});
+      if (!wide) out.write(to, y, first_row + at);
     }
   });
 }
 
-void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx,
+void conv2d_head_bwd(const HeadShape& shape, const void* dy, const void* x, const float* weight, void* dx,
                      float* dweight, float* dbias, int threads, SimdLevel level) {
   const Bands bands(shape);
   const std::int64_t lanes = lanes_of(level), channels = shape.channels;
@@ -102,36 +121,47 @@ void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, co
           weight_at(shape, weight, place % kHeadColours, begin + lane, tap);
     }
   }
-  const std::int64_t row = shape.width * shape.channels, out_row = shape.width * kHeadColours;
-  const std::int64_t padded = out_row + 2 * kHeadColours, slopes = (kBand + kHeadTaps - 1) * padded;
-  const std::int64_t products = kHeadProducts * channels, narrow = channels < lanes ? row + lanes : 0;
+  const Rows in{shape.type, level, shape.width * channels}, out{shape.type, level, shape.width * kHeadColours};
+  const std::int64_t padded = out.size + 2 * kHeadColours, slopes = (kBand + kHeadTaps - 1) * padded;
+  const std::int64_t products = kHeadProducts * channels;
+  // Rows of pixels that fill no vector get a margin, and those that are not floats become floats.
+  const bool copied = channels < lanes || shape.type != FloatType::f32;
+  const std::int64_t copy = copied ? in.size + lanes : 0;
   // Rows of dy with zeros around them, sums of a row, and a row of x and one of dx.
-  const std::int64_t floats = slopes + products + 2 * narrow;
+  const std::int64_t floats = slopes + products + 2 * copy;
   std::vector<double> sums(static_cast<std::size_t>(bands.count * (products + kHeadColours)), 0.0);
-  if (dx != nullptr) advise_large_pages(dx, static_cast<std::size_t>(shape.batch * shape.height * row) * sizeof(float));
+  if (dx != nullptr) {
+    advise_large_pages(dx, static_cast<std::size_t>(shape.batch * shape.height * in.size * size_bytes(shape.type)));
+  }
   const HeadKernels& kernels = kernels_of(level);
   parallel_items_with_scratch(bands.count, threads, floats, [&](float* own, std::int64_t item) {
     const Band band = bands[item];
     float* const row_sums = own + slopes;
     float* const copies = row_sums + products;
     double* const own_sums = sums.data() + item * (products + kHeadColours);
-    copy_rows(dy + band.image * shape.height * out_row, shape.height, out_row, band.first - 1, band.rows + kHeadTaps - 1,
-              own + kHeadColours, padded);
+    const std::int64_t first_row = band.image * shape.height;
+    for (std::int64_t i = 0; i < band.rows + kHeadTaps - 1; ++i) {
+      const std::int64_t row = band.first - 1 + i;
+      float* const to = own + i * padded + kHeadColours;
+      if (row < 0 || row >= shape.height) {
+        std::fill(to, to + out.size, 0.0f);
+      } else {
+        out.read(dy, first_row + row, to);
+      }
+    }
     for (std::int64_t i = 0; i < band.rows; ++i) {
-      const std::int64_t at = (band.image * shape.height + band.first + i) * row;
+      const std::int64_t at = first_row + band.first + i;
       HeadInputRow task{channels, shape.width, vectors, first.data(), weights.get(),
-                        {own + i * padded, own + (i + 1) * padded, own + (i + 2) * padded}, x + at,
-                        dx != nullptr ? dx + at : nullptr, row_sums};
-      if (narrow > 0) {
-        task.dx = copies + narrow;
-        if (dweight != nullptr) {
-          std::copy(x + at, x + at + row, copies);
-          task.x = copies;
-        }
+                        {own + i * padded, own + (i + 1) * padded, own + (i + 2) * padded}, copies, copies + copy, row_sums};
+      if (!copied) {
+        task.x = static_cast<const float*>(in.at(x, at));
+        task.dx = dx != nullptr ? static_cast<float*>(in.at(dx, at)) : nullptr;
+      } else if (dweight != nullptr) {
+        in.read(x, at, copies);
       }
       if (dx != nullptr) {
         kernels.dgrad(task);
-        if (narrow > 0) std::copy(task.dx, task.dx + row, dx + at);
+        if (copied) in.write(task.dx, dx, at);
       }
       if (dweight != nullptr) {
         kernels.wgrad(task);
@@ -139,7 +169,7 @@ void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, co
       }
       if (dbias != nullptr) {
         const float* const slopes_here = task.dy[1] + kHeadColours;
-        for (std::int64_t k = 0; k < out_row; k += kHeadColours) {
+        for (std::int64_t k = 0; k < out.size; k += kHeadColours) {
           for (std::int64_t c = 0; c < kHeadColours; ++c) own_sums[products + c] += static_cast<double>(slopes_here[k + c]);
         }
       }
@@ -162,8 +192,8 @@ void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, co
 
 #else
 
-void conv2d_head_fwd(const HeadShape&, const float*, const float*, const float*, float*, int, SimdLevel) {}
-void conv2d_head_bwd(const HeadShape&, const float*, const float*, const float*, float*, float*, float*, int, SimdLevel) {}
+void conv2d_head_fwd(const HeadShape&, const void*, const float*, const float*, void*, int, SimdLevel) {}
+void conv2d_head_bwd(const HeadShape&, const void*, const void*, const float*, void*, float*, float*, int, SimdLevel) {}
 
 #endif
 

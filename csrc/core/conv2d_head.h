@@ -8,21 +8,24 @@
 #include <cstdint>
 
 #include "cpu.h"
+#include "float_types.h"
 
 namespace hflfnerv {
 
 // x is [batch, channels, height, width] and y [batch, 3, height, width], both channels-last; the weight is
-// [3, channels, 3, 3], contiguous, and the padding 1. All sizes are at least 1.
+// [3, channels, 3, 3], contiguous, and the padding 1. All sizes are at least 1. x, y and their gradients have elements of `type`,
+// weight, bias and their gradients are floats.
 struct HeadShape {
   std::int64_t batch, channels, height, width;
+  FloatType type = FloatType::f32;
 };
 
 // bias has three floats, or is null.
-void conv2d_head_fwd(const HeadShape& shape, const float* x, const float* weight, const float* bias, float* y, int threads,
+void conv2d_head_fwd(const HeadShape& shape, const void* x, const float* weight, const float* bias, void* y, int threads,
                      SimdLevel level);
 
 // The gradients of x, weight and bias for dy; those that are null are not computed.
-void conv2d_head_bwd(const HeadShape& shape, const float* dy, const float* x, const float* weight, float* dx,
+void conv2d_head_bwd(const HeadShape& shape, const void* dy, const void* x, const float* weight, void* dx,
                      float* dweight, float* dbias, int threads, SimdLevel level);
 
 }  // namespace hflfnerv

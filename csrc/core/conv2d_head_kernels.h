@@ -19,7 +19,7 @@ struct HeadOutputRow {
   std::int64_t steps;     // vectors that a row of the kernel covers
   const float* weights;   // [row of the kernel][step][colour][lane]
   const float* x[kHeadTaps];  // the rows above, at and below it
-  const float* bias;
+  const float* bias;  // of the floats of as many pixels as vectors have lanes
   float* y;
   float* edge;  // kHeadTaps * steps vectors of scratch
 };

@@ -10,9 +10,12 @@ constexpr int kLanes = Simd::kLanes;
 constexpr bool kManyRegisters = kLanes == 16;  // 32 of them, where vectors of 8 lanes have 16
 constexpr int kRun = kHeadTaps * kHeadColours;  // floats of dy in a row that a pixel of x meets, one after the other
 
-// y of n pixels from column x on; the pixels left of it, in each row, begin at `from`.
+constexpr int kBlock = kLanes;       // pixels whose sums are added up together
+constexpr int kShared = kLanes / 2;  // pixels that share a load of weights
+
+// Products of n pixels, lane by lane; the pixels left of them, in each row, begin at `from`.
 template <int n>
-inline void outputs(const HeadOutputRow& row, const float* const* from, std::int64_t x) {
+inline void products(const HeadOutputRow& row, const float* const* from, F* products) {
   F sums[n][kHeadColours];
   for (int p = 0; p < n; ++p) {
     for (F& sum : sums[p]) sum = Simd::zero();
@@ -24,14 +27,35 @@ inline void outputs(const HeadOutputRow& row, const float* const* from, std::int
       F w[kHeadColours];
       for (int c = 0; c < kHeadColours; ++c) w[c] = Simd::load(weights + c * kLanes);
       for (int p = 0; p < n; ++p) {
-        const F value = Simd::load(run + p * row.channels);
+        const F value = kept(Simd::load(run + p * row.channels));
         for (int c = 0; c < kHeadColours; ++c) sums[p][c] = Simd::fma(value, w[c], sums[p][c]);
       }
     }
   }
   for (int p = 0; p < n; ++p) {
-    for (int c = 0; c < kHeadColours; ++c) row.y[(x + p) * kHeadColours + c] = Simd::sum(sums[p][c]) + row.bias[c];
+    for (int c = 0; c < kHeadColours; ++c) products[p * kHeadColours + c] = sums[p][c];
   }
+}
+
+// y of a block of pixels from column x on.
+inline void outputs(const HeadOutputRow& row, const float* const* from, std::int64_t x) {
+  F sums[kBlock * kHeadColours];
+  for (int p = 0; p < kBlock; p += kShared) {
+    const float* here[kHeadTaps];
+    for (int i = 0; i < kHeadTaps; ++i) here[i] = from[i] + p * row.channels;
+    products<kShared>(row, here, sums + p * kHeadColours);
+  }
+  for (int c = 0; c < kHeadColours; ++c) {
+    const F bias = Simd::load(row.bias + c * kLanes);
+    Simd::store(row.y + x * kHeadColours + c * kLanes, Simd::add(Simd::sums(sums + c * kLanes), bias));
+  }
+}
+
+// That of one pixel.
+inline void output(const HeadOutputRow& row, const float* const* from, std::int64_t x) {
+  F sums[kHeadColours];
+  products<1>(row, from, sums);
+  for (int c = 0; c < kHeadColours; ++c) row.y[x * kHeadColours + c] = Simd::sum(sums[c]) + row.bias[c];
 }
 
 // The same for a pixel at an end of the row: zeros stand for the pixels that are not there.
@@ -45,11 +69,10 @@ void output_at_edge(const HeadOutputRow& row, std::int64_t x) {
     for (std::int64_t e = begin * row.channels; e < end * row.channels; ++e) copy[e + shift] = row.x[i][e];
     from[i] = copy;
   }
-  outputs<1>(row, from, x);
+  output(row, from, x);
 }
 
 void fwd(const HeadOutputRow& row) {
-  constexpr int n = kManyRegisters ? 8 : 4;
   // Vectors of pixels before this one end within the row.
   const std::int64_t rest = row.width * row.channels - row.steps * kLanes;
   const std::int64_t end = rest < 0 ? 1 : rest / row.channels + 2;
@@ -60,8 +83,8 @@ void fwd(const HeadOutputRow& row) {
     for (const float*& p : from) p += pixels * row.channels;
     x += pixels;
   };
-  for (; x + n <= end; advance(n)) outputs<n>(row, from, x);
-  for (; x < end; advance(1)) outputs<1>(row, from, x);
+  for (; x + kBlock <= end; advance(kBlock)) outputs(row, from, x);
+  for (; x < end; advance(1)) output(row, from, x);
   for (; x < row.width; ++x) output_at_edge(row, x);
 }
 

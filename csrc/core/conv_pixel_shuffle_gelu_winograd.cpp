@@ -19,12 +19,10 @@ const WinogradKernels& kernels_of(SimdLevel level) {
   return winograd_kernels_avx2();
 }
 
-constexpr std::int64_t kGradientPoints = 8;
-
-WinogradPlan plan_of(const WinogradShape& shape, std::int64_t axis, bool data_gradient, SimdLevel level) {
+WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
   const std::int64_t in = shape.in_channels, out = shape.out_channels();
   return {shape.batch, shape.height, shape.width, data_gradient ? out : in, data_gradient ? in : out, shape.kernel,
-          lanes_of(level), axis, shape.type};
+          lanes_of(level), shape.points, shape.type};
 }
 
 // PixelShuffle's number of the n-th output channel in the order of y's rows.
@@ -92,13 +90,13 @@ void run_conv(const WinogradPlan& plan, const void* x, const float* points, cons
 }  // namespace
 
 std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, data_gradient ? kGradientPoints : shape.points, data_gradient, level);
+  const WinogradPlan plan = plan_of(shape, data_gradient, level);
   return plan.chunks() * plan.chunk_floats();
 }
 
 void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
                      SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, data_gradient ? kGradientPoints : shape.points, data_gradient, level);
+  const WinogradPlan plan = plan_of(shape, data_gradient, level);
   const WeightOffsets offsets(shape);
   const WinogradWeight at{data_gradient ? offsets.in.data() : offsets.out.data(),
                           data_gradient ? offsets.out.data() : offsets.in.data(), shape.in_channels, data_gradient};
@@ -109,7 +107,7 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
 
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
                   void* y, void* z, int threads, SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, shape.points, false, level);
+  const WinogradPlan plan = plan_of(shape, false, level);
   const std::vector<float> biases = ordered_bias(shape, plan, bias);
   const std::int64_t run = shape.r * shape.channels, row = shape.width * run;
   const Stores stores(plan, run, row);
@@ -125,7 +123,7 @@ void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, con
 struct WinogradBands::Prepared {
   Prepared(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
            std::int64_t row, SimdLevel level)
-      : plan(plan_of(shape, shape.points, false, level)),
+      : plan(plan_of(shape, false, level)),
         x(x),
         points(points),
         biases(ordered_bias(shape, plan, bias)),
@@ -183,7 +181,7 @@ void winograd_undo(const WinogradShape& shape, bool tanh_form, const void* dy, c
 
 void winograd_dgrad(const WinogradShape& shape, const void* dz, const float* points, void* dx, int threads,
                     SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, kGradientPoints, true, level);
+  const WinogradPlan plan = plan_of(shape, true, level);
   const std::int64_t row = plan.width * plan.out_channels;
   const Stores stores(plan, plan.out_channels, plan.out_channels);
   advise(shape, dx, plan.batch * plan.height * row);
@@ -195,7 +193,7 @@ void winograd_dgrad(const WinogradShape& shape, const void* dz, const float* poi
 
 void winograd_wgrad(const WinogradShape& shape, const void* x, const void* dz, float* dweight, int threads,
                     SimdLevel level) {
-  const WinogradPlan plan = plan_of(shape, kGradientPoints, false, level);
+  const WinogradPlan plan = plan_of(shape, false, level);
   const WinogradKernels& kernels = kernels_of(level);
   // Work is divided by the shape alone: blocks into parts with sums of their own, and chunks into groups, for each of
   // which the tiles of x are evaluated anew. Sums of one part take 64 / taps times the memory of the weight: those of more

@@ -337,10 +337,8 @@ void conv(const WinogradPlan& plan, const void* x, const float* points, const Wi
   });
 }
 
-constexpr int kAxis = 8;  // of gradients of the weight
-
 // The gradients of a tile's results at the points, for the columns of a chunk: [point][tile of the block][kColumns].
-template <class T, int kTaps>
+template <class T, int kTaps, int kAxis>
 inline void evaluate_gradient(const WinogradPlan& plan, const T* dz, const Tile& tile, std::int64_t chunk, int vectors,
                               float* points, float* copy) {
   constexpr int kOutputs = kAxis + 1 - kTaps;
@@ -364,7 +362,7 @@ inline void evaluate_gradient(const WinogradPlan& plan, const T* dz, const Tile&
   }
 }
 
-template <class T, int kTaps>
+template <class T, int kTaps, int kAxis>
 void wgrad_of(const WinogradPlan& plan, const T* x, const T* dz, float* sums, std::int64_t begin, std::int64_t end,
               std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
   const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), gradient_floats = plan.gradient_floats();
@@ -377,7 +375,7 @@ void wgrad_of(const WinogradPlan& plan, const T* x, const T* dz, float* sums, st
   for (std::int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const bool whole = plan.out_channels - chunk * kColumns > kLanes;
     for (std::int64_t tile = begin; tile < end; ++tile) {
-      evaluate_gradient<T, kTaps>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1, gradients + (tile - begin) * kColumns,
+      evaluate_gradient<T, kTaps, kAxis>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1, gradients + (tile - begin) * kColumns,
                                copy);
     }
     for (std::int64_t point = 0; point < plan.points(); ++point) {
@@ -400,12 +398,12 @@ void wgrad(const WinogradPlan& plan, const void* x, const void* dz, float* sums,
            std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
-    const auto of_kernel = plan.kernel == 3 ? wgrad_of<T, 3> : wgrad_of<T, 5>;
+    const auto of_kernel = plan.kernel == 3 ? wgrad_of<T, 3, 8> : plan.axis == 8 ? wgrad_of<T, 5, 8> : wgrad_of<T, 5, 10>;
     of_kernel(plan, static_cast<const T*>(x), static_cast<const T*>(dz), sums, begin, end, first_chunk, last_chunk, scratch);
   });
 }
 
-template <int kTaps>
+template <int kTaps, int kAxis>
 void weight_gradient_of(const WinogradPlan& plan, const WinogradWeight& at, const float* sums, std::int64_t parts,
                         std::int64_t part_floats, float* dweight, std::int64_t chunk) {
   for (int column = 0; column < kColumns; column += kLanes) {
@@ -443,7 +441,10 @@ void weight_gradient_of(const WinogradPlan& plan, const WinogradWeight& at, cons
 
 void weight_gradient(const WinogradPlan& plan, const WinogradWeight& at, const float* sums, std::int64_t parts,
                      std::int64_t part_floats, float* dweight, std::int64_t chunk) {
-  (plan.kernel == 3 ? weight_gradient_of<3> : weight_gradient_of<5>)(plan, at, sums, parts, part_floats, dweight, chunk);
+  const auto of_kernel = plan.kernel == 3 ? weight_gradient_of<3, 8>
+                         : plan.axis == 8 ? weight_gradient_of<5, 8>
+                                          : weight_gradient_of<5, 10>;
+  of_kernel(plan, at, sums, parts, part_floats, dweight, chunk);
 }
 
 // What belongs to pixels [begin, end) of a row, in the order of z: vectors are written in their order, so that what lies behind

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv_pixel_shuffle_gelu_amx.h"
+#include "convert.h"
 #include "output_weights.h"
 #include "scratch.h"
 
@@ -13,30 +14,6 @@ namespace hflfnerv {
 namespace {
 
 constexpr std::int64_t kBand = 16;  // rows of the frame that are computed from one conversion of the features under them
-
-float to_float(const float* p) { return *p; }
-
-float to_float(const BFloat16* p) {
-  const std::uint32_t bits = std::uint32_t{p->bits} << 16;
-  float value = 0;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float to_float(const Half* p) {
-  const std::uint32_t sign = std::uint32_t{p->bits} >> 15 << 31, magnitude = p->bits & 0x7fffu;
-  // Exponents move by 112; what a half holds below its normal numbers is a multiple of 2^-24.
-  std::uint32_t bits = (magnitude << 13) + (112u << 23);
-  if (magnitude >= 0x7c00) bits = (magnitude << 13) + (224u << 23);
-  float value = static_cast<float>(magnitude) * 0x1p-24f;
-  if (magnitude >= 0x400) std::memcpy(&value, &bits, sizeof value);
-  return sign != 0 ? -value : value;
-}
-
-template <class T>
-void convert_row(const T* from, std::int64_t count, float* to) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from + i);
-}
 
 // A feature and what the kernels need of it.
 struct Prepared {
@@ -123,9 +100,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
             continue;
           }
           const std::int64_t begin = (image * f.height + y) * size;
-          if (type == FloatType::f32) convert_row(static_cast<const float*>(f.x) + begin, width, to);
-          if (type == FloatType::f16) convert_row(static_cast<const Half*>(f.x) + begin, width, to);
-          if (type == FloatType::bf16) convert_row(static_cast<const BFloat16*>(f.x) + begin, width, to);
+          to_floats(type, static_cast<const char*>(f.x) + begin * size_bytes(type), width, to, level);
         }
       }
       // Row 0 is the first of the band here; the memory has the one above it, too.

@@ -5,6 +5,7 @@
 
 #include "core/conv2d_head.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "tests/bfloat16.h"
 #include "tests/convolution.h"
 
 namespace {
@@ -67,6 +68,26 @@ void check(const HeadShape& s, SimdLevel level) {
   dbias.check(results.dbias, 1);
 }
 
+// Rows of 16 bits give what those of floats give, rounded where they are stored.
+void check_16_bits(HeadShape s, SimdLevel level) {
+  using Halves = std::vector<BFloat16>;
+  const std::int64_t pixels = s.batch * s.height * s.width;
+  const Halves x16 = narrow(random_floats(pixels * s.channels)), dy16 = narrow(random_floats(pixels * 3));
+  const Floats x = widen(x16), dy = widen(dy16), weight = random_floats(3 * s.channels * 9), bias = random_floats(3);
+  ConvolutionResults r(dy.size(), x.size(), weight.size(), 3);
+  conv2d_head_fwd(s, x.data(), weight.data(), bias.data(), r.y.data(), 1, level);
+  conv2d_head_bwd(s, dy.data(), x.data(), weight.data(), r.dx.data(), r.dweight.data(), r.dbias.data(), 1, level);
+  s.type = FloatType::bf16;
+  Halves y16(dy.size()), dx16(x.size());
+  Floats dweight(weight.size()), dbias(3);
+  conv2d_head_fwd(s, x16.data(), weight.data(), bias.data(), y16.data(), 3, level);
+  conv2d_head_bwd(s, dy16.data(), x16.data(), weight.data(), dx16.data(), dweight.data(), dbias.data(), 3, level);
+  check_narrowed(y16, r.y);
+  check_narrowed(dx16, r.dx);
+  CHECK(dweight == r.dweight);
+  CHECK(dbias == r.dbias);
+}
+
 }  // namespace
 
 int main() {
@@ -78,9 +99,11 @@ int main() {
     for (const std::int64_t channels : {1, 2, 5, 7, 8, 9, 13, 15, 16, 17, 24, 28, 33}) {
       for (const std::int64_t width : {1, 2, 3, 5, 6, 12, 23, 41}) {
         check({1, channels, 3, width}, static_cast<SimdLevel>(level));
+        check_16_bits({1, channels, 3, width}, static_cast<SimdLevel>(level));
       }
       check({2, channels, 1, 19}, static_cast<SimdLevel>(level));
       check({2, channels, 37, 11}, static_cast<SimdLevel>(level));
+      check_16_bits({2, channels, 37, 11}, static_cast<SimdLevel>(level));
     }
   }
   std::puts("head: ok");

@@ -41,7 +41,7 @@ def _run_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _direct_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    reason = _not_float_on_the_cpu(x)
+    reason = _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
     if reason is not None:
         return reason
     if weight.shape[0] != 3 or weight.shape[2:] != (3, 3):
@@ -70,14 +70,9 @@ def _triton_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    return _not_float_on_the_cpu(x) or _winograd.rejects(x, weight, half_padding(weight))
-
-
-def _not_float_on_the_cpu(x: torch.Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    dtype = compute_dtype(x)
-    return None if dtype == torch.float32 else f"dtype {dtype} is not torch.float32"
+    if x.device.type == "cpu" and compute_dtype(x) != torch.float32:
+        return f"dtype {compute_dtype(x)} is not torch.float32"
+    return _winograd.rejects(x, weight, half_padding(weight))
 
 
 CONV2D = ImplementationTable(
@@ -113,14 +108,15 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
 
 
 def _direct_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
-    y, channels_last, bias = _forward_fake(x, weight, bias, "direct"), torch.channels_last, _cpp.float_bias(bias)
+    x, channels_last, dtype = x.contiguous(memory_format=torch.channels_last), torch.channels_last, x.dtype
+    y, floats, bias = _forward_fake(x, weight, bias, "direct"), weight.float().contiguous(), _cpp.float_bias(bias)
     _cpp.load().conv2d_head_fwd(
         list(x.shape),
-        _cpp.address(x, torch.float32, channels_last),
-        _cpp.address(weight, torch.float32),
+        _cpp.dtype_name(dtype),
+        _cpp.address(x, dtype, channels_last),
+        _cpp.address(floats, torch.float32),
         _cpp.address(bias, torch.float32),
-        _cpp.address(y, torch.float32, channels_last),
+        _cpp.address(y, dtype, channels_last),
         torch.get_num_threads(),
     )
     return y
@@ -129,18 +125,18 @@ def _direct_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 def _direct_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    channels_last, x_format = torch.channels_last, memory_format_of(x)
-    dy, x = (t.contiguous(memory_format=channels_last) for t in (dy, x))
+    channels_last, x_format, dtype = torch.channels_last, memory_format_of(x), x.dtype
+    dy, x, floats = (*(t.contiguous(memory_format=channels_last) for t in (dy, x)), weight.float().contiguous())
     dx = torch.empty_like(x) if wanted[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-    dbias = x.new_empty(3) if wanted[2] else None
-    contiguous = weight.contiguous()
+    dweight = torch.empty_like(floats) if wanted[1] else None
+    dbias = floats.new_empty(3) if wanted[2] else None
     _cpp.load().conv2d_head_bwd(
         list(x.shape),
-        _cpp.address(dy, torch.float32, channels_last),
-        _cpp.address(x, torch.float32, channels_last),
-        _cpp.address(contiguous, torch.float32),
-        _cpp.address(dx, torch.float32, channels_last),
+        _cpp.dtype_name(dtype),
+        _cpp.address(dy, dtype, channels_last),
+        _cpp.address(x, dtype, channels_last),
+        _cpp.address(floats, torch.float32),
+        _cpp.address(dx, dtype, channels_last),
         _cpp.address(dweight, torch.float32),
         _cpp.address(dbias, torch.float32),
         torch.get_num_threads(),
@@ -148,7 +144,7 @@ def _direct_backward(
     return (
         x.new_empty(0) if dx is None else dx.contiguous(memory_format=x_format),
         x.new_empty(0) if dweight is None else torch.empty_like(weight).copy_(dweight),
-        x.new_empty(0) if dbias is None else dbias,
+        x.new_empty(0) if dbias is None else dbias.to(dtype),
     )
 
 
@@ -217,6 +213,8 @@ def _kernels_pay(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if x.device.type == "cpu":
         if _cpp.unavailable() is not None:
             return False
+        if compute_dtype(x).itemsize == 2 and _cpp.unavailable_amx() is None:
+            return False  # not measured against matrix units
         if _direct_rejects(x, weight, bias) is None:
             return x.shape[2] * x.shape[3] >= _DIRECT_PIXELS
         return _winograd_rejects(x, weight, bias) is None and _winograd.pays(x, weight, kept=False)
@@ -236,10 +234,10 @@ def conv2d(
         weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
         bias: ``[C_out]`` in x's dtype, or None.
         impl: ``"auto"``, ``"triton"`` (a 3x3 kernel with at most three output channels, gradients included; one pass
-            over x and dy makes all of them), ``"direct"`` (CPU with AVX2 or AVX-512: float32, a 3x3 kernel with three
-            output channels, gradients included), ``"winograd"`` (the same for any channels and kernels of 3x3 and 5x5)
-            or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images, and for float32 on a
-            GPU).
+            over x and dy makes all of them), ``"direct"`` (CPU with AVX2 or AVX-512: a 3x3 kernel with three output
+            channels, gradients included), ``"winograd"`` (the same for any channels and kernels of 3x3 and 5x5, in
+            float32) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images, for float32 on
+            a GPU, and in half precision on a CPU with matrix units).
 
     Returns:
         ``[B, C_out, H, W]``; x's dtype, or autocast's.
@@ -251,10 +249,11 @@ def conv2d(
 
     Numerics:
         ``"triton"`` sums in float32, over pixels in an order that depends on the shape alone; float32 products are
-        rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products as they
-        are, the gradients of weight and bias row by row in float32 and over rows in float64; the bits depend neither on
-        the threads nor, but for the sums over it, on the batch. A value of x that is not finite also reaches pixels to
-        the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`.
+        rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products in
+        float32, the gradients of weight and bias row by row in float32 and over rows in float64, and rounds results
+        once; the bits depend neither on the threads nor, but for the sums over it, on the batch. A value of x that is
+        not finite also reaches pixels to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in
+        :func:`conv_pixel_shuffle_gelu`.
 
     Example:
         >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape

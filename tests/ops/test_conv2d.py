@@ -9,12 +9,13 @@ from winograd_method import channels_last, gradient_sums, sums
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
-from hflfnerv.ops import CONV2D
+from hflfnerv.ops import CONV2D, _cpp
 from hflfnerv.testing import (
     assert_close_to_reference,
     assert_gradient_close_to_reference,
     make_tensor,
     poisoned_empty,
+    rounded_in_the_end,
     threads,
 )
 
@@ -73,6 +74,25 @@ def test_forward_and_backward(impl, shape, with_bias):
     assert_close_to_reference(y, expected, same, magnitude=size)
     for actual, wanted, other, terms in zip(gradients, true, rounded, sizes, strict=False):
         assert_gradient_close_to_reference(actual, wanted, other, magnitude=terms)
+
+
+@pytest.mark.skipif(DIRECT.unavailable() is not None, reason=str(DIRECT.unavailable()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_16_bits(shape, dtype):
+    tensors = [t.to(dtype) for t in operands(shape)]
+    batch, _, n, height, width, _ = shape
+    dy = make_tensor(batch, n, height, width, seed=3).to(dtype)
+    with poisoned_empty():
+        y, gradients = run(tensors, dy, "direct", dtype)
+    expected, true = run(tensors, dy, "reference", torch.float64)
+    same, rounded = run(tensors, dy, "reference", dtype)
+    size, *sizes = magnitudes(*tensors[:2], dy)
+    results = [(y, expected, same, size), *zip(gradients, true, rounded, sizes, strict=True)]
+    for actual, wanted, other, terms in results:  # float32 sums, rounded once
+        assert actual.dtype == dtype
+        magnitude = rounded_in_the_end(wanted, terms, dtype)
+        assert_gradient_close_to_reference(actual, wanted, other, magnitude=magnitude)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -167,8 +187,10 @@ def test_what_auto_is():
     assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))
     wide = make_tensor(3, 28, 9, 9)
     assert torch.equal(ops.conv2d(x, wide), F.conv2d(x, wide, padding=4))
-    half = ops.conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
-    assert half.dtype == torch.bfloat16
+    # Not measured against matrix units, which PyTorch uses for 16 bits.
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    impl = "direct" if fast and _cpp.unavailable_amx() is not None else "reference"
+    assert torch.equal(ops.conv2d(*half), ops.conv2d(*half, impl=impl))
 
 
 @pytest.mark.skipif(DIRECT.unavailable() is not None, reason=str(DIRECT.unavailable()))
