@@ -195,21 +195,26 @@ void winograd_wgrad(const WinogradShape& shape, const void* x, const void* dz, f
                     SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, false, level);
   const WinogradKernels& kernels = kernels_of(level);
-  // Work is divided by the shape alone: blocks into parts with sums of their own, and chunks into groups, for each of
-  // which the tiles of x are evaluated anew. Sums of one part take 64 / taps times the memory of the weight: those of more
-  // parts are not worth more than 256 MB.
-  constexpr std::int64_t kBlocks = 4, kParts = 8, kItems = 16, kFloats = std::int64_t{1} << 26;
+  // Work is divided by the shape alone: blocks into parts with sums of their own, chunks into groups, for each of which the
+  // tiles of x are evaluated anew, and points into halves, so that an item's sums stay in the second cache. Sums of one part
+  // take points / taps times the memory of the weight: those of more parts are not worth more than 256 MB.
+  constexpr std::int64_t kBlocks = 4, kParts = 8, kHalves = 2, kItems = 16, kFloats = std::int64_t{1} << 26;
   const std::int64_t part_floats = plan.chunks() * plan.chunk_floats();
   const std::int64_t most = std::clamp<std::int64_t>(kFloats / part_floats, 1, kParts);
-  const std::int64_t parts = std::clamp<std::int64_t>(plan.blocks() / kBlocks, 1, most);
-  const std::int64_t groups = std::min(plan.chunks(), (kItems + parts - 1) / parts), items = parts * groups;
+  const std::int64_t parts = std::clamp<std::int64_t>(plan.gradient_blocks() / kBlocks, 1, most);
+  const std::int64_t share = (part_floats / kHalves + kWinogradSums - 1) / kWinogradSums;
+  const std::int64_t groups = std::clamp(share, std::min(plan.chunks(), kItems / kHalves / parts), plan.chunks());
   const Aligned<float> sums = new_zeros<float>(parts * part_floats);
-  parallel_items_with_scratch(items, threads, plan.scratch_floats(), [&](float* scratch, std::int64_t item) {
-    const std::int64_t part = item / groups, group = item % groups;
-    for (std::int64_t block = plan.blocks() * part / parts; block < plan.blocks() * (part + 1) / parts; ++block) {
-      const std::int64_t begin = block * plan.block();
-      kernels.wgrad(plan, x, dz, sums.get() + part * part_floats, begin, std::min(begin + plan.block(), plan.tiles()),
-                    plan.chunks() * group / groups, plan.chunks() * (group + 1) / groups, scratch);
+  const std::int64_t scratch_floats = plan.gradient_scratch_floats();
+  parallel_items_with_scratch(parts * groups * kHalves, threads, scratch_floats, [&](float* scratch, std::int64_t item) {
+    const std::int64_t part = item / kHalves / groups, group = item / kHalves % groups;
+    WinogradGradient task{x, dz, sums.get() + part * part_floats, 0, 0, plan.chunks() * group / groups,
+                          plan.chunks() * (group + 1) / groups, static_cast<int>(item % kHalves)};
+    const std::int64_t last = plan.gradient_blocks() * (part + 1) / parts;
+    for (std::int64_t block = plan.gradient_blocks() * part / parts; block < last; ++block) {
+      task.begin = block * plan.gradient_block();
+      task.end = std::min(task.begin + plan.gradient_block(), plan.tiles());
+      kernels.wgrad(plan, task, scratch);
     }
   });
   const WeightOffsets offsets(shape);

@@ -11,7 +11,9 @@ namespace hflfnerv {
 
 constexpr std::int64_t kWinogradVectors = 2;   // of a chunk
 constexpr std::int64_t kWinogradTiles = 24;    // at most, in a block: it shares one pass over the weight
+constexpr std::int64_t kWinogradGradientTiles = 48;  // in one of the gradient of the weight
 constexpr std::int64_t kWinogradCache = 122880;  // floats that the second cache holds beside others
+constexpr std::int64_t kWinogradSums = 122880;   // those others, of the gradient of the weight
 
 // A convolution with stride 1 and half of the kernel as padding, and what depends on the number of lanes.
 struct WinogradPlan {
@@ -30,25 +32,41 @@ struct WinogradPlan {
   std::int64_t inner() const { return (in_channels + lanes - 1) / lanes * lanes; }  // channels in whole vectors
   // Tiles of a block are products' rows: one after the other, for one point after the other, so that the products read
   // memory in its order. The last one's vectors may end behind its channels.
-  std::int64_t point_floats() const { return odd_lines(block() * in_channels + lanes); }
-  std::int64_t gradient_floats() const { return odd_lines(block() * columns()); }
+  std::int64_t point_floats(std::int64_t tiles) const { return odd_lines(tiles * in_channels + lanes); }
+  std::int64_t gradient_floats() const { return odd_lines(gradient_block() * columns()); }
   std::int64_t product_floats() const { return odd_lines(points() * columns()); }  // results at the points for one chunk
   // In cache lines, an odd number of them: what lies that far apart is in different sets of the cache.
   static std::int64_t odd_lines(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
   // Rows of a product in registers: a block is a multiple of it.
   std::int64_t rows() const { return lanes == 16 ? 12 : 6; }
   // Tiles of a block: as many as the second cache holds with their products.
-  std::int64_t block() const {
-    const std::int64_t fit = kWinogradCache / (points() * (inner() + columns())) / rows() * rows();
-    return fit < rows() ? rows() : fit < kWinogradTiles ? fit : kWinogradTiles;
-  }
+  std::int64_t block() const { return tiles_of(points(), kWinogradTiles); }
   std::int64_t blocks() const { return (tiles() + block() - 1) / block(); }
+  // The same of the gradient of the weight, at half of the points.
+  std::int64_t gradient_block() const { return tiles_of(points() / 2, kWinogradGradientTiles); }
+  std::int64_t gradient_blocks() const { return (tiles() + gradient_block() - 1) / gradient_block(); }
+  std::int64_t tiles_of(std::int64_t at_points, std::int64_t most) const {
+    const std::int64_t fit = kWinogradCache / (at_points * (inner() + columns())) / rows() * rows();
+    return fit < rows() ? rows() : fit < most ? fit : most;
+  }
   // Tiles at the points, products or gradients, and a tile copied with the zeros around it.
   std::int64_t scratch_floats() const {
-    const std::int64_t window = points() * (inner() > columns() ? inner() : columns());
-    const std::int64_t products = block() * product_floats(), gradients = points() * gradient_floats();
-    return points() * point_floats() + (products > gradients ? products : gradients) + window + 16;
+    return points() * point_floats(block()) + block() * product_floats() + points() * inner() + 16;
   }
+  std::int64_t gradient_scratch_floats() const {
+    const std::int64_t window = points() * (inner() > columns() ? inner() : columns());
+    return points() / 2 * (point_floats(gradient_block()) + gradient_floats()) + window + 16;
+  }
+};
+
+// A part of the gradient of the weight: what tiles [begin, end), at most plan.gradient_block() of them, give to the sums at
+// the first or the second half of the rows of points, for chunks [first_chunk, last_chunk).
+struct WinogradGradient {
+  const void* x;
+  const void* dz;
+  float* sums;
+  std::int64_t begin, end, first_chunk, last_chunk;
+  int half;
 };
 
 // Which weight belongs to an output and an input channel: weight + out[...] + in[...], its taps `tap` elements apart, in
@@ -93,7 +111,7 @@ struct WinogradUndo {
   std::int64_t scratch_floats() const { return out_channels + piece() * out_channels + 16; }
 };
 
-// `scratch` has plan.scratch_floats(), aligned to cache lines.
+// `scratch` has plan.scratch_floats(), or gradient_scratch_floats(), aligned to cache lines.
 struct WinogradKernels {
   // Chunks [begin, end) of the weight at the points.
   void (*weight)(const WinogradPlan&, const WinogradWeight&, const float* weight, float* points, std::int64_t begin,
@@ -101,9 +119,8 @@ struct WinogradKernels {
   // Tiles [begin, end), at most plan.block() of them, from x to results.
   void (*conv)(const WinogradPlan&, const void* x, const float* points, const WinogradOutput&, std::int64_t begin,
                std::int64_t end, float* scratch);
-  // Adds what tiles [begin, end) give to the sums of the weight's gradient at the points, for some chunks.
-  void (*wgrad)(const WinogradPlan&, const void* x, const void* dz, float* sums, std::int64_t begin, std::int64_t end,
-                std::int64_t first_chunk, std::int64_t last_chunk, float* scratch);
+  // Adds to the sums.
+  void (*wgrad)(const WinogradPlan&, const WinogradGradient&, float* scratch);
   // The gradient of chunk `chunk` from `parts` sums, `part_floats` apart.
   void (*weight_gradient)(const WinogradPlan&, const WinogradWeight&, const float* sums, std::int64_t parts,
                           std::int64_t part_floats, float* dweight, std::int64_t chunk);

@@ -173,9 +173,9 @@ inline Tile tile_of(const WinogradPlan& plan, std::int64_t tile) {
   return {tile / columns / rows, tile / columns % rows * plan.outputs(), tile % columns * plan.outputs()};
 }
 
-// The inputs of a tile at the points, point_floats apart. What is written behind its channels is the next tile's,
-// which is evaluated after it.
-template <class T, int kAxis>
+// The inputs of a tile at kPointRows rows of points from kFirst on, point_floats apart. What is written behind its channels
+// is the next tile's, which is evaluated after it.
+template <class T, int kAxis, int kFirst, int kPointRows>
 inline void evaluate_tile(const WinogradPlan& plan, const T* x, const Tile& tile, std::int64_t point_floats, float* points,
                           float* copy) {
   const std::int64_t inner = plan.inner(), half = plan.kernel / 2;
@@ -183,14 +183,14 @@ inline void evaluate_tile(const WinogradPlan& plan, const T* x, const Tile& tile
   const Window<T> in = window(images, tile.image, tile.row - half, tile.column - half, kAxis, 0, inner,
                               reinterpret_cast<T*>(copy));
   for (std::int64_t c = 0; c < inner; c += kLanes) {
-    F half_way[kAxis][kAxis];
+    F half_way[kPointRows][kAxis];
     for (int j = 0; j < kAxis; ++j) {
       F d[kAxis];
       for (int i = 0; i < kAxis; ++i) d[i] = Simd::load(in.p + i * in.row + j * in.pixel + c);
       evaluate_inputs<kAxis>(d, d);
-      for (int i = 0; i < kAxis; ++i) half_way[i][j] = d[i];
+      for (int i = 0; i < kPointRows; ++i) half_way[i][j] = d[kFirst + i];
     }
-    for (int i = 0; i < kAxis; ++i) {
+    for (int i = 0; i < kPointRows; ++i) {
       F d[kAxis];
       evaluate_inputs<kAxis>(half_way[i], d);
       for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * point_floats + c, d[j]);
@@ -291,14 +291,14 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
 template <class T, int kTaps, int kAxis>
 void conv_of(const WinogradPlan& plan, const T* x, const float* points, const WinogradOutput& out, std::int64_t begin,
              std::int64_t end, float* scratch) {
-  const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), product_floats = plan.product_floats();
+  const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(plan.block()), product_floats = plan.product_floats();
   float* const tiles = scratch;
   float* const products = tiles + plan.points() * point_floats;
   float* const copy = products + plan.block() * product_floats;
   Tile at[kWinogradTiles];
   for (std::int64_t i = 0; i < end - begin; ++i) {
     at[i] = tile_of(plan, begin + i);
-    evaluate_tile<T, kAxis>(plan, x, at[i], point_floats, tiles + i * in, copy);
+    evaluate_tile<T, kAxis, 0, kAxis>(plan, x, at[i], point_floats, tiles + i * in, copy);
   }
   const GeluTable none{};
   const Simd::Gelu function(out.gelu != nullptr ? *out.gelu : none);
@@ -337,8 +337,9 @@ void conv(const WinogradPlan& plan, const void* x, const float* points, const Wi
   });
 }
 
-// The gradients of a tile's results at the points, for the columns of a chunk: [point][tile of the block][kColumns].
-template <class T, int kTaps, int kAxis>
+// The gradients of a tile's results at kPointRows rows of points from kFirst on, for the columns of a chunk:
+// [point][tile of the block][kColumns].
+template <class T, int kTaps, int kAxis, int kFirst, int kPointRows>
 inline void evaluate_gradient(const WinogradPlan& plan, const T* dz, const Tile& tile, std::int64_t chunk, int vectors,
                               float* points, float* copy) {
   constexpr int kOutputs = kAxis + 1 - kTaps;
@@ -347,14 +348,14 @@ inline void evaluate_gradient(const WinogradPlan& plan, const T* dz, const Tile&
   const Window<T> in = window(images, tile.image, tile.row, tile.column, kOutputs, chunk * kColumns, vectors * kLanes,
                               reinterpret_cast<T*>(copy));
   for (int c = 0; c < vectors * kLanes; c += kLanes) {
-    F half_way[kAxis][kOutputs];
+    F half_way[kPointRows][kOutputs];
     for (int j = 0; j < kOutputs; ++j) {
       F y[kOutputs], d[kAxis];
       for (int i = 0; i < kOutputs; ++i) y[i] = Simd::load(in.p + i * in.row + j * in.pixel + c);
       evaluate<kOutputs, kAxis>(y, d);
-      for (int i = 0; i < kAxis; ++i) half_way[i][j] = d[i];
+      for (int i = 0; i < kPointRows; ++i) half_way[i][j] = d[kFirst + i];
     }
-    for (int i = 0; i < kAxis; ++i) {
+    for (int i = 0; i < kPointRows; ++i) {
       F d[kAxis];
       evaluate<kOutputs, kAxis>(half_way[i], d);
       for (int j = 0; j < kAxis; ++j) Simd::store(points + (i * kAxis + j) * gradient_floats + c, d[j]);
@@ -362,44 +363,51 @@ inline void evaluate_gradient(const WinogradPlan& plan, const T* dz, const Tile&
   }
 }
 
-template <class T, int kTaps, int kAxis>
-void wgrad_of(const WinogradPlan& plan, const T* x, const T* dz, float* sums, std::int64_t begin, std::int64_t end,
-              std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
-  const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(), gradient_floats = plan.gradient_floats();
+template <class T, int kTaps, int kAxis, int kHalf>
+void wgrad_of(const WinogradPlan& plan, const WinogradGradient& task, float* scratch) {
+  constexpr int kPointRows = kAxis / 2, kFirst = kHalf * kPointRows, kPoints = kPointRows * kAxis;
+  const T* const x = static_cast<const T*>(task.x);
+  const T* const dz = static_cast<const T*>(task.dz);
+  const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(plan.gradient_block());
+  const std::int64_t gradient_floats = plan.gradient_floats(), count = task.end - task.begin;
   float* const tiles = scratch;
-  float* const gradients = tiles + plan.points() * point_floats;
-  float* const copy = gradients + plan.points() * gradient_floats;
-  for (std::int64_t tile = begin; tile < end; ++tile) {
-    evaluate_tile<T, kAxis>(plan, x, tile_of(plan, tile), point_floats, tiles + (tile - begin) * in, copy);
+  float* const gradients = tiles + kPoints * point_floats;
+  float* const copy = gradients + kPoints * gradient_floats;
+  for (std::int64_t i = 0; i < count; ++i) {
+    evaluate_tile<T, kAxis, kFirst, kPointRows>(plan, x, tile_of(plan, task.begin + i), point_floats, tiles + i * in, copy);
   }
-  for (std::int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+  for (std::int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
     const bool whole = plan.out_channels - chunk * kColumns > kLanes;
-    for (std::int64_t tile = begin; tile < end; ++tile) {
-      evaluate_gradient<T, kTaps, kAxis>(plan, dz, tile_of(plan, tile), chunk, whole ? 2 : 1, gradients + (tile - begin) * kColumns,
-                               copy);
+    for (std::int64_t i = 0; i < count; ++i) {
+      evaluate_gradient<T, kTaps, kAxis, kFirst, kPointRows>(plan, dz, tile_of(plan, task.begin + i), chunk, whole ? 2 : 1,
+                                                             gradients + i * kColumns, copy);
     }
-    for (std::int64_t point = 0; point < plan.points(); ++point) {
-      float* const c = sums + chunk * plan.chunk_floats() + point * in * kColumns;
+    float* const sums = task.sums + chunk * plan.chunk_floats() + kFirst * kAxis * in * kColumns;
+    for (std::int64_t point = 0; point < kPoints; ++point) {
+      float* const c = sums + point * in * kColumns;
       const float* const b = gradients + point * gradient_floats;
       for (std::int64_t k = 0; k < in; k += kRows) {
         const float* const a = tiles + point * point_floats + k;
         const int rows = in - k < kRows ? static_cast<int>(in - k) : kRows;
         if (whole) {
-          accumulate<kRows, 2>(rows, a, 1, in, b, kColumns, end - begin, c + k * kColumns, kColumns);
+          accumulate<kRows, 2>(rows, a, 1, in, b, kColumns, count, c + k * kColumns, kColumns);
         } else {
-          accumulate<kRows, 1>(rows, a, 1, in, b, kColumns, end - begin, c + k * kColumns, kColumns);
+          accumulate<kRows, 1>(rows, a, 1, in, b, kColumns, count, c + k * kColumns, kColumns);
         }
       }
     }
   }
 }
 
-void wgrad(const WinogradPlan& plan, const void* x, const void* dz, float* sums, std::int64_t begin, std::int64_t end,
-           std::int64_t first_chunk, std::int64_t last_chunk, float* scratch) {
+template <class T, int kTaps, int kAxis>
+void wgrad_half(const WinogradPlan& plan, const WinogradGradient& task, float* scratch) {
+  (task.half == 0 ? wgrad_of<T, kTaps, kAxis, 0> : wgrad_of<T, kTaps, kAxis, 1>)(plan, task, scratch);
+}
+
+void wgrad(const WinogradPlan& plan, const WinogradGradient& task, float* scratch) {
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
-    const auto of_kernel = plan.kernel == 3 ? wgrad_of<T, 3, 8> : plan.axis == 8 ? wgrad_of<T, 5, 8> : wgrad_of<T, 5, 10>;
-    of_kernel(plan, static_cast<const T*>(x), static_cast<const T*>(dz), sums, begin, end, first_chunk, last_chunk, scratch);
+    (plan.kernel == 3 ? wgrad_half<T, 3, 8> : plan.axis == 8 ? wgrad_half<T, 5, 8> : wgrad_half<T, 5, 10>)(plan, task, scratch);
   });
 }
 
