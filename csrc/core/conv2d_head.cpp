@@ -1,6 +1,7 @@
 #include "conv2d_head.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "conv2d_head_kernels.h"
@@ -44,14 +45,12 @@ struct Bands {
 // Rows of all images, one after the other, of `size` elements each.
 struct Rows {
   FloatType type;
-  SimdLevel level;
   std::int64_t size;
   const void* at(const void* data, std::int64_t row) const {
     return static_cast<const char*>(data) + row * size * size_bytes(type);
   }
   void* at(void* data, std::int64_t row) const { return static_cast<char*>(data) + row * size * size_bytes(type); }
-  void read(const void* data, std::int64_t row, float* to) const { to_floats(type, at(data, row), size, to, level); }
-  void write(const float* from, void* data, std::int64_t row) const { from_floats(type, from, size, at(data, row), level); }
+  std::size_t bytes() const { return static_cast<std::size_t>(size * size_bytes(type)); }
 };
 
 }  // namespace
@@ -74,32 +73,22 @@ void conv2d_head_fwd(const HeadShape& shape, const void* x, const float* weight,
   for (std::int64_t i = 0; bias != nullptr && i < kHeadColours * lanes; ++i) {
     biases[static_cast<std::size_t>(i)] = bias[i % kHeadColours];
   }
-  const Rows in{shape.type, level, shape.width * shape.channels}, out{shape.type, level, shape.width * kHeadColours};
-  const bool wide = shape.type == FloatType::f32;
+  const Rows in{shape.type, shape.width * shape.channels}, out{shape.type, shape.width * kHeadColours};
+  const bool direct = shape.type == FloatType::f32;
   const Aligned<float> zeros = new_zeros<float>(in.size);
   const auto kernel = kernels_of(level).fwd;
-  // What is beyond the ends of a row, and, of rows that are not floats, the three under the kernel and one of y.
-  const std::int64_t edges = kHeadTaps * steps * lanes, floats = edges + (wide ? 0 : kHeadTaps * in.size + out.size);
+  // What is beyond the ends of a row, and a row of y where those are not floats.
+  const std::int64_t edges = kHeadTaps * steps * lanes, floats = edges + (direct ? 0 : out.size);
   parallel_items_with_scratch(bands.count, threads, floats, [&](float* edge, std::int64_t item) {
     const Band band = bands[item];
-    const std::int64_t first_row = band.image * shape.height;
-    float* const copies = edge + edges;
-    // Row `row` of the image as floats, copied where it is `fresh`.
-    const auto floats_of = [&](std::int64_t row, bool fresh) -> const float* {
-      if (row < 0 || row >= shape.height) return zeros.get();
-      if (wide) return static_cast<const float*>(in.at(x, first_row + row));
-      float* const copy = copies + row % kHeadTaps * in.size;
-      if (fresh) in.read(x, first_row + row, copy);
-      return copy;
-    };
-    for (std::int64_t at = band.first; at < band.first + band.rows; ++at) {
-      const bool fresh = at == band.first;
-      const float* const above = floats_of(at - 1, fresh);
-      const float* const here = floats_of(at, fresh);
-      const float* const below = floats_of(at + 1, true);
-      float* const to = wide ? static_cast<float*>(out.at(y, first_row + at)) : copies + kHeadTaps * in.size;
-      kernel({shape.channels, shape.width, steps, weights.get(), {above, here, below}, biases.get(), to, edge});
-      if (!wide) out.write(to, y, first_row + at);
+    for (std::int64_t i = band.first; i < band.first + band.rows; ++i) {
+      const std::int64_t row = band.image * shape.height + i;
+      const void* const above = i > 0 ? in.at(x, row - 1) : zeros.get();
+      const void* const below = i + 1 < shape.height ? in.at(x, row + 1) : zeros.get();
+      float* const to = direct ? static_cast<float*>(out.at(y, row)) : edge + edges;
+      kernel({shape.type, shape.channels, shape.width, steps, weights.get(), {above, in.at(x, row), below}, biases.get(), to,
+              edge});
+      if (!direct) from_floats(shape.type, to, out.size, out.at(y, row), level);
     }
   });
 }
@@ -121,18 +110,16 @@ void conv2d_head_bwd(const HeadShape& shape, const void* dy, const void* x, cons
           weight_at(shape, weight, place % kHeadColours, begin + lane, tap);
     }
   }
-  const Rows in{shape.type, level, shape.width * channels}, out{shape.type, level, shape.width * kHeadColours};
+  const Rows in{shape.type, shape.width * channels}, out{shape.type, shape.width * kHeadColours};
   const std::int64_t padded = out.size + 2 * kHeadColours, slopes = (kBand + kHeadTaps - 1) * padded;
   const std::int64_t products = kHeadProducts * channels;
-  // Rows of pixels that fill no vector get a margin, and those that are not floats become floats.
-  const bool copied = channels < lanes || shape.type != FloatType::f32;
+  // Rows of pixels that fill no vector get a margin.
+  const bool copied = channels < lanes;
   const std::int64_t copy = copied ? in.size + lanes : 0;
   // Rows of dy with zeros around them, sums of a row, and a row of x and one of dx.
   const std::int64_t floats = slopes + products + 2 * copy;
   std::vector<double> sums(static_cast<std::size_t>(bands.count * (products + kHeadColours)), 0.0);
-  if (dx != nullptr) {
-    advise_large_pages(dx, static_cast<std::size_t>(shape.batch * shape.height * in.size * size_bytes(shape.type)));
-  }
+  if (dx != nullptr) advise_large_pages(dx, static_cast<std::size_t>(shape.batch * shape.height) * in.bytes());
   const HeadKernels& kernels = kernels_of(level);
   parallel_items_with_scratch(bands.count, threads, floats, [&](float* own, std::int64_t item) {
     const Band band = bands[item];
@@ -146,22 +133,22 @@ void conv2d_head_bwd(const HeadShape& shape, const void* dy, const void* x, cons
       if (row < 0 || row >= shape.height) {
         std::fill(to, to + out.size, 0.0f);
       } else {
-        out.read(dy, first_row + row, to);
+        to_floats(shape.type, out.at(dy, first_row + row), out.size, to, level);
       }
     }
     for (std::int64_t i = 0; i < band.rows; ++i) {
       const std::int64_t at = first_row + band.first + i;
-      HeadInputRow task{channels, shape.width, vectors, first.data(), weights.get(),
+      HeadInputRow task{shape.type, channels, shape.width, vectors, first.data(), weights.get(),
                         {own + i * padded, own + (i + 1) * padded, own + (i + 2) * padded}, copies, copies + copy, row_sums};
       if (!copied) {
-        task.x = static_cast<const float*>(in.at(x, at));
-        task.dx = dx != nullptr ? static_cast<float*>(in.at(dx, at)) : nullptr;
+        task.x = in.at(x, at);
+        task.dx = dx != nullptr ? in.at(dx, at) : nullptr;
       } else if (dweight != nullptr) {
-        in.read(x, at, copies);
+        std::memcpy(copies, in.at(x, at), in.bytes());
       }
       if (dx != nullptr) {
         kernels.dgrad(task);
-        if (copied) in.write(task.dx, dx, at);
+        if (copied) std::memcpy(in.at(dx, at), task.dx, in.bytes());
       }
       if (dweight != nullptr) {
         kernels.wgrad(task);

@@ -15,24 +15,26 @@ constexpr std::int64_t kHeadProducts = kHeadTaps * kHeadTaps * kHeadColours;  //
 
 // A row of y.
 struct HeadOutputRow {
+  FloatType type;  // of x
   std::int64_t channels, width;
   std::int64_t steps;     // vectors that a row of the kernel covers
   const float* weights;   // [row of the kernel][step][colour][lane]
-  const float* x[kHeadTaps];  // the rows above, at and below it
+  const void* x[kHeadTaps];  // the rows above, at and below it
   const float* bias;  // of the floats of as many pixels as vectors have lanes
   float* y;
-  float* edge;  // kHeadTaps * steps vectors of scratch
+  void* edge;  // kHeadTaps * steps vectors of scratch
 };
 
 // A row of x and the rows of dy above, at and below it, from the pixel left of column 0 to the one right of the last.
 struct HeadInputRow {
+  FloatType type;  // of x and dx
   std::int64_t channels, width;
   std::int64_t vectors;       // of a pixel
   const std::int64_t* first;  // the first channel of each vector
   const float* weights;       // [vector][row of dy][column of dy][colour][lane]
   const float* dy[kHeadTaps];
-  const float* x;
-  float* dx;
+  const void* x;
+  void* dx;
   float* sums;  // [row of dy][column of dy][colour][channel]
 };
 

@@ -1,4 +1,6 @@
 // Included behind the Simd of one instruction set; see conv2d_head_kernels.h.
+#include <cstring>
+
 #include "conv2d_head_kernels.h"
 #include "registers.h"
 
@@ -14,15 +16,15 @@ constexpr int kBlock = kLanes;       // pixels whose sums are added up together
 constexpr int kShared = kLanes / 2;  // pixels that share a load of weights
 
 // Products of n pixels, lane by lane; the pixels left of them, in each row, begin at `from`.
-template <int n>
-inline void products(const HeadOutputRow& row, const float* const* from, F* products) {
+template <int n, class T>
+inline void products(const HeadOutputRow& row, const T* const* from, F* products) {
   F sums[n][kHeadColours];
   for (int p = 0; p < n; ++p) {
     for (F& sum : sums[p]) sum = Simd::zero();
   }
   const float* weights = row.weights;
   for (std::int64_t i = 0; i < kHeadTaps; ++i) {
-    const float* run = from[i];
+    const T* run = from[i];
     for (std::int64_t k = 0; k < row.steps; ++k, run += kLanes, weights += kHeadColours * kLanes) {
       F w[kHeadColours];
       for (int c = 0; c < kHeadColours; ++c) w[c] = Simd::load(weights + c * kLanes);
@@ -38,10 +40,11 @@ inline void products(const HeadOutputRow& row, const float* const* from, F* prod
 }
 
 // y of a block of pixels from column x on.
-inline void outputs(const HeadOutputRow& row, const float* const* from, std::int64_t x) {
+template <class T>
+inline void outputs(const HeadOutputRow& row, const T* const* from, std::int64_t x) {
   F sums[kBlock * kHeadColours];
   for (int p = 0; p < kBlock; p += kShared) {
-    const float* here[kHeadTaps];
+    const T* here[kHeadTaps];
     for (int i = 0; i < kHeadTaps; ++i) here[i] = from[i] + p * row.channels;
     products<kShared>(row, here, sums + p * kHeadColours);
   }
@@ -52,45 +55,53 @@ inline void outputs(const HeadOutputRow& row, const float* const* from, std::int
 }
 
 // That of one pixel.
-inline void output(const HeadOutputRow& row, const float* const* from, std::int64_t x) {
+template <class T>
+inline void output(const HeadOutputRow& row, const T* const* from, std::int64_t x) {
   F sums[kHeadColours];
   products<1>(row, from, sums);
   for (int c = 0; c < kHeadColours; ++c) row.y[x * kHeadColours + c] = Simd::sum(sums[c]) + row.bias[c];
 }
 
 // The same for a pixel at an end of the row: zeros stand for the pixels that are not there.
+template <class T>
 void output_at_edge(const HeadOutputRow& row, std::int64_t x) {
   const std::int64_t begin = x > 0 ? x - 1 : 0, end = x + 2 < row.width ? x + 2 : row.width, size = row.steps * kLanes;
-  const float* from[kHeadTaps];
+  const T* from[kHeadTaps];
   for (std::int64_t i = 0; i < kHeadTaps; ++i) {
-    float* const copy = row.edge + i * size;
-    for (std::int64_t e = 0; e < size; ++e) copy[e] = 0;
-    const std::int64_t shift = (1 - x) * row.channels;
-    for (std::int64_t e = begin * row.channels; e < end * row.channels; ++e) copy[e + shift] = row.x[i][e];
+    T* const copy = static_cast<T*>(row.edge) + i * size;
+    std::memset(copy, 0, static_cast<std::size_t>(size) * sizeof(T));
+    std::memcpy(copy + (begin + 1 - x) * row.channels, static_cast<const T*>(row.x[i]) + begin * row.channels,
+                static_cast<std::size_t>((end - begin) * row.channels) * sizeof(T));
     from[i] = copy;
   }
   output(row, from, x);
 }
 
-void fwd(const HeadOutputRow& row) {
+template <class T>
+void fwd_of(const HeadOutputRow& row) {
   // Vectors of pixels before this one end within the row.
   const std::int64_t rest = row.width * row.channels - row.steps * kLanes;
   const std::int64_t end = rest < 0 ? 1 : rest / row.channels + 2;
-  output_at_edge(row, 0);
+  output_at_edge<T>(row, 0);
   std::int64_t x = 1;
-  const float* from[kHeadTaps] = {row.x[0], row.x[1], row.x[2]};
+  const T* from[kHeadTaps];
+  for (int i = 0; i < kHeadTaps; ++i) from[i] = static_cast<const T*>(row.x[i]);
   const auto advance = [&](std::int64_t pixels) {
-    for (const float*& p : from) p += pixels * row.channels;
+    for (const T*& p : from) p += pixels * row.channels;
     x += pixels;
   };
   for (; x + kBlock <= end; advance(kBlock)) outputs(row, from, x);
   for (; x < end; advance(1)) output(row, from, x);
-  for (; x < row.width; ++x) output_at_edge(row, x);
+  for (; x < row.width; ++x) output_at_edge<T>(row, x);
+}
+
+void fwd(const HeadOutputRow& row) {
+  with_type(row.type, [&](auto zero) { fwd_of<decltype(zero)>(row); });
 }
 
 // dx of n pixels from column x on, in kVectors vectors. Pixels are written in their order: what lies behind the channels of one
 // is the next one's.
-template <int n, int kVectors>
+template <class T, int n, int kVectors>
 inline void inputs(const HeadInputRow& row, std::int64_t vector, std::int64_t x) {
   F sums[n][kVectors];
   for (int p = 0; p < n; ++p) {
@@ -110,35 +121,42 @@ inline void inputs(const HeadInputRow& row, std::int64_t vector, std::int64_t x)
     }
   }
   for (int p = 0; p < n; ++p) {
-    for (int v = 0; v < kVectors; ++v) Simd::store(row.dx + (x + p) * row.channels + row.first[vector + v], sums[p][v]);
+    T* const to = static_cast<T*>(row.dx) + (x + p) * row.channels;
+    for (int v = 0; v < kVectors; ++v) Simd::store(to + row.first[vector + v], sums[p][v]);
   }
 }
 
 // Of all pixels; the last ones may be computed twice.
-template <int n, int kVectors>
+template <class T, int n, int kVectors>
 inline void all_inputs(const HeadInputRow& row, std::int64_t vector) {
   if (row.width < n) {
-    for (std::int64_t x = 0; x < row.width; ++x) inputs<1, kVectors>(row, vector, x);
+    for (std::int64_t x = 0; x < row.width; ++x) inputs<T, 1, kVectors>(row, vector, x);
   } else {
     const std::int64_t last = row.width - n;
-    for (std::int64_t x = 0; x < last; x += n) inputs<n, kVectors>(row, vector, x);
-    inputs<n, kVectors>(row, vector, last);
+    for (std::int64_t x = 0; x < last; x += n) inputs<T, n, kVectors>(row, vector, x);
+    inputs<T, n, kVectors>(row, vector, last);
   }
 }
 
-void dgrad(const HeadInputRow& row) {
+template <class T>
+void dgrad_of(const HeadInputRow& row) {
   constexpr int n = kManyRegisters ? 12 : 6;
   std::int64_t vector = 0;
-  for (; vector + 2 <= row.vectors; vector += 2) all_inputs<n, 2>(row, vector);
-  if (vector < row.vectors) all_inputs<2 * n, 1>(row, vector);
+  for (; vector + 2 <= row.vectors; vector += 2) all_inputs<T, n, 2>(row, vector);
+  if (vector < row.vectors) all_inputs<T, 2 * n, 1>(row, vector);
 }
 
-void wgrad(const HeadInputRow& row) {
+void dgrad(const HeadInputRow& row) {
+  with_type(row.type, [&](auto zero) { dgrad_of<decltype(zero)>(row); });
+}
+
+template <class T>
+void wgrad_of(const HeadInputRow& row) {
   for (std::int64_t vector = 0; vector < row.vectors; ++vector) {
     for (int i = 0; i < kHeadTaps; ++i) {
       F sums[kRun];
       for (F& sum : sums) sum = Simd::zero();
-      const float* x = row.x + row.first[vector];
+      const T* x = static_cast<const T*>(row.x) + row.first[vector];
       const float* dy = row.dy[i];
       for (std::int64_t pixel = 0; pixel < row.width; ++pixel, x += row.channels, dy += kHeadColours) {
         const F value = Simd::load(x);
@@ -150,6 +168,10 @@ void wgrad(const HeadInputRow& row) {
       }
     }
   }
+}
+
+void wgrad(const HeadInputRow& row) {
+  with_type(row.type, [&](auto zero) { wgrad_of<decltype(zero)>(row); });
 }
 
 }  // namespace
