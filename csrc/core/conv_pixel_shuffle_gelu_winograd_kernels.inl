@@ -1,4 +1,6 @@
 // Included behind the Simd of one instruction set; see conv_pixel_shuffle_gelu_winograd_kernels.h.
+#include <cstring>
+
 #include "conv_pixel_shuffle_gelu_winograd_kernels.h"
 #include "multiply.inl"
 #include "partial.inl"

@@ -25,14 +25,18 @@ struct PixelShuffleTask {
   std::int64_t item_sums() const { return shape.channels_last ? shape.in_channels() : shape.r * shape.r; }
   // Pixels (channels-last) or columns (contiguous) handled at once where the general code runs.
   std::int64_t piece() const {
-    const std::int64_t most = shape.channels_last ? kBufferElements / shape.in_channels() : kBufferElements / 4;
-    return most < 1 ? 1 : (most < shape.width ? most : shape.width);
+    // Columns in whole vectors.
+    const std::int64_t most = shape.channels_last ? kBufferElements / shape.in_channels() : kBufferElements / shape.r / 16 * 16;
+    const std::int64_t least = shape.channels_last ? 1 : 16;
+    return most < least ? least : (most < shape.width ? most : shape.width);
   }
-  // Floats of scratch that each thread needs: elements, biases and sums of a piece.
-  std::int64_t scratch_floats() const {
-    const std::int64_t elements = piece() * (shape.channels_last ? shape.in_channels() : 1);
-    return 3 * (elements + 64);
+  // What belongs to a piece, and vectors behind each of its rows.
+  std::int64_t piece_floats() const {
+    const std::int64_t columns = (piece() + 15) / 16 * 16;
+    return columns * (shape.channels_last ? shape.in_channels() : shape.r) + (shape.r + 4) * 16;
   }
+  // Floats of scratch that each thread needs: elements in the order of x and in that of y, biases and sums of a piece.
+  std::int64_t scratch_floats() const { return 4 * piece_floats(); }
 };
 
 void pixel_shuffle_gelu_fwd_avx2(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch);

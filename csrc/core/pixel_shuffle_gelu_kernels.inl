@@ -2,8 +2,12 @@
 //
 // r = 2 and 4 shuffle in registers: r columns interleave (contiguous), or r² channels part (channels-last); where the last
 // vector would overrun, it starts earlier and computes some elements again. Any other case goes through a buffer in the
-// first cache: vectors on its one side, single elements on the other.
+// first cache: vectors on its one side, and on the other permutations by tables, or single elements where the tables would
+// be too large.
+#include <cstring>
+
 #include "partial.inl"
+#include "permutation.inl"
 #include "pixel_shuffle_gelu_kernels.h"
 
 namespace hflfnerv {
@@ -103,7 +107,7 @@ struct Kernel {
 
   // Repeats the biases for the pixels of a piece.
   float* repeated_biases() const {
-    float* biases = scratch + task.piece() * K + 64;
+    float* biases = scratch + task.piece_floats();
     for (std::int64_t p = 0; p < task.piece(); ++p) {
       std::memcpy(biases + p * K, task.bias, static_cast<std::size_t>(K) * sizeof(float));
     }
@@ -300,7 +304,7 @@ struct Kernel {
     const GeluGradient slope(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
     const std::int64_t row_sums = s.channels_last ? task.piece() * K : 0;
-    float* pixel_sums = scratch + 2 * (row_sums + 64);
+    float* pixel_sums = scratch + 2 * task.piece_floats();
     for (std::int64_t item = begin; item < end; ++item) {
       const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
       const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
@@ -338,12 +342,193 @@ struct Kernel {
   }
 };
 
+// Shuffles by tables.
+template <class T>
+struct TableKernel : Kernel<T> {
+  using Kernel<T>::task, Kernel<T>::scratch, Kernel<T>::s, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::H, Kernel<T>::W;
+  using Kernel<T>::x, Kernel<T>::dy, Kernel<T>::out;
+
+  // The order of y's elements among those of the buffer, or of x's: of a vector of columns of r rows of x, or of a pixel of x.
+  Permutation order{};
+  std::int64_t run() const { return r * C; }                                  // of a pixel in a row of y
+  std::int64_t buffer_row() const { return (task.piece() + L - 1) / L * L; }  // of columns of x
+  std::int64_t buffer_run() const { return task.piece() * run() + L; }        // of pixels of a row of y
+
+  bool forward_order() {
+    if (!s.channels_last) {
+      return order.make(r * L, buffer_row(), [&](std::int64_t e) { return e % r * buffer_row() + e / r; });
+    }
+    const std::int64_t vectors = (run() + L - 1) / L;
+    return order.make(r * vectors * L, K + L, [&](std::int64_t e) {
+      const std::int64_t i = e / (vectors * L), q = e % (vectors * L);
+      return q < run() ? (q % C * r + i) * r + q / C : -1;
+    });
+  }
+  bool backward_order() {
+    if (!s.channels_last) return order.make(r * L, r * L, [&](std::int64_t e) { return e % L * r + e / L; });
+    return order.make(K, buffer_run(), [&](std::int64_t k) {
+      const std::int64_t c = k / (r * r), i = k / r % r, j = k % r;
+      return i * buffer_run() + j * C + c;
+    });
+  }
+
+  void fwd_plane_row(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
+    float* const buffer = scratch;
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece();
+      for (std::int64_t j = 0; j < r; ++j) {
+        const T* from = x + this->in_row(b, first + j, h) + w0;
+        const F bias = Simd::set(task.bias[first + j]);
+        for (std::int64_t w = 0; w < n; w += L) {
+          Simd::store(buffer + j * buffer_row() + w, gelu(Simd::add(load_some(from + w, n - w), bias)));
+        }
+      }
+      for (int v = 0; v < order.vectors(); ++v) {
+        T* const to = y + w0 * r + v * L;
+        const std::int64_t left = n * r - v * L;
+        order.each(v, buffer, L, (left + r * L - 1) / (r * L), [&](std::int64_t i, F value) {
+          store_some(to + i * r * L, value, left - i * r * L);
+        });
+      }
+    }
+  }
+
+  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+    float* const buffer = scratch;
+    const int vectors = order.vectors() / static_cast<int>(r);
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+      for (std::int64_t k = 0; k < n; k += L) {
+        const F v = Simd::add(load_some(from + w0 * K + k, n - k), Simd::load(biases + k));
+        Simd::store(buffer + k, gelu(v));
+      }
+      for (std::int64_t i = 0; i < r; ++i) {
+        // What the last vector of a pixel writes behind it is the next one's, or its first vector's, which comes after it.
+        for (int v = vectors - 1; v >= 0; --v) {
+          T* const to = y + (i * W + w0) * run() + v * L;
+          const std::int64_t left = pixels * run() - v * L;
+          order.each(static_cast<int>(i) * vectors + v, buffer, K, pixels, [&](std::int64_t p, F value) {
+            store_some(to + p * run(), value, left - p * run());
+          });
+        }
+      }
+    }
+  }
+
+  // Rows of x of the items.
+  template <class Run>
+  void each_row(std::int64_t begin, std::int64_t end, const Run& run) const {
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
+      const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
+      for (std::int64_t h = block * kRowsPerItem; h < last; ++h) run(item, plane, h);
+    }
+  }
+
+  void fwd(std::int64_t begin, std::int64_t end) const {
+    const Gelu gelu(*task.table);
+    const float* biases = s.channels_last ? this->repeated_biases() : nullptr;
+    each_row(begin, end, [&](std::int64_t, std::int64_t plane, std::int64_t h) {
+      if (s.channels_last) return fwd_pixels(gelu, biases, x + this->in_pixels(plane, h), out + this->out_pixels(plane, h * r));
+      const std::int64_t b = plane / C, c = plane % C;
+      for (std::int64_t i = 0; i < r; ++i) {
+        fwd_plane_row(gelu, b, (c * r + i) * r, h, out + this->out_row(b, c, h * r + i));
+      }
+    });
+  }
+
+  void bwd_plane_row(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
+                              double* sums) const {
+    float* const buffer = scratch;
+    float* const row_sums = scratch + task.piece_floats();  // lane by lane
+    for (std::int64_t e = 0; e < r * L; e += L) Simd::store(row_sums + e, Simd::zero());
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece(), elements = n * r;
+      // With zeros behind it, as far as the permutation reads.
+      for (std::int64_t e = 0; e < (n + L - 1) / L * r * L; e += L) {
+        const std::int64_t left = elements - e;
+        Simd::store(buffer + e, left > 0 ? load_some(from + w0 * r + e, left) : Simd::zero());
+      }
+      for (int j = 0; j < order.vectors(); ++j) {
+        const std::int64_t at = this->in_row(b, first + j, h) + w0;
+        const F bias = Simd::set(task.bias[first + j]);
+        F sum = Simd::load(row_sums + j * L);
+        order.each(j, buffer, r * L, (n + L - 1) / L, [&](std::int64_t i, F dy) {
+          const std::int64_t left = n - i * L;
+          const F v = Simd::mul(dy, slope(Simd::add(load_some(x + at + i * L, left), bias)));
+          store_some(out + at + i * L, v, left);
+          sum = Simd::add(sum, v);  // beyond the end dy is zero
+        });
+        Simd::store(row_sums + j * L, sum);
+      }
+    }
+    for (std::int64_t j = 0; j < r; ++j) sums[j] += Simd::sum(Simd::load(row_sums + j * L));
+  }
+
+  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+    float* const buffer = scratch;
+    float* const slopes = scratch + 3 * task.piece_floats();
+    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
+      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K, elements = pixels * run();
+      for (std::int64_t i = 0; i < r; ++i) {
+        const T* row = from + (i * W + w0) * run();
+        float* const to = buffer + i * buffer_run();
+        for (std::int64_t e = 0; e < elements; e += L) Simd::store(to + e, load_some(row + e, elements - e));
+      }
+      for (int v = order.vectors() - 1; v >= 0; --v) {  // see fwd_pixels
+        order.each(v, buffer, run(), pixels, [&](std::int64_t p, F value) { Simd::store(slopes + p * K + v * L, value); });
+      }
+      for (std::int64_t k = 0; k < n; k += L) {
+        const std::int64_t here = at + w0 * K + k;
+        const F z = Simd::add(load_some(x + here, n - k), Simd::load(biases + k));
+        const F v = Simd::mul(load_some(slopes + k, n - k), slope(z));
+        store_some(out + here, v, n - k);
+        Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
+      }
+    }
+  }
+
+  void bwd(std::int64_t begin, std::int64_t end) const {
+    const GeluGradient slope(*task.table);
+    const float* biases = s.channels_last ? this->repeated_biases() : nullptr;
+    const std::int64_t row_sums = s.channels_last ? task.piece() * K : 0;
+    float* const pixel_sums = scratch + 2 * task.piece_floats();
+    each_row(begin, end, [&](std::int64_t item, std::int64_t plane, std::int64_t h) {
+      double* const sums = task.sums + item * task.item_sums();
+      if (s.channels_last) {
+        std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + L) * sizeof(float));
+        bwd_pixels(slope, biases, this->in_pixels(plane, h), dy + this->out_pixels(plane, h * r), pixel_sums);
+        for (std::int64_t at = 0; at < row_sums; at += K) {
+          for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
+        }
+        return;
+      }
+      const std::int64_t b = plane / C, c = plane % C;
+      for (std::int64_t i = 0; i < r; ++i) {
+        bwd_plane_row(slope, b, (c * r + i) * r, h, dy + this->out_row(b, c, h * r + i), sums + i * r);
+      }
+    });
+  }
+};
+
 void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
-  with_type(task.type, [&](auto zero) { Kernel<decltype(zero)>{task, scratch}.fwd(begin, end); });
+  with_type(task.type, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{task, scratch};
+    if (kernel.in_registers()) return kernel.fwd(begin, end);
+    TableKernel<T> by_table{{task, scratch}};
+    by_table.forward_order() ? by_table.fwd(begin, end) : kernel.fwd(begin, end);
+  });
 }
 
 void bwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
-  with_type(task.type, [&](auto zero) { Kernel<decltype(zero)>{task, scratch}.bwd(begin, end); });
+  with_type(task.type, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{task, scratch};
+    if (kernel.in_registers()) return kernel.bwd(begin, end);
+    TableKernel<T> by_table{{task, scratch}};
+    by_table.backward_order() ? by_table.bwd(begin, end) : kernel.bwd(begin, end);
+  });
 }
 
 }  // namespace

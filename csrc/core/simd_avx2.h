@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "exp2.inl"
 #include "float_types.h"
@@ -57,12 +58,32 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
 
+  template <class T>
+  static F load_lanes(const T* p, int n) {
+    T lanes[kLanes] = {};
+    std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(T));
+    return load(lanes);
+  }
+
   // A masked store is microcode on some processors.
   template <class T>
   static void store_lanes(T* p, F v, int first, int last) {
     alignas(32) T lanes[kLanes];
     store(lanes, v);
-    for (int i = first; i < last; ++i) p[i] = lanes[i];
+    std::memcpy(p + first, lanes + first, static_cast<std::size_t>(last - first) * sizeof(T));
+  }
+
+  struct Mask {
+    alignas(32) int lanes[kLanes];  // all bits or none
+  };
+  static Mask mask(const bool* lanes) {
+    Mask mask;
+    for (int i = 0; i < kLanes; ++i) mask.lanes[i] = -static_cast<int>(lanes[i]);
+    return mask;
+  }
+  static F permute(F v, const Mask& mask, const int* index, const float* p) {
+    const F all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(index)));
+    return _mm256_blendv_ps(v, all, _mm256_load_ps(reinterpret_cast<const float*>(mask.lanes)));
   }
 
   static void unzip(F& a, F& b) {

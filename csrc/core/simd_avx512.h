@@ -49,6 +49,14 @@ struct Simd {
   }
   static void store(BFloat16* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v)); }
 
+  // The first n elements, n less than there are lanes, and zeros behind them.
+  static F load_lanes(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes(0, n), p); }
+  static F load_lanes(const Half* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(0, n), p)); }
+  static F load_lanes(const BFloat16* p, int n) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(0, n), p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+
   // Lanes [first, last) of v, to the same places after p.
   static void store_lanes(float* p, F v, int first, int last) {
     _mm512_mask_storeu_ps(p, lanes(first, last), v);
@@ -70,6 +78,17 @@ struct Simd {
     const __m512i high = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0, 0,
                                            0, 0, 0, 0, 0, 0);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high, rounded));
+  }
+
+  using Mask = __mmask16;
+  static Mask mask(const bool* lanes) {
+    unsigned bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(lanes[i]) << i;
+    return static_cast<Mask>(bits);
+  }
+  // In lanes of the mask, those of the vector at p whose numbers are in index; elsewhere v.
+  static F permute(F v, Mask mask, const int* index, const float* p) {
+    return _mm512_mask_permutexvar_ps(v, mask, _mm512_load_si512(index), _mm512_loadu_ps(p));
   }
 
   // a, b = the even and the odd elements of the 32 in a, b.

@@ -1,0 +1,103 @@
+// Any permutation of a few vectors of floats, by tables. Included behind the Simd of one instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace hflfnerv {
+namespace {
+
+// Vectors whose lanes each come from some lane of some vector in memory. A vector takes one step for each vector that lanes of
+// it come from; what comes from nowhere is 0.
+class Permutation {
+ public:
+  static constexpr int kMaxVectors = 32, kMaxSteps = 160, kMaxStepsEach = 8;  // beyond which single elements are as fast
+
+  // source(e) is where element e of the result comes from, counted from the same place in memory, or less than 0. What is
+  // read of memory are whole vectors, which begin at multiples of the lanes after multiples of `stride`.
+  template <class Source>
+  bool make(std::int64_t elements, std::int64_t stride, const Source& source) {
+    vectors_ = 0;
+    int steps = 0;
+    first_[0] = 0;
+    for (std::int64_t begin = 0; begin < elements; begin += Simd::kLanes) {
+      if (vectors_ == kMaxVectors) return false;
+      bool known[Simd::kLanes] = {};
+      for (int lane = 0; lane < Simd::kLanes; ++lane) {
+        const std::int64_t from = begin + lane < elements ? source(begin + lane) : -1;
+        index_[vectors_][lane] = 0;
+        known[lane] = from < 0;
+        if (!known[lane]) index_[vectors_][lane] = static_cast<int>(from % stride % Simd::kLanes);
+      }
+      for (int lane = 0; lane < Simd::kLanes; ++lane) {
+        if (known[lane]) continue;
+        if (steps == kMaxSteps) return false;
+        const std::int64_t offset = vector_of(source(begin + lane), stride);
+        offsets_[steps] = offset;
+        bool taken[Simd::kLanes] = {};
+        for (int other = lane; other < Simd::kLanes; ++other) {
+          taken[other] = !known[other] && vector_of(source(begin + other), stride) == offset;
+          known[other] = known[other] || taken[other];
+        }
+        masks_[steps++] = Simd::mask(taken);
+      }
+      first_[++vectors_] = steps;
+      if (steps > kMaxStepsEach * vectors_) return false;
+    }
+    return true;
+  }
+
+  // sink(i, v) with one of the vectors, for each of `count` places, `distance` floats apart.
+  template <class Sink>
+  void each(int vector, const float* from, std::int64_t distance, std::int64_t count, const Sink& sink) const {
+    switch (first_[vector + 1] - first_[vector]) {
+      case 1: return steps<1>(vector, from, distance, count, sink);
+      case 2: return steps<2>(vector, from, distance, count, sink);
+      case 3: return steps<3>(vector, from, distance, count, sink);
+      case 4: return steps<4>(vector, from, distance, count, sink);
+      case 5: return steps<5>(vector, from, distance, count, sink);
+      case 6: return steps<6>(vector, from, distance, count, sink);
+      case 7: return steps<7>(vector, from, distance, count, sink);
+      case 8: return steps<8>(vector, from, distance, count, sink);
+    }
+    for (std::int64_t i = 0; i < count; ++i, from += distance) {
+      Simd::F value = Simd::zero();
+      for (int step = first_[vector]; step < first_[vector + 1]; ++step) {
+        value = Simd::permute(value, masks_[step], index_[vector], from + offsets_[step]);
+      }
+      sink(i, value);
+    }
+  }
+
+  int vectors() const { return vectors_; }
+
+ private:
+  template <int kSteps, class Sink>
+  void steps(int vector, const float* from, std::int64_t distance, std::int64_t count, const Sink& sink) const {
+    Simd::Mask masks[kSteps];
+    const float* sources[kSteps];
+    for (int step = 0; step < kSteps; ++step) {
+      masks[step] = masks_[first_[vector] + step];
+      sources[step] = from + offsets_[first_[vector] + step];
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      Simd::F value = Simd::zero();
+      for (int step = 0; step < kSteps; ++step) {
+        value = Simd::permute(value, masks[step], index_[vector], sources[step] + i * distance);
+      }
+      sink(i, value);
+    }
+  }
+
+  static std::int64_t vector_of(std::int64_t from, std::int64_t stride) {
+    return from / stride * stride + from % stride / Simd::kLanes * Simd::kLanes;
+  }
+
+  int vectors_ = 0;
+  int first_[kMaxVectors + 1];
+  alignas(64) int index_[kMaxVectors][Simd::kLanes];
+  Simd::Mask masks_[kMaxSteps];
+  std::int64_t offsets_[kMaxSteps];
+};
+
+}  // namespace
+}  // namespace hflfnerv
