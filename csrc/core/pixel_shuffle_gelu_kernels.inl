@@ -42,11 +42,11 @@ struct Kernel {
   std::int64_t out_pixels(std::int64_t b, std::int64_t row) const { return (b * H * r + row) * W * r * C; }
 
   // Whether GELU goes over whole pieces before the channels part: where a good part of the last vector would be computed
-  // again, but not in float32 with long vectors, which waits for memory rather than for arithmetic; and in 16 bits with
-  // short vectors.
+  // again, but not in float32 with long vectors and r = 2, which waits for memory rather than for arithmetic; and in 16 bits
+  // with short vectors.
   bool in_pieces() const {
     const bool wasteful = (C + L - 1) / L * L * 6 >= C * 7;
-    return L == 8 ? wasteful || sizeof(T) == 2 : wasteful && sizeof(T) == 2;
+    return L == 8 ? wasteful || sizeof(T) == 2 : wasteful && (sizeof(T) == 2 || r == 4);
   }
   bool in_registers() const { return (r == 2 || r == 4) && (s.channels_last ? C : W) >= L; }
 
