@@ -348,7 +348,7 @@ struct TableKernel : Kernel<T> {
   using Kernel<T>::task, Kernel<T>::scratch, Kernel<T>::s, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::H, Kernel<T>::W;
   using Kernel<T>::x, Kernel<T>::dy, Kernel<T>::out;
 
-  // The order of y's elements among those of the buffer, or of x's: of a vector of columns of r rows of x, or of a pixel of x.
+  // Of a vector of columns of r rows of x, or of a pixel of x: where in the buffer the elements of y come from, or those of dx.
   Permutation order{};
   std::int64_t run() const { return r * C; }                                  // of a pixel in a row of y
   std::int64_t buffer_row() const { return (task.piece() + L - 1) / L * L; }  // of columns of x
@@ -438,7 +438,7 @@ struct TableKernel : Kernel<T> {
   }
 
   void bwd_plane_row(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
-                              double* sums) const {
+                     double* sums) const {
     float* const buffer = scratch;
     float* const row_sums = scratch + task.piece_floats();  // lane by lane
     for (std::int64_t e = 0; e < r * L; e += L) Simd::store(row_sums + e, Simd::zero());

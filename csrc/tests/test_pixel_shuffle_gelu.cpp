@@ -78,7 +78,9 @@ void check_pointwise(const PixelShuffleShape& s, bool tanh_form, SimdLevel level
 
 void test_pointwise() {
   const std::int64_t sizes[][5] = {{2, 3, 2, 5, 7},  {1, 20, 2, 3, 23}, {1, 9, 2, 17, 40}, {1, 17, 4, 2, 21}, {2, 5, 3, 9, 5},
-                                   {1, 3, 1, 9, 33}, {1, 1, 4, 1, 1},   {1, 12, 4, 2, 5},  {1, 2, 5, 1, 600}};
+                                   {1, 3, 1, 9, 33}, {1, 1, 4, 1, 1},   {1, 12, 4, 2, 5},  {1, 2, 5, 1, 600}, {1, 3, 5, 3, 90},
+                                   {1, 4, 5, 2, 41}, {2, 7, 3, 2, 33},  {1, 2, 7, 2, 19},  {1, 3, 8, 1, 17},  {1, 1, 13, 2, 35},
+                                   {1, 20, 3, 2, 9}, {1, 3, 3, 1, 1400}};
   for (int level = 1; level <= static_cast<int>(pixel_shuffle_gelu_level()); ++level) {
     for (const auto& n : sizes) {
       for (const bool channels_last : {false, true}) {
