@@ -60,7 +60,9 @@ def quantised_by_hand(model, stems, precision_of_rest, name, first, ranges):
     return stream.head(x)
 
 
-def test_frames_are_those_of_rounded_values(coded):
+def test_frames_are_those_of_rounded_values(coded, monkeypatch):
+    # What is not rounded is computed by definition: with larger errors more values would fall to the other side.
+    monkeypatch.setattr("hflfnerv.ops._winograd.pays", lambda x, weight, *, kept: False)
     exact = Decoder(coded, device="cpu", precision="fp32")
     engine = Decoder(coded, device="cpu", precision="int8").engine
     assert isinstance(engine, CudaEngine)
