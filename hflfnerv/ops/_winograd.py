@@ -235,7 +235,7 @@ def gradients(
     """Return the gradients of x and weight, as far as they are wanted, for dz in the order (i, j, c)."""
     module, sizes, threads, dtype = _cpp.load(), _sizes(x, weight, r), torch.get_num_threads(), x.dtype
     # The gradient of x has x's layout. Not every operation before takes another: the backward pass of nn.InstanceNorm2d
-    # on the CPU (torch 2.13) gives wrong numbers for a channels-last gradient of a contiguous result.
+    # on the CPU (torch 2.13) gives wrong numbers for a channels-last gradient of a single image's contiguous result.
     x_format = memory_format_of(x)
     dz, x = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x))
     dx = dweight = None
