@@ -23,6 +23,8 @@ from typing import Any
 
 from hflfnerv import _machine
 
+import torch
+
 from . import ops
 from .registry import SUITES, Contender, Point, Skipped
 
@@ -136,8 +138,10 @@ def main() -> int:
     unknown = sorted(set(arguments.suites) - set(SUITES))
     if unknown:
         parser.error(f"suite must be one of {', '.join(sorted(SUITES))}, got {', '.join(unknown)}")
+    count = torch.get_num_threads()
     for name in arguments.suites or sorted(SUITES):
         results = []
+        torch.set_num_threads(count)  # which the suite before may have changed
         try:
             for point in SUITES[name]():
                 point.check()

@@ -62,8 +62,8 @@ def make_run(
         model = model.to(dtype=None if training else torch.bfloat16, memory_format=torch.channels_last)
         inputs = inputs if training else {key: x.bfloat16() for key, x in inputs.items()}
     if exact:
-        # Contiguous: the backward pass of nn.InstanceNorm2d on the CPU (torch 2.13), which E-NeRV has, gives wrong numbers
-        # for a channels-last gradient of a single image, in any dtype.
+        # Contiguous: the backward pass of nn.InstanceNorm2d on the CPU (torch 2.13), which E-NeRV has, gives wrong
+        # numbers for a channels-last gradient of a single image, in any dtype.
         model = model.to(dtype=torch.float64, memory_format=torch.contiguous_format)
         inputs = {key: x.double() for key, x in inputs.items()}
     if implementation == OURS:
