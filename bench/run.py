@@ -21,9 +21,9 @@ import sys
 import time
 from typing import Any
 
-from hflfnerv import _machine
-
 import torch
+
+from hflfnerv import _machine
 
 from . import ops
 from .registry import SUITES, Contender, Point, Skipped
