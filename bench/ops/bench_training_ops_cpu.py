@@ -80,12 +80,8 @@ def _convolution(
     def check() -> None:
         x, weight, _ = leaves
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        terms = [
-            weight[0].numel(),
-            weight.numel() // x.shape[1],
-            pixels,
-            pixels,
-        ]  # of y and the gradients of the leaves
+        # Of y and the gradients of the leaves.
+        terms = [weight[0].numel(), weight.numel() // x.shape[1], pixels, pixels]
         results = zip(step(ours), step(plain, torch.Tensor.double), step(plain), terms, strict=True)
         for actual, exact, same, count in results:
             require_close(data, actual, exact, same, terms=count)
