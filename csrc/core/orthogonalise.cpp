@@ -30,14 +30,11 @@ std::int64_t shorter(const OrthogonaliseMatrix& m) { return std::min(m.rows, m.c
 
 constexpr std::int64_t kSide = 16;  // of what is transposed at once: its lines stay in the first cache
 
-// to[j][i] = scale from[i][j] of rows i and columns j.
+// to[j][i] = scale from[i][j] of up to kSide rows i and of columns j.
 void transpose(const float* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, float* to,
                std::int64_t to_row, float scale) {
-  for (std::int64_t first = 0; first < rows; first += kSide) {
-    const std::int64_t end = std::min(first + kSide, rows);
-    for (std::int64_t j = 0; j < columns; ++j) {
-      for (std::int64_t i = first; i < end; ++i) to[j * to_row + i] = scale * from[i * from_row + j];
-    }
+  for (std::int64_t j = 0; j < columns; ++j) {
+    for (std::int64_t i = 0; i < rows; ++i) to[j * to_row + i] = scale * from[i * from_row + j];
   }
 }
 
@@ -102,24 +99,36 @@ class Orthogonaliser {
     const std::int64_t count = matrix_.rows * matrix_.columns;
     const float scale = static_cast<float>(1 / std::max(std::sqrt(sum_of_squares(matrix_.x, count)), 1e-20));
     if (tall()) {
-      for (std::int64_t i = 0; i < count; ++i) x_[i / n_ * row_ + i % n_] = matrix_.x[i] * scale;
+      each_rows(length_, [&](std::int64_t first, std::int64_t rows) {
+        for (std::int64_t row = first; row < first + rows; ++row) {
+          for (std::int64_t i = 0; i < n_; ++i) x_[row * row_ + i] = scale * matrix_.x[row * n_ + i];
+        }
+      });
     } else {
-      transpose(matrix_.x, length_, n_, length_, x_, row_, scale);
+      each_rows(n_, [&](std::int64_t first, std::int64_t rows) {
+        transpose(matrix_.x + first * length_, length_, rows, length_, x_ + first, row_, scale);
+      });
     }
   }
 
   void write() const {
-    if (tall()) {
-      for (std::int64_t row = 0; row < length_; ++row) std::copy_n(y_ + row * row_, n_, matrix_.y + row * n_);
-    } else {
-      transpose(y_, row_, length_, n_, matrix_.y, length_, 1);
-    }
+    each_rows(length_, [&](std::int64_t first, std::int64_t rows) {
+      if (tall()) {
+        for (std::int64_t row = first; row < first + rows; ++row) std::copy_n(y_ + row * row_, n_, matrix_.y + row * n_);
+      } else {
+        transpose(y_ + first * row_, row_, rows, n_, matrix_.y + first, length_, 1);
+      }
+    });
   }
 
   // a + b G + c G^2, by which a step multiplies.
   void set_factor(float* factor) const {
-    for (std::int64_t i = 0; i < square_; ++i) factor[i] = quintic_.b * gram_[i] + quintic_.c * square_of_gram_[i];
-    for (std::int64_t i = 0; i < n_; ++i) factor[i * row_ + i] += quintic_.a;
+    each_rows(n_, [&](std::int64_t first, std::int64_t rows) {
+      for (std::int64_t i = first * row_; i < (first + rows) * row_; ++i) {
+        factor[i] = quintic_.b * gram_[i] + quintic_.c * square_of_gram_[i];
+      }
+      for (std::int64_t i = first; i < first + rows; ++i) factor[i * row_ + i] += quintic_.a;
+    });
   }
 
   // A product of matrices that commute, or of one with itself, is symmetric.
@@ -127,9 +136,18 @@ class Orthogonaliser {
                           float* c) const {
     multiply({a, a_row, a_inner, b, row_, c, row_, in_wholes(n_, kernels_.rows), inner, true});
     // What is below the diagonal; of the blocks on it, both triangles are there, and become each other's.
-    for (std::int64_t row = 0; row < n_; row += kSide) {
-      transpose(c + row * row_ + row, row_, std::min(kSide, n_ - row), n_ - row, c + row * row_ + row, row_, 1);
-    }
+    each_rows(n_, [&](std::int64_t first, std::int64_t rows) {
+      float* const diagonal = c + first * row_ + first;
+      transpose(diagonal, row_, rows, n_ - first, diagonal, row_, 1);
+    });
+  }
+
+  // run(first, rows) for up to kSide rows after the other.
+  template <class Run>
+  void each_rows(std::int64_t count, const Run& run) const {
+    parallel_items((count + kSide - 1) / kSide, threads_, [&](int, std::int64_t item) {
+      run(item * kSide, std::min(kSide, count - item * kSide));
+    });
   }
 
   void multiply(const MatrixProduct& task) const {
