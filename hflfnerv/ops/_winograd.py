@@ -179,6 +179,8 @@ def last_blocks(
     Or None where the kernels cannot take the blocks, or another implementation would be chosen. ``biases`` are the
     heads', float32 ``[G, 3]``. Gradients are not seen.
     """
+    if _cpp.unavailable() is not None:
+        return None
     large = large_tiles_allowed()
     for x, weight, *_ in blocks:
         size = (x.shape[2], x.shape[3])
@@ -189,7 +191,7 @@ def last_blocks(
         if image_is_small(weight.shape[0], *size) or not pays(x, weight, kept=True):
             return None
     heights = {(6 if large else 9 - block.weight.shape[2]) * block.r for block in blocks}
-    if _cpp.unavailable() is not None or len(heights) != 1:
+    if len(heights) != 1:
         return None
     used, streams = [], []
     for x, weight, bias, r, approximate, head, group in blocks:
