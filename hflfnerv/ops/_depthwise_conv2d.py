@@ -124,11 +124,8 @@ def _triton_rejects(
 def _cpp_rejects(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: tuple[int, int]
 ) -> str | None:
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    if compute_dtype(x) != torch.float32:
-        return f"dtype {compute_dtype(x)} is not torch.float32"
-    return _kernels_reject(x, weight, padding)
+    reason = _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+    return reason or _kernels_reject(x, weight, padding)
 
 
 def _groups_reject(
@@ -164,10 +161,13 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
 
         y: torch.Tensor = depthwise_conv2d_fwd(images, weight, None if bias is None else bias.contiguous())
     else:
-        weight, bias, y = weight.contiguous(), _cpp.float_bias(bias), torch.empty_like(images)
+        # In half precision through copies: the images of an encoder are small.
+        images, weight, bias = images.float(), weight.float().contiguous(), _cpp.float_bias(bias)
+        y = torch.empty_like(images)
         _cpp.load().depthwise_conv2d_fwd(
             _sizes(x, weight), *map(_address, (images, weight, bias, y)), torch.get_num_threads()
         )
+        y = y.to(x.dtype)
     return y.contiguous(memory_format=layout)
 
 
@@ -187,9 +187,8 @@ def _backward(
         )
     else:
         dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
-        dx = torch.empty_like(x) if wanted[0] else None
         kernels = _triton_backward if impl == "triton" else _cpp_backward
-        gradients = (dx, *kernels(dy, x, weight, dx, wanted))
+        gradients = kernels(dy, x, weight, wanted)
     # The kernels make those of weight and bias together.
     dx, dweight, dbias = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return (
@@ -200,25 +199,25 @@ def _backward(
 
 
 def _triton_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor | None, wanted: list[bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor | None, ...]:
     from ..triton_kernels.depthwise_conv2d import depthwise_conv2d_bwd
 
-    gradients: tuple[torch.Tensor | None, torch.Tensor | None]
-    gradients = depthwise_conv2d_bwd(dy, x, weight, dx, sums=wanted[1] or wanted[2])
-    return gradients
+    dx = torch.empty_like(x) if wanted[0] else None
+    return (dx, *depthwise_conv2d_bwd(dy, x, weight, dx, sums=wanted[1] or wanted[2]))
 
 
 def _cpp_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor | None, wanted: list[bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    weight = weight.contiguous()
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    dtype, (dy, x, weight) = x.dtype, (dy.float(), x.float(), weight.float().contiguous())
+    dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] else None
     dbias = x.new_empty(len(weight)) if wanted[2] else None
     _cpp.load().depthwise_conv2d_bwd(
         _sizes(x, weight), *map(_address, (dy, x, weight, dx, dweight, dbias)), torch.get_num_threads()
     )
-    return dweight, dbias
+    return tuple(None if gradient is None else gradient.to(dtype) for gradient in (dx, dweight, dbias))
 
 
 def _backward_fake(
@@ -242,8 +241,9 @@ def _choice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pa
     """
     if x.device.type != "cpu":
         return "auto" if compute_dtype(x).itemsize == 2 else "reference"
-    if torch.compiler.is_compiling():
-        # Of PyTorch's operations, which a compiler sees into.
+    # Of PyTorch's operations under a compiler, which sees into them, and where they run on matrix units.
+    half = compute_dtype(x).itemsize == 2
+    if torch.compiler.is_compiling() or (half and _cpp.unavailable_amx() is None):
         return "reference" if _groups_reject(x, weight, bias, padding) else "groups"
     return "auto"
 
@@ -266,12 +266,13 @@ def depthwise_conv2d(
         bias: ``[C]``, or None.
         padding: zeros on each side of the rows and of the columns.
         impl: ``"auto"``, ``"triton"`` (CUDA: up to 512 channels, odd kernels up to 7x7, half of them as padding;
-            gradients included), ``"cpp"`` (CPU with AVX2 or AVX-512: float32, odd kernels, half of them as padding;
+            gradients included), ``"cpp"`` (CPU with AVX2 or AVX-512: odd kernels, half of them as padding;
             gradients included), ``"groups"`` (CPU, a multiple of 16 channels: PyTorch's, but for the weight's gradient,
             which is taken from a convolution with dense groups of 16 channels, of whose products all but one in 16 are
             thrown away, in a fraction of the time of PyTorch's own, which has no vector form) or ``"reference"``
             (PyTorch, anywhere). ``"auto"`` is the first that can run, but for float32 on a GPU, which is
-            ``"reference"``, and under torch.compile on the CPU, where it is made of PyTorch's operations.
+            ``"reference"``, and on the CPU under torch.compile, or in half precision with matrix units, where it is
+            made of PyTorch's operations.
 
     Returns:
         ``[B, C, H + 2 padding_h - K_h + 1, W + 2 padding_w - K_w + 1]``; x's dtype and memory format, or autocast's
@@ -284,7 +285,8 @@ def depthwise_conv2d(
 
     Numerics:
         The products are PyTorch's, and may be summed in another order, that of a pixel the same wherever it lies.
-        ``"triton"`` sums in float32, over pixels in an order that depends on the shape alone.
+        ``"triton"`` and ``"cpp"`` sum in float32 and round once, ``"triton"`` over pixels in an order that depends on
+        the shape alone.
 
     Example:
         >>> depthwise_conv2d(torch.zeros(1, 64, 8, 9), torch.zeros(64, 1, 7, 7), None, padding=(3, 3)).shape
