@@ -6,6 +6,7 @@
 
 #include "conv2d_head_kernels.h"
 #include "convert.h"
+#include "output_weights.h"
 #include "scratch.h"
 
 namespace hflfnerv {
@@ -58,21 +59,10 @@ struct Rows {
 void conv2d_head_fwd(const HeadShape& shape, const void* x, const float* weight, const float* bias, void* y, int threads,
                      SimdLevel level) {
   const Bands bands(shape);
-  const std::int64_t lanes = lanes_of(level), run = kHeadTaps * shape.channels, steps = (run + lanes - 1) / lanes;
-  const Aligned<float> weights = new_zeros<float>(kHeadTaps * steps * kHeadColours * lanes);
-  for (std::int64_t i = 0; i < kHeadTaps; ++i) {
-    for (std::int64_t e = 0; e < run; ++e) {
-      for (std::int64_t colour = 0; colour < kHeadColours; ++colour) {
-        const std::int64_t at = ((i * steps + e / lanes) * kHeadColours + colour) * lanes + e % lanes;
-        weights[static_cast<std::size_t>(at)] =
-            weight_at(shape, weight, colour, e % shape.channels, i * kHeadTaps + e / shape.channels);
-      }
-    }
-  }
-  const Aligned<float> biases = new_zeros<float>(kHeadColours * lanes);
-  for (std::int64_t i = 0; bias != nullptr && i < kHeadColours * lanes; ++i) {
-    biases[static_cast<std::size_t>(i)] = bias[i % kHeadColours];
-  }
+  const std::int64_t lanes = lanes_of(level), steps = output_vector_steps(shape.channels, lanes);
+  const Aligned<float> weights = output_vectors(weight, shape.channels, lanes);
+  constexpr float kNone[kHeadColours] = {};
+  const Aligned<float> biases = output_biases(bias != nullptr ? bias : kNone, 1);
   const Rows in{shape.type, shape.width * shape.channels}, out{shape.type, shape.width * kHeadColours};
   const bool direct = shape.type == FloatType::f32;
   const Aligned<float> zeros = new_zeros<float>(in.size);

@@ -18,9 +18,9 @@ struct HeadOutputRow {
   FloatType type;  // of x
   std::int64_t channels, width;
   std::int64_t steps;     // vectors that a row of the kernel covers
-  const float* weights;   // [row of the kernel][step][colour][lane]
+  const float* weights;   // as output_vectors() orders them
   const void* x[kHeadTaps];  // the rows above, at and below it
-  const float* bias;  // of the floats of as many pixels as vectors have lanes
+  const float* bias;      // kBiasLanes
   float* y;
   void* edge;  // kHeadTaps * steps vectors of scratch
 };

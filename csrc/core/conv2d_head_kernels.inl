@@ -1,8 +1,8 @@
 // Included behind the Simd of one instruction set; see conv2d_head_kernels.h.
 #include <cstring>
 
+#include "colours.inl"
 #include "conv2d_head_kernels.h"
-#include "registers.h"
 
 namespace hflfnerv {
 namespace {
@@ -11,9 +11,6 @@ using F = Simd::F;
 constexpr int kLanes = Simd::kLanes;
 constexpr bool kManyRegisters = kLanes == 16;  // 32 of them, where vectors of 8 lanes have 16
 constexpr int kRun = kHeadTaps * kHeadColours;  // floats of dy in a row that a pixel of x meets, one after the other
-
-constexpr int kBlock = kLanes;       // pixels whose sums are added up together
-constexpr int kShared = kLanes / 2;  // pixels that share a load of weights
 
 // Products of n pixels, lane by lane; the pixels left of them, in each row, begin at `from`.
 template <int n, class T>
@@ -24,15 +21,7 @@ inline void products(const HeadOutputRow& row, const T* const* from, F* products
   }
   const float* weights = row.weights;
   for (std::int64_t i = 0; i < kHeadTaps; ++i) {
-    const T* run = from[i];
-    for (std::int64_t k = 0; k < row.steps; ++k, run += kLanes, weights += kHeadColours * kLanes) {
-      F w[kHeadColours];
-      for (int c = 0; c < kHeadColours; ++c) w[c] = Simd::load(weights + c * kLanes);
-      for (int p = 0; p < n; ++p) {
-        const F value = kept(Simd::load(run + p * row.channels));
-        for (int c = 0; c < kHeadColours; ++c) sums[p][c] = Simd::fma(value, w[c], sums[p][c]);
-      }
-    }
+    weights = add_kernel_row(from[i], row.channels, row.steps, weights, sums);
   }
   for (int p = 0; p < n; ++p) {
     for (int c = 0; c < kHeadColours; ++c) products[p * kHeadColours + c] = sums[p][c];
@@ -42,14 +31,14 @@ inline void products(const HeadOutputRow& row, const T* const* from, F* products
 // y of a block of pixels from column x on.
 template <class T>
 inline void outputs(const HeadOutputRow& row, const T* const* from, std::int64_t x) {
-  F sums[kBlock * kHeadColours];
-  for (int p = 0; p < kBlock; p += kShared) {
+  F sums[kBlockPixels * kHeadColours];
+  for (int p = 0; p < kBlockPixels; p += kSharedPixels) {
     const T* here[kHeadTaps];
     for (int i = 0; i < kHeadTaps; ++i) here[i] = from[i] + p * row.channels;
-    products<kShared>(row, here, sums + p * kHeadColours);
+    products<kSharedPixels>(row, here, sums + p * kHeadColours);
   }
   for (int c = 0; c < kHeadColours; ++c) {
-    const F bias = Simd::load(row.bias + c * kLanes);
+    const F bias = Simd::load(row.bias + c * kLanes % kHeadColours);  // colours repeat every three lanes
     Simd::store(row.y + x * kHeadColours + c * kLanes, Simd::add(Simd::sums(sums + c * kLanes), bias));
   }
 }
@@ -90,7 +79,7 @@ void fwd_of(const HeadOutputRow& row) {
     for (const T*& p : from) p += pixels * row.channels;
     x += pixels;
   };
-  for (; x + kBlock <= end; advance(kBlock)) outputs(row, from, x);
+  for (; x + kBlockPixels <= end; advance(kBlockPixels)) outputs(row, from, x);
   for (; x < end; advance(1)) output(row, from, x);
   for (; x < row.width; ++x) output_at_edge<T>(row, x);
 }

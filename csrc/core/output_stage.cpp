@@ -1,7 +1,6 @@
 #include "output_stage.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <vector>
 

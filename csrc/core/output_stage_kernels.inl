@@ -2,17 +2,14 @@
 // memory, and are added up at the end. Included behind the Simd of one instruction set.
 #include <cstring>
 
-#include "output_stage_kernels.h"
-#include "registers.h"
+#include "colours.inl"
 
 namespace hflfnerv {
 namespace {
 
 using F = Simd::F;
 constexpr int L = Simd::kLanes;
-constexpr int kShared = L / 2;  // pixels that share a load of weights: as many as registers hold sums of
-constexpr int kPixels = L;      // of a block: their colours fill three vectors
-constexpr int kSums = kPixels * kColours;
+constexpr int kSums = kBlockPixels * kColours;
 
 class Worker {
  public:
@@ -20,7 +17,7 @@ class Worker {
 
   void run() const {
     for (std::int64_t y = rows_.begin; y < rows_.end; ++y) {
-      for (std::int64_t x = 0; x < rows_.width; x += kPixels) block(y, x);
+      for (std::int64_t x = 0; x < rows_.width; x += kBlockPixels) block(y, x);
     }
   }
 
@@ -33,7 +30,7 @@ class Worker {
       const int first = stream;
       while (stream < rows_.count && rows_.streams[stream].group == group) ++stream;
       F sums[kSums];
-      for (int p = 0; p < kPixels; p += kShared) products(first, stream, y, x + p, sums + p * kColours);
+      for (int p = 0; p < kBlockPixels; p += kSharedPixels) products(first, stream, y, x + p, sums + p * kColours);
       for (int v = 0; v < kColours; ++v) {
         // Colours repeat every three lanes: the bias of lane v L is that of lane v L mod 3.
         const F bias = Simd::load(rows_.biases + group * kBiasLanes + v * L % kColours);
@@ -41,38 +38,30 @@ class Worker {
       }
     }
     const std::int64_t left = rows_.width - x;
-    store((y * rows_.width + x) * kColours, values, static_cast<int>((left < kPixels ? left : kPixels) * kColours));
+    store((y * rows_.width + x) * kColours, values, static_cast<int>((left < kBlockPixels ? left : kBlockPixels) * kColours));
   }
 
-  // The products of kShared pixels from x on, summed over streams [first, last) and lane by lane.
+  // The products of kSharedPixels pixels from x on, summed over streams [first, last) and lane by lane.
   void products(int first, int last, std::int64_t y, std::int64_t x, F* sums) const {
-    F s[kShared][kColours];
-    for (int p = 0; p < kShared; ++p) {
+    F s[kSharedPixels][kColours];
+    for (int p = 0; p < kSharedPixels; ++p) {
       for (F& sum : s[p]) sum = Simd::zero();
     }
     for (int i = first; i < last; ++i) add(rows_.streams[i], y, x, s);
-    for (int p = 0; p < kShared; ++p) {
+    for (int p = 0; p < kSharedPixels; ++p) {
       for (int c = 0; c < kColours; ++c) sums[p * kColours + c] = s[p][c];
     }
   }
 
   static inline __attribute__((always_inline)) void add(const OutputStream& stream, std::int64_t y, std::int64_t x,
-                                                        F (*s)[kColours]) {
+                                                        F (&s)[kSharedPixels][kColours]) {
     const float* weights = static_cast<const float*>(stream.weights);
     for (std::int64_t ky = 0; ky < kTaps; ++ky) {
       const std::int64_t row = y + ky - 1;
       const bool inside = row >= stream.top && row < stream.height;
       const float* from = static_cast<const float*>(inside ? stream.x : stream.zeros);
       if (inside) from += row % stream.ring * stream.row;
-      from += x * stream.pixel;
-      for (std::int64_t k = 0; k < stream.steps; ++k, from += L, weights += kColours * L) {
-        F w[kColours];
-        for (int c = 0; c < kColours; ++c) w[c] = Simd::load(weights + c * L);
-        for (int p = 0; p < kShared; ++p) {
-          const F value = kept(Simd::load(from + p * stream.pixel));
-          for (int c = 0; c < kColours; ++c) s[p][c] = Simd::fma(value, w[c], s[p][c]);
-        }
-      }
+      weights = add_kernel_row(from + x * stream.pixel, stream.pixel, stream.steps, weights, s);
     }
   }
 

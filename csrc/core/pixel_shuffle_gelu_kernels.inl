@@ -24,6 +24,7 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) +
 
 template <class T>
 struct Kernel {
+  static constexpr bool kByTable = false;
   const PixelShuffleTask& task;
   float* scratch;
   const PixelShuffleShape& s = task.shape;
@@ -158,7 +159,10 @@ struct Kernel {
     }
   }
 
-  void fwd(std::int64_t begin, std::int64_t end) const {
+  // Rows of items; `self` is this kernel, or one that has another way where the shuffle does not fit registers.
+  template <class Self>
+  void fwd(const Self& self, std::int64_t begin, std::int64_t end) const {
+    const bool fits = !Self::kByTable && in_registers();
     const Gelu gelu(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
     for (std::int64_t item = begin; item < end; ++item) {
@@ -168,8 +172,8 @@ struct Kernel {
         if (s.channels_last) {
           T* y = out + out_pixels(plane, h * r);
           const T* from = x + in_pixels(plane, h);
-          if (!in_registers()) {
-            fwd_pixels(gelu, biases, from, y);
+          if (!fits) {
+            self.fwd_pixels(gelu, biases, from, y);
           } else if (in_pieces()) {
             r == 2 ? fwd_pieces_fixed<2>(gelu, biases, from, y) : fwd_pieces_fixed<4>(gelu, biases, from, y);
           } else {
@@ -181,8 +185,8 @@ struct Kernel {
         for (std::int64_t i = 0; i < r; ++i) {
           const std::int64_t k = (c * r + i) * r;
           T* y = out + out_row(b, c, h * r + i);
-          if (!in_registers()) {
-            fwd_plane_row(gelu, b, k, h, y);
+          if (!fits) {
+            self.fwd_plane_row(gelu, b, k, h, y);
           } else if (r == 2) {
             fwd_plane_row_fixed<2>(gelu, b, k, h, y);
           } else {
@@ -300,7 +304,9 @@ struct Kernel {
     }
   }
 
-  void bwd(std::int64_t begin, std::int64_t end) const {
+  template <class Self>
+  void bwd(const Self& self, std::int64_t begin, std::int64_t end) const {
+    const bool fits = !Self::kByTable && in_registers();
     const GeluGradient slope(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
     const std::int64_t row_sums = s.channels_last ? task.piece() * K : 0;
@@ -313,14 +319,14 @@ struct Kernel {
         if (s.channels_last) {
           std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + 64) * sizeof(float));
           const T* from = dy + out_pixels(plane, h * r);
-          if (!in_registers()) {
-            bwd_pixels(slope, biases, in_pixels(plane, h), from, pixel_sums);
+          if (!fits) {
+            self.bwd_pixels(slope, biases, in_pixels(plane, h), from, pixel_sums);
           } else if (r == 2) {
             bwd_pixels_fixed<2>(slope, in_pixels(plane, h), from, pixel_sums);
           } else {
             bwd_pixels_fixed<4>(slope, in_pixels(plane, h), from, pixel_sums);
           }
-          for (std::int64_t at = 0; at < (in_registers() ? K : row_sums); at += K) {
+          for (std::int64_t at = 0; at < (fits ? K : row_sums); at += K) {
             for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
           }
           continue;
@@ -329,8 +335,8 @@ struct Kernel {
         for (std::int64_t i = 0; i < r; ++i) {
           const std::int64_t k = (c * r + i) * r;
           const T* from = dy + out_row(b, c, h * r + i);
-          if (!in_registers()) {
-            bwd_plane_row(slope, b, k, h, from, sums + i * r);
+          if (!fits) {
+            self.bwd_plane_row(slope, b, k, h, from, sums + i * r);
           } else if (r == 2) {
             bwd_plane_row_fixed<2>(slope, b, k, h, from, sums + i * r);
           } else {
@@ -345,8 +351,9 @@ struct Kernel {
 // Shuffles by tables.
 template <class T>
 struct TableKernel : Kernel<T> {
-  using Kernel<T>::task, Kernel<T>::scratch, Kernel<T>::s, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::H, Kernel<T>::W;
-  using Kernel<T>::x, Kernel<T>::dy, Kernel<T>::out;
+  static constexpr bool kByTable = true;
+  using Kernel<T>::task, Kernel<T>::scratch, Kernel<T>::s, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::W, Kernel<T>::x;
+  using Kernel<T>::out;
 
   // Of a vector of columns of r rows of x, or of a pixel of x: where in the buffer the elements of y come from, or those of dx.
   Permutation order{};
@@ -415,28 +422,6 @@ struct TableKernel : Kernel<T> {
     }
   }
 
-  // Rows of x of the items.
-  template <class Run>
-  void each_row(std::int64_t begin, std::int64_t end, const Run& run) const {
-    for (std::int64_t item = begin; item < end; ++item) {
-      const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
-      const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
-      for (std::int64_t h = block * kRowsPerItem; h < last; ++h) run(item, plane, h);
-    }
-  }
-
-  void fwd(std::int64_t begin, std::int64_t end) const {
-    const Gelu gelu(*task.table);
-    const float* biases = s.channels_last ? this->repeated_biases() : nullptr;
-    each_row(begin, end, [&](std::int64_t, std::int64_t plane, std::int64_t h) {
-      if (s.channels_last) return fwd_pixels(gelu, biases, x + this->in_pixels(plane, h), out + this->out_pixels(plane, h * r));
-      const std::int64_t b = plane / C, c = plane % C;
-      for (std::int64_t i = 0; i < r; ++i) {
-        fwd_plane_row(gelu, b, (c * r + i) * r, h, out + this->out_row(b, c, h * r + i));
-      }
-    });
-  }
-
   void bwd_plane_row(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
                      double* sums) const {
     float* const buffer = scratch;
@@ -487,37 +472,15 @@ struct TableKernel : Kernel<T> {
       }
     }
   }
-
-  void bwd(std::int64_t begin, std::int64_t end) const {
-    const GeluGradient slope(*task.table);
-    const float* biases = s.channels_last ? this->repeated_biases() : nullptr;
-    const std::int64_t row_sums = s.channels_last ? task.piece() * K : 0;
-    float* const pixel_sums = scratch + 2 * task.piece_floats();
-    each_row(begin, end, [&](std::int64_t item, std::int64_t plane, std::int64_t h) {
-      double* const sums = task.sums + item * task.item_sums();
-      if (s.channels_last) {
-        std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + L) * sizeof(float));
-        bwd_pixels(slope, biases, this->in_pixels(plane, h), dy + this->out_pixels(plane, h * r), pixel_sums);
-        for (std::int64_t at = 0; at < row_sums; at += K) {
-          for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
-        }
-        return;
-      }
-      const std::int64_t b = plane / C, c = plane % C;
-      for (std::int64_t i = 0; i < r; ++i) {
-        bwd_plane_row(slope, b, (c * r + i) * r, h, dy + this->out_row(b, c, h * r + i), sums + i * r);
-      }
-    });
-  }
 };
 
 void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
   with_type(task.type, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{task, scratch};
-    if (kernel.in_registers()) return kernel.fwd(begin, end);
+    if (kernel.in_registers()) return kernel.fwd(kernel, begin, end);
     TableKernel<T> by_table{{task, scratch}};
-    by_table.forward_order() ? by_table.fwd(begin, end) : kernel.fwd(begin, end);
+    by_table.forward_order() ? by_table.fwd(by_table, begin, end) : kernel.fwd(kernel, begin, end);
   });
 }
 
@@ -525,9 +488,9 @@ void bwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t en
   with_type(task.type, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{task, scratch};
-    if (kernel.in_registers()) return kernel.bwd(begin, end);
+    if (kernel.in_registers()) return kernel.bwd(kernel, begin, end);
     TableKernel<T> by_table{{task, scratch}};
-    by_table.backward_order() ? by_table.bwd(begin, end) : kernel.bwd(begin, end);
+    by_table.backward_order() ? by_table.bwd(by_table, begin, end) : kernel.bwd(kernel, begin, end);
   });
 }
 

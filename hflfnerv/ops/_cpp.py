@@ -7,8 +7,20 @@ import functools
 import torch
 
 from .. import _ext
+from ._check import compute_dtype
 
-__all__ = ["address", "dtype_name", "float_bias", "load", "rejects_tensor", "simd", "unavailable", "unavailable_amx"]
+__all__ = [
+    "address",
+    "dtype_name",
+    "float_bias",
+    "load",
+    "on_matrix_units",
+    "rejects_operand",
+    "rejects_tensor",
+    "simd",
+    "unavailable",
+    "unavailable_amx",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 load = _ext.load
@@ -57,6 +69,19 @@ def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, _DTYPES))}"
     return None
+
+
+def rejects_operand(x: torch.Tensor) -> str | None:
+    """Return why the kernels cannot take x in the dtype that it is computed in, autocast's if that is on, or None."""
+    return rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+
+
+def on_matrix_units(x: torch.Tensor) -> bool:
+    """Return whether PyTorch's convolutions of x, on the CPU, run on matrix units.
+
+    Kernels that compute in float32 were not measured against them.
+    """
+    return compute_dtype(x).itemsize == 2 and unavailable_amx() is None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -124,7 +124,7 @@ def _triton_rejects(
 def _cpp_rejects(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: tuple[int, int]
 ) -> str | None:
-    reason = _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+    reason = _cpp.rejects_operand(x)
     return reason or _kernels_reject(x, weight, padding)
 
 
@@ -242,8 +242,7 @@ def _choice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pa
     if x.device.type != "cpu":
         return "auto" if compute_dtype(x).itemsize == 2 else "reference"
     # Of PyTorch's operations under a compiler, which sees into them, and where they run on matrix units.
-    half = compute_dtype(x).itemsize == 2
-    if torch.compiler.is_compiling() or (half and _cpp.unavailable_amx() is None):
+    if torch.compiler.is_compiling() or _cpp.on_matrix_units(x):
         return "reference" if _groups_reject(x, weight, bias, padding) else "groups"
     return "auto"
 

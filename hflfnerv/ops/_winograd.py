@@ -41,7 +41,7 @@ _INSTRUCTIONS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 
 def rejects(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int]) -> str | None:
     """Return why the kernels cannot run these tensors, or None."""
-    reason = _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+    reason = _cpp.rejects_operand(x)
     if reason is not None:
         return reason
     rows, columns = weight.shape[2:]

@@ -41,7 +41,7 @@ def _run_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _direct_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    reason = _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+    reason = _cpp.rejects_operand(x)
     if reason is not None:
         return reason
     if weight.shape[0] != 3 or weight.shape[2:] != (3, 3):
@@ -213,8 +213,8 @@ def _kernels_pay(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if x.device.type == "cpu":
         if _cpp.unavailable() is not None:
             return False
-        if compute_dtype(x).itemsize == 2 and _cpp.unavailable_amx() is None:
-            return False  # not measured against matrix units
+        if _cpp.on_matrix_units(x):
+            return False
         if _direct_rejects(x, weight, bias) is None:
             return x.shape[2] * x.shape[3] >= _DIRECT_PIXELS
         return _winograd_rejects(x, weight, bias) is None and _winograd.pays(x, weight, kept=False)

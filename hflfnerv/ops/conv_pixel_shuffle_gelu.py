@@ -209,8 +209,7 @@ def _run_winograd(call: Call) -> torch.Tensor:
 
 
 def _composed_cpp_rejects(call: Call) -> str | None:
-    x = call.x
-    return _cpp.rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+    return _cpp.rejects_operand(call.x)
 
 
 def _run_composed_cpp(call: Call) -> torch.Tensor:
@@ -287,7 +286,7 @@ def _winograd_is_faster(call: Call) -> bool:
 
     Matrix units for 16 bits, which PyTorch's convolutions use, make up for the products that it saves.
     """
-    if compute_dtype(call.x).itemsize == 2 and _cpp.unavailable_amx() is None:
+    if _cpp.on_matrix_units(call.x):
         return False
     kept = is_kept(call.weight) and not _wants_gradient(call.x, call.weight, call.bias)
     return _winograd.pays(call.x, call.weight, kept=kept)
