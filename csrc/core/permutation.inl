@@ -46,25 +46,34 @@ class Permutation {
     return true;
   }
 
-  // sink(i, v) with one of the vectors, for each of `count` places, `distance` floats apart.
+  // Places in memory, `distance` floats apart.
+  struct Places {
+    std::int64_t count, distance;
+  };
+
+  // sink(o, i, v) with one of the vectors, for each of the inner places of each of the outer ones. A sink that the compiler
+  // does not inline of itself should say so: it is called for each vector.
   template <class Sink>
-  void each(int vector, const float* from, std::int64_t distance, std::int64_t count, const Sink& sink) const {
+  void each(int vector, const float* from, Places outer, Places inner, const Sink& sink) const {
     switch (first_[vector + 1] - first_[vector]) {
-      case 1: return steps<1>(vector, from, distance, count, sink);
-      case 2: return steps<2>(vector, from, distance, count, sink);
-      case 3: return steps<3>(vector, from, distance, count, sink);
-      case 4: return steps<4>(vector, from, distance, count, sink);
-      case 5: return steps<5>(vector, from, distance, count, sink);
-      case 6: return steps<6>(vector, from, distance, count, sink);
-      case 7: return steps<7>(vector, from, distance, count, sink);
-      case 8: return steps<8>(vector, from, distance, count, sink);
+      case 1: return steps<1>(vector, from, outer, inner, sink);
+      case 2: return steps<2>(vector, from, outer, inner, sink);
+      case 3: return steps<3>(vector, from, outer, inner, sink);
+      case 4: return steps<4>(vector, from, outer, inner, sink);
+      case 5: return steps<5>(vector, from, outer, inner, sink);
+      case 6: return steps<6>(vector, from, outer, inner, sink);
+      case 7: return steps<7>(vector, from, outer, inner, sink);
+      case 8: return steps<8>(vector, from, outer, inner, sink);
     }
-    for (std::int64_t i = 0; i < count; ++i, from += distance) {
-      Simd::F value = Simd::zero();
-      for (int step = first_[vector]; step < first_[vector + 1]; ++step) {
-        value = Simd::permute(value, masks_[step], index_[vector], from + offsets_[step]);
+    for (std::int64_t o = 0; o < outer.count; ++o) {
+      for (std::int64_t i = 0; i < inner.count; ++i) {
+        const float* const source = from + o * outer.distance + i * inner.distance;
+        Simd::F value = Simd::zero();
+        for (int step = first_[vector]; step < first_[vector + 1]; ++step) {
+          value = Simd::permute(value, masks_[step], index_[vector], source + offsets_[step]);
+        }
+        sink(o, i, value);
       }
-      sink(i, value);
     }
   }
 
@@ -72,19 +81,21 @@ class Permutation {
 
  private:
   template <int kSteps, class Sink>
-  void steps(int vector, const float* from, std::int64_t distance, std::int64_t count, const Sink& sink) const {
+  void steps(int vector, const float* from, Places outer, Places inner, const Sink& sink) const {
     Simd::Mask masks[kSteps];
     const float* sources[kSteps];
     for (int step = 0; step < kSteps; ++step) {
       masks[step] = masks_[first_[vector] + step];
       sources[step] = from + offsets_[first_[vector] + step];
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      Simd::F value = Simd::zero();
-      for (int step = 0; step < kSteps; ++step) {
-        value = Simd::permute(value, masks[step], index_[vector], sources[step] + i * distance);
+    for (std::int64_t o = 0; o < outer.count; ++o) {
+      for (std::int64_t i = 0; i < inner.count; ++i) {
+        Simd::F value = Simd::zero();
+        for (int step = 0; step < kSteps; ++step) {
+          value = Simd::permute(value, masks[step], index_[vector], sources[step] + o * outer.distance + i * inner.distance);
+        }
+        sink(o, i, value);
       }
-      sink(i, value);
     }
   }
 

@@ -6,8 +6,9 @@
 
 namespace hflfnerv {
 
-constexpr std::int64_t kRowsPerItem = 8;      // rows of x, of one plane (contiguous) or of all channels (channels-last)
 constexpr std::int64_t kBufferElements = 2048;  // of a piece of a row that stays in the first cache
+constexpr std::int64_t kItemElements = 1 << 15;
+constexpr std::int64_t kMaxItemRows = 8;
 
 // One call, cut into items that can run in any order.
 struct PixelShuffleTask {
@@ -20,7 +21,13 @@ struct PixelShuffleTask {
   void* out;          // y or dx
   double* sums;       // backward only: item_sums() of each item, or null
 
-  std::int64_t row_blocks() const { return (shape.height + kRowsPerItem - 1) / kRowsPerItem; }
+  // Rows of x of an item, of one plane (contiguous) or of all channels (channels-last).
+  std::int64_t item_rows() const {
+    if (!shape.channels_last) return kMaxItemRows;
+    const std::int64_t rows = kItemElements / (shape.width * shape.in_channels());
+    return rows < 1 ? 1 : rows < kMaxItemRows ? rows : kMaxItemRows;
+  }
+  std::int64_t row_blocks() const { return (shape.height + item_rows() - 1) / item_rows(); }
   std::int64_t items() const { return shape.batch * (shape.channels_last ? 1 : shape.channels) * row_blocks(); }
   std::int64_t item_sums() const { return shape.channels_last ? shape.in_channels() : shape.r * shape.r; }
   // Pixels (channels-last) or columns (contiguous) handled at once where the general code runs.
@@ -30,9 +37,14 @@ struct PixelShuffleTask {
     const std::int64_t least = shape.channels_last ? 1 : 16;
     return most < least ? least : (most < shape.width ? most : shape.width);
   }
+  // Rows of a plane handled at once where the general code runs and as many fit a piece.
+  std::int64_t rows_at_once() const {
+    const std::int64_t columns = (shape.width + 15) / 16 * 16, rows = kBufferElements / shape.r / columns;
+    return shape.channels_last || rows < 1 ? 1 : rows < kMaxItemRows ? rows : kMaxItemRows;
+  }
   // What belongs to a piece, and vectors behind each of its rows.
   std::int64_t piece_floats() const {
-    const std::int64_t columns = (piece() + 15) / 16 * 16;
+    const std::int64_t columns = rows_at_once() * ((piece() + 15) / 16 * 16);
     return columns * (shape.channels_last ? shape.in_channels() : shape.r) + (shape.r + 4) * 16;
   }
   // Floats of scratch that each thread needs: elements in the order of x and in that of y, biases and sums of a piece.

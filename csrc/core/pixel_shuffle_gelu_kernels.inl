@@ -5,6 +5,7 @@
 // first cache: vectors on its one side, and on the other permutations by tables, or single elements where the tables would
 // be too large.
 #include <cstring>
+#include <type_traits>
 
 #include "partial.inl"
 #include "permutation.inl"
@@ -29,6 +30,7 @@ struct Kernel {
   float* scratch;
   const PixelShuffleShape& s = task.shape;
   const std::int64_t r = s.r, C = s.channels, K = s.in_channels(), H = s.height, W = s.width;
+  const std::int64_t piece = task.piece(), rows_at_once = task.rows_at_once();
   const T* x = static_cast<const T*>(task.x);
   const T* dy = static_cast<const T*>(task.dy);
   T* out = static_cast<T*>(task.out);
@@ -38,17 +40,20 @@ struct Kernel {
   std::int64_t out_row(std::int64_t b, std::int64_t c, std::int64_t row) const {
     return ((b * C + c) * H * r + row) * W * r;
   }
+  std::int64_t next_rows() const { return r * W * r; }  // of a plane of y, from one row of x to the next
   // Of channels-last tensors: the first pixel of a row.
   std::int64_t in_pixels(std::int64_t b, std::int64_t h) const { return (b * H + h) * W * K; }
   std::int64_t out_pixels(std::int64_t b, std::int64_t row) const { return (b * H * r + row) * W * r * C; }
 
   // Whether GELU goes over whole pieces before the channels part: where a good part of the last vector would be computed
-  // again, but not in float32 with long vectors and r = 2, which waits for memory rather than for arithmetic; and in 16 bits
-  // with short vectors.
+  // again, but not in float32 with long vectors and r = 2, which waits for memory rather than for arithmetic, unless there is
+  // next to nothing in that vector; and in 16 bits with short vectors.
   bool in_pieces() const {
     const bool wasteful = (C + L - 1) / L * L * 6 >= C * 7;
-    return L == 8 ? wasteful || sizeof(T) == 2 : wasteful && (sizeof(T) == 2 || r == 4);
+    return L == 8 ? wasteful || sizeof(T) == 2 : wasteful && (sizeof(T) == 2 || r == 4 || rest_by_element());
   }
+  // Whether the few channels behind whole vectors part one by one.
+  bool rest_by_element() const { return sizeof(T) == 4 && C % L <= 2; }
   bool in_registers() const { return (r == 2 || r == 4) && (s.channels_last ? C : W) >= L; }
 
   // Row h of the channels from `first` on becomes one row of y.
@@ -74,8 +79,8 @@ struct Kernel {
 
   void fwd_plane_row(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
     T* buffer = reinterpret_cast<T*>(scratch);
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece();
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t n = W - w0 < piece ? W - w0 : piece;
       for (std::int64_t j = 0; j < r; ++j) {
         const T* from = x + in_row(b, first + j, h) + w0;
         const F bias = Simd::set(task.bias[first + j]);
@@ -86,6 +91,10 @@ struct Kernel {
         for (std::int64_t w = 0; w < n; ++w) to[w * r] = buffer[w];
       }
     }
+  }
+  // Rows from h on. Those of y are r rows apart.
+  void fwd_plane_rows(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
+    for (std::int64_t row = 0; row < rows; ++row) fwd_plane_row(gelu, b, first, h + row, y + row * next_rows());
   }
 
   template <int R>
@@ -109,7 +118,7 @@ struct Kernel {
   // Repeats the biases for the pixels of a piece.
   float* repeated_biases() const {
     float* biases = scratch + task.piece_floats();
-    for (std::int64_t p = 0; p < task.piece(); ++p) {
+    for (std::int64_t p = 0; p < piece; ++p) {
       std::memcpy(biases + p * K, task.bias, static_cast<std::size_t>(K) * sizeof(float));
     }
     return biases;
@@ -119,21 +128,27 @@ struct Kernel {
   template <int R>
   void fwd_pieces_fixed(const Gelu& gelu, const float* biases, const T* from, T* y) const {
     float* buffer = scratch;
-    const std::int64_t row = W * R * C;
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+    const std::int64_t row = W * R * C, in_vectors = rest_by_element() ? C / L * L : C;
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
       for (std::int64_t k = 0; k < n; k += L) {
         prefetch(from + k);
         Simd::store(buffer + k, gelu(Simd::add(load_some(from + k, n - k), Simd::load(biases + k))));
       }
       from += n;
       for (std::int64_t p = 0; p < pixels; ++p, y += R * C) {
-        for (std::int64_t c = 0; c < C; c += L) {
+        const float* const pixel = buffer + p * K;
+        for (std::int64_t c = 0; c < in_vectors; c += L) {
           if (c > C - L) c = C - L;
           F v[R * R];
-          for (int m = 0; m < R * R; ++m) v[m] = Simd::load(buffer + p * K + R * R * c + m * L);
+          for (int m = 0; m < R * R; ++m) v[m] = Simd::load(pixel + R * R * c + m * L);
           Simd::part<R * R>(v);
           for (int m = 0; m < R * R; ++m) Simd::store(y + m / R * row + m % R * C + c, v[m]);
+        }
+        if constexpr (std::is_same_v<T, float>) {
+          for (std::int64_t c = in_vectors; c < C; ++c) {
+            for (int m = 0; m < R * R; ++m) y[m / R * row + m % R * C + c] = pixel[R * R * c + m];
+          }
         }
       }
     }
@@ -141,8 +156,8 @@ struct Kernel {
 
   void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
     T* buffer = reinterpret_cast<T*>(scratch);
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
       for (std::int64_t k = 0; k < n; k += L) {
         const F v = Simd::add(load_some(from + w0 * K + k, n - k), load_some(biases + k, n - k));
         Simd::store(buffer + k, gelu(v));
@@ -165,10 +180,11 @@ struct Kernel {
     const bool fits = !Self::kByTable && in_registers();
     const Gelu gelu(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
+    const std::int64_t step = fits ? 1 : rows_at_once;
     for (std::int64_t item = begin; item < end; ++item) {
-      const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
-      const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
-      for (std::int64_t h = block * kRowsPerItem; h < last; ++h) {
+      const std::int64_t plane = item / task.row_blocks(), first = item % task.row_blocks() * task.item_rows();
+      const std::int64_t last = first + task.item_rows() < H ? first + task.item_rows() : H;
+      for (std::int64_t h = first; h < last; h += step) {
         if (s.channels_last) {
           T* y = out + out_pixels(plane, h * r);
           const T* from = x + in_pixels(plane, h);
@@ -186,7 +202,7 @@ struct Kernel {
           const std::int64_t k = (c * r + i) * r;
           T* y = out + out_row(b, c, h * r + i);
           if (!fits) {
-            self.fwd_plane_row(gelu, b, k, h, y);
+            self.fwd_plane_rows(gelu, b, k, h, last - h < step ? last - h : step, y);
           } else if (r == 2) {
             fwd_plane_row_fixed<2>(gelu, b, k, h, y);
           } else {
@@ -237,8 +253,8 @@ struct Kernel {
       F sum = Simd::zero();
       const std::int64_t row = in_row(b, first + j, h);
       const F bias = Simd::set(task.bias[first + j]);
-      for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-        const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece();
+      for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+        const std::int64_t n = W - w0 < piece ? W - w0 : piece;
         for (std::int64_t w = 0; w < n; ++w) buffer[w] = from[(w0 + w) * r + j];
         for (std::int64_t w = 0; w < n; w += L) {
           const std::int64_t at = row + w0 + w;
@@ -248,6 +264,12 @@ struct Kernel {
         }
       }
       sums[j] += Simd::sum(sum);
+    }
+  }
+  void bwd_plane_rows(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
+                      const T* from, double* sums) const {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      bwd_plane_row(slope, b, first, h + row, from + row * next_rows(), sums);
     }
   }
 
@@ -283,8 +305,8 @@ struct Kernel {
 
   void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     T* buffer = reinterpret_cast<T*>(scratch);
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
       for (std::int64_t i = 0; i < r; ++i) {
         const T* row = from + i * W * r * C + w0 * r * C;
         for (std::int64_t p = 0; p < pixels; ++p) {
@@ -309,13 +331,14 @@ struct Kernel {
     const bool fits = !Self::kByTable && in_registers();
     const GeluGradient slope(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
-    const std::int64_t row_sums = s.channels_last ? task.piece() * K : 0;
+    const std::int64_t row_sums = !s.channels_last ? 0 : fits || Self::kByTable ? K : piece * K;
     float* pixel_sums = scratch + 2 * task.piece_floats();
+    const std::int64_t step = fits ? 1 : rows_at_once;
     for (std::int64_t item = begin; item < end; ++item) {
-      const std::int64_t block = item % task.row_blocks(), plane = item / task.row_blocks();
-      const std::int64_t last = (block + 1) * kRowsPerItem < H ? (block + 1) * kRowsPerItem : H;
+      const std::int64_t plane = item / task.row_blocks(), first = item % task.row_blocks() * task.item_rows();
+      const std::int64_t last = first + task.item_rows() < H ? first + task.item_rows() : H;
       double* sums = task.sums + item * task.item_sums();
-      for (std::int64_t h = block * kRowsPerItem; h < last; ++h) {
+      for (std::int64_t h = first; h < last; h += step) {
         if (s.channels_last) {
           std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + 64) * sizeof(float));
           const T* from = dy + out_pixels(plane, h * r);
@@ -326,7 +349,7 @@ struct Kernel {
           } else {
             bwd_pixels_fixed<4>(slope, in_pixels(plane, h), from, pixel_sums);
           }
-          for (std::int64_t at = 0; at < (fits ? K : row_sums); at += K) {
+          for (std::int64_t at = 0; at < row_sums; at += K) {
             for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
           }
           continue;
@@ -336,7 +359,7 @@ struct Kernel {
           const std::int64_t k = (c * r + i) * r;
           const T* from = dy + out_row(b, c, h * r + i);
           if (!fits) {
-            self.bwd_plane_row(slope, b, k, h, from, sums + i * r);
+            self.bwd_plane_rows(slope, b, k, h, last - h < step ? last - h : step, from, sums + i * r);
           } else if (r == 2) {
             bwd_plane_row_fixed<2>(slope, b, k, h, from, sums + i * r);
           } else {
@@ -353,49 +376,51 @@ template <class T>
 struct TableKernel : Kernel<T> {
   static constexpr bool kByTable = true;
   using Kernel<T>::task, Kernel<T>::scratch, Kernel<T>::s, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::W, Kernel<T>::x;
-  using Kernel<T>::out;
+  using Kernel<T>::out, Kernel<T>::piece, Kernel<T>::rows_at_once;
 
   // Of a vector of columns of r rows of x, or of a pixel of x: where in the buffer the elements of y come from, or those of dx.
   Permutation order{};
-  std::int64_t run() const { return r * C; }                                  // of a pixel in a row of y
-  std::int64_t buffer_row() const { return (task.piece() + L - 1) / L * L; }  // of columns of x
-  std::int64_t buffer_run() const { return task.piece() * run() + L; }        // of pixels of a row of y
+  const std::int64_t run = r * C;                                            // of a pixel in a row of y
+  const std::int64_t buffer_row = rows_at_once * ((piece + L - 1) / L * L);  // of columns of x
+  const std::int64_t buffer_run = piece * run + L;                           // of pixels of a row of y
 
   bool forward_order() {
     if (!s.channels_last) {
-      return order.make(r * L, buffer_row(), [&](std::int64_t e) { return e % r * buffer_row() + e / r; });
+      return order.make(r * L, buffer_row, [&](std::int64_t e) { return e % r * buffer_row + e / r; });
     }
-    const std::int64_t vectors = (run() + L - 1) / L;
+    const std::int64_t vectors = (run + L - 1) / L;
     return order.make(r * vectors * L, K + L, [&](std::int64_t e) {
       const std::int64_t i = e / (vectors * L), q = e % (vectors * L);
-      return q < run() ? (q % C * r + i) * r + q / C : -1;
+      return q < run ? (q % C * r + i) * r + q / C : -1;
     });
   }
   bool backward_order() {
     if (!s.channels_last) return order.make(r * L, r * L, [&](std::int64_t e) { return e % L * r + e / L; });
-    return order.make(K, buffer_run(), [&](std::int64_t k) {
+    return order.make(K, buffer_run, [&](std::int64_t k) {
       const std::int64_t c = k / (r * r), i = k / r % r, j = k % r;
-      return i * buffer_run() + j * C + c;
+      return i * buffer_run + j * C + c;
     });
   }
 
-  void fwd_plane_row(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
+  void fwd_plane_rows(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
     float* const buffer = scratch;
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece();
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t n = W - w0 < piece ? W - w0 : piece;
+      const std::int64_t columns = rows * n;  // several rows are whole ones, which follow each other
       for (std::int64_t j = 0; j < r; ++j) {
         const T* from = x + this->in_row(b, first + j, h) + w0;
         const F bias = Simd::set(task.bias[first + j]);
-        for (std::int64_t w = 0; w < n; w += L) {
-          Simd::store(buffer + j * buffer_row() + w, gelu(Simd::add(load_some(from + w, n - w), bias)));
+        for (std::int64_t w = 0; w < columns; w += L) {
+          Simd::store(buffer + j * buffer_row + w, gelu(Simd::add(load_some(from + w, columns - w), bias)));
         }
       }
       for (int v = 0; v < order.vectors(); ++v) {
         T* const to = y + w0 * r + v * L;
         const std::int64_t left = n * r - v * L;
-        order.each(v, buffer, L, (left + r * L - 1) / (r * L), [&](std::int64_t i, F value) {
-          store_some(to + i * r * L, value, left - i * r * L);
-        });
+        const auto put = [&](std::int64_t row, std::int64_t i, F value) __attribute__((always_inline)) {
+          store_some(to + row * this->next_rows() + i * r * L, value, left - i * r * L);
+        };
+        order.each(v, buffer, {rows, n}, {(left + r * L - 1) / (r * L), L}, put);
       }
     }
   }
@@ -403,8 +428,8 @@ struct TableKernel : Kernel<T> {
   void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
     float* const buffer = scratch;
     const int vectors = order.vectors() / static_cast<int>(r);
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K;
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
       for (std::int64_t k = 0; k < n; k += L) {
         const F v = Simd::add(load_some(from + w0 * K + k, n - k), Simd::load(biases + k));
         Simd::store(buffer + k, gelu(v));
@@ -412,38 +437,44 @@ struct TableKernel : Kernel<T> {
       for (std::int64_t i = 0; i < r; ++i) {
         // What the last vector of a pixel writes behind it is the next one's, or its first vector's, which comes after it.
         for (int v = vectors - 1; v >= 0; --v) {
-          T* const to = y + (i * W + w0) * run() + v * L;
-          const std::int64_t left = pixels * run() - v * L;
-          order.each(static_cast<int>(i) * vectors + v, buffer, K, pixels, [&](std::int64_t p, F value) {
-            store_some(to + p * run(), value, left - p * run());
-          });
+          T* const to = y + (i * W + w0) * run + v * L;
+          const std::int64_t left = pixels * run - v * L;
+          const auto put = [&](std::int64_t, std::int64_t p, F value) __attribute__((always_inline)) {
+            store_some(to + p * run, value, left - p * run);
+          };
+          order.each(static_cast<int>(i) * vectors + v, buffer, {1, 0}, {pixels, K}, put);
         }
       }
     }
   }
 
-  void bwd_plane_row(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
-                     double* sums) const {
+  void bwd_plane_rows(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
+                      const T* from, double* sums) const {
     float* const buffer = scratch;
     float* const row_sums = scratch + task.piece_floats();  // lane by lane
     for (std::int64_t e = 0; e < r * L; e += L) Simd::store(row_sums + e, Simd::zero());
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t n = W - w0 < task.piece() ? W - w0 : task.piece(), elements = n * r;
-      // With zeros behind it, as far as the permutation reads.
-      for (std::int64_t e = 0; e < (n + L - 1) / L * r * L; e += L) {
-        const std::int64_t left = elements - e;
-        Simd::store(buffer + e, left > 0 ? load_some(from + w0 * r + e, left) : Simd::zero());
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t n = W - w0 < piece ? W - w0 : piece, elements = n * r;
+      // With zeros behind each row, as far as the permutation reads.
+      const std::int64_t padded = (n + L - 1) / L * L * r;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const T* dy_row = from + row * this->next_rows() + w0 * r;
+        for (std::int64_t e = 0; e < padded; e += L) {
+          const std::int64_t left = elements - e;
+          Simd::store(buffer + row * padded + e, left > 0 ? load_some(dy_row + e, left) : Simd::zero());
+        }
       }
       for (int j = 0; j < order.vectors(); ++j) {
         const std::int64_t at = this->in_row(b, first + j, h) + w0;
         const F bias = Simd::set(task.bias[first + j]);
         F sum = Simd::load(row_sums + j * L);
-        order.each(j, buffer, r * L, (n + L - 1) / L, [&](std::int64_t i, F dy) {
-          const std::int64_t left = n - i * L;
-          const F v = Simd::mul(dy, slope(Simd::add(load_some(x + at + i * L, left), bias)));
-          store_some(out + at + i * L, v, left);
+        const auto put = [&](std::int64_t row, std::int64_t i, F dy) __attribute__((always_inline)) {
+          const std::int64_t here = at + row * W + i * L, left = n - i * L;
+          const F v = Simd::mul(dy, slope(Simd::add(load_some(x + here, left), bias)));
+          store_some(out + here, v, left);
           sum = Simd::add(sum, v);  // beyond the end dy is zero
-        });
+        };
+        order.each(j, buffer, {rows, padded}, {(n + L - 1) / L, r * L}, put);
         Simd::store(row_sums + j * L, sum);
       }
     }
@@ -452,23 +483,25 @@ struct TableKernel : Kernel<T> {
 
   void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     float* const buffer = scratch;
-    float* const slopes = scratch + 3 * task.piece_floats();
-    for (std::int64_t w0 = 0; w0 < W; w0 += task.piece()) {
-      const std::int64_t pixels = W - w0 < task.piece() ? W - w0 : task.piece(), n = pixels * K, elements = pixels * run();
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, elements = pixels * run;
       for (std::int64_t i = 0; i < r; ++i) {
-        const T* row = from + (i * W + w0) * run();
-        float* const to = buffer + i * buffer_run();
+        const T* row = from + (i * W + w0) * run;
+        float* const to = buffer + i * buffer_run;
         for (std::int64_t e = 0; e < elements; e += L) Simd::store(to + e, load_some(row + e, elements - e));
       }
       for (int v = order.vectors() - 1; v >= 0; --v) {  // see fwd_pixels
-        order.each(v, buffer, run(), pixels, [&](std::int64_t p, F value) { Simd::store(slopes + p * K + v * L, value); });
-      }
-      for (std::int64_t k = 0; k < n; k += L) {
-        const std::int64_t here = at + w0 * K + k;
-        const F z = Simd::add(load_some(x + here, n - k), Simd::load(biases + k));
-        const F v = Simd::mul(load_some(slopes + k, n - k), slope(z));
-        store_some(out + here, v, n - k);
-        Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
+        const std::int64_t first = at + w0 * K + v * L, left = pixels * K - v * L;
+        const F bias = Simd::load(biases + v * L);
+        F sum = Simd::load(sums + v * L);
+        const auto put = [&](std::int64_t, std::int64_t p, F dy) __attribute__((always_inline)) {
+          const F z = Simd::add(load_some(x + first + p * K, left - p * K), bias);
+          const F value = Simd::mul(dy, slope(z));
+          store_some(out + first + p * K, value, left - p * K);
+          sum = Simd::add(sum, value);  // of lanes beyond the last channel nobody asks
+        };
+        order.each(v, buffer, {1, 0}, {pixels, run}, put);
+        Simd::store(sums + v * L, sum);
       }
     }
   }

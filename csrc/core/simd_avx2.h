@@ -202,7 +202,7 @@ struct Simd {
   };
 
   // exp(-a²/2) and Phi(-a) exp(a²/2); the quotient of polynomials is fitted to 5e-10.
-  static Tail normal_tail(F a) {
+  static inline __attribute__((always_inline)) Tail normal_tail(F a) {
     const F e = exp2_minus<Simd>(mul(mul(a, set(0.72134752f)), a));
     F p = fma(set(1.0164797e-2f), a, set(8.7649889e-2f));
     p = fma(p, a, set(3.0041605e-1f));
@@ -215,7 +215,7 @@ struct Simd {
   }
 
   // 1 / (1 + exp(u)) with u = 2 sqrt(2/pi) (a + 0.044715 a³).
-  static Tail logistic_tail(F a) {
+  static inline __attribute__((always_inline)) Tail logistic_tail(F a) {
     const F square = mul(a, a);
     const F e = exp2_minus<Simd>(mul(a, fma(square, set(0.10294324f), set(2.3022082f))));  // in powers of 2
     const F ratio = _mm256_div_ps(set(1), add(set(1), e));
@@ -228,7 +228,7 @@ struct Simd {
 
   struct Gelu {
     explicit Gelu(const GeluTable& table) : tanh_form(table.tanh_form) {}
-    F operator()(F x) const {
+    inline __attribute__((always_inline)) F operator()(F x) const {
       const F a = limited_abs(x);
       const Tail tail = tanh_form ? logistic_tail(a) : normal_tail(a);
       return _mm256_fnmadd_ps(a, tail.t(), _mm256_max_ps(zero(), x));
@@ -238,7 +238,7 @@ struct Simd {
 
   struct Tanh {
     explicit Tanh(const GeluTable&) {}
-    F operator()(F x) const {
+    inline __attribute__((always_inline)) F operator()(F x) const {
       const F a = _mm256_min_ps(set(kTanhLimit), _mm256_andnot_ps(set(-0.0f), x));
       const F e = exp2_minus<Simd>(mul(a, set(2.8853901f)));
       const F s = fma(a, zero(), _mm256_div_ps(e, add(set(1), e)));  // NaN for a NaN
@@ -248,7 +248,7 @@ struct Simd {
 
   struct GeluGradient {
     explicit GeluGradient(const GeluTable& table) : tanh_form(table.tanh_form) {}
-    F operator()(F x) const {
+    inline __attribute__((always_inline)) F operator()(F x) const {
       const F a = limited_abs(x);
       F value;
       if (tanh_form) {

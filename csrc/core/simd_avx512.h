@@ -183,7 +183,7 @@ struct Simd {
     explicit Polynomial(const GeluTable& table) {
       for (int i = 0; i < kTerms; ++i) c[i] = _mm512_load_ps(table.coefficients[i]);
     }
-    F operator()(F a) const {
+    inline __attribute__((always_inline)) F operator()(F a) const {
       const F rounded = _mm512_fmadd_ps(a, _mm512_set1_ps(1 / kGeluStep), _mm512_set1_ps(kGeluRound));
       const __m512i piece = _mm512_castps_si512(rounded);
       const F d = _mm512_fnmadd_ps(_mm512_sub_ps(rounded, _mm512_set1_ps(kGeluRound)), _mm512_set1_ps(kGeluStep), a);
@@ -198,7 +198,7 @@ struct Simd {
 
   struct Gelu {
     explicit Gelu(const GeluTable& table) : t(table) {}
-    F operator()(F x) const {
+    inline __attribute__((always_inline)) F operator()(F x) const {
       const F a = limited_abs(x);
       return _mm512_fnmadd_ps(a, t(a), _mm512_max_ps(zero(), x));
     }
@@ -207,7 +207,7 @@ struct Simd {
 
   struct Tanh {
     explicit Tanh(const GeluTable& table) : t(table) {}
-    F operator()(F x) const {
+    inline __attribute__((always_inline)) F operator()(F x) const {
       const F value = _mm512_fnmadd_ps(set(2), t(limited_abs(mul(x, set(1 / kTanhScale)))), set(1));
       return _mm512_or_ps(value, _mm512_and_ps(x, set(-0.0f)));
     }
@@ -216,7 +216,7 @@ struct Simd {
 
   struct GeluGradient {
     explicit GeluGradient(const GeluTable& table) : d(table) {}
-    F operator()(F x) const {
+    inline __attribute__((always_inline)) F operator()(F x) const {
       const F value = d(limited_abs(x));
       const __mmask16 positive = _mm512_cmp_ps_mask(x, zero(), _CMP_GE_OQ);
       return _mm512_mask_sub_ps(value, positive, set(1), value);
