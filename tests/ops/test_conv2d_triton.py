@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import triton_version
 
 from hflfnerv import ops
 from hflfnerv.ops import CONV2D
@@ -42,7 +43,8 @@ def test_ahead_of_time(compile_launch, capability, dtype, channels):
     assert len(found) == 2
     for kernel in found:
         assert kernel.stack_bytes == kernel.local_bytes == 0, kernel
-        assert kernel.registers <= 160, kernel  # twelve warps and more on a multiprocessor
+        # Twelve warps and more on a multiprocessor; eleven by Triton before 3.7.
+        assert kernel.registers <= (160 if triton_version() >= (3, 7) else 176), kernel
         assert kernel.matrix_instructions, kernel
 
 

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import MATRIX, limits
+from ahead_of_time import MATRIX, limits, matrix_int8
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
@@ -222,7 +222,7 @@ def all_tiles():
 def test_ahead_of_time(compile_launch, capability, name, tile):
     (found,) = compile_launch(kernels_module(), lambda: launch(name, tile), capability)
     assert found.stack_bytes == found.local_bytes == 0, found
-    assert found.matrix_instructions == {MATRIX[capability]}, found
+    assert found.matrix_instructions == {matrix_int8(capability)}, found
     # 16 of the weight, and 8 of x where a pixel is no multiple of 16 channels.
     assert 16 in found.async_copy_bytes, found
     assert min(found.async_copy_bytes) >= 8 or tile.block_k < 128, found
