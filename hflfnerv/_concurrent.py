@@ -1,16 +1,16 @@
-"""Independent parts of a computation side by side, on streams of a CUDA device."""
+"""Independent parts of a computation side by side, on streams of a CUDA device, and CUDA graphs of them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["concurrently", "side_by_side"]
+__all__ = ["capture", "concurrently", "side_by_side"]
 
 T = TypeVar("T")
 
@@ -18,6 +18,8 @@ _STREAMS = 8  # at once, the current one included: PyTorch has 32 for a device, 
 _LOCAL = threading.local()
 _LOCK = threading.Lock()
 _BESIDE: dict[tuple[int, int], list[torch.cuda.Stream]] = {}
+_CAPTURE = threading.Lock()
+_BROKEN: list[torch.cuda.CUDAGraph] = []  # of captures that did not end; PyTorch's allocator still refers to them
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ def concurrently(*calls: functools.partial[T]) -> list[T]:
     """
     device = next((x.device for x in _tensors(calls[0].args) if x.is_cuda), None) if calls else None
     # A compiler sees one stream, and no state of threads.
-    if device is None or torch.compiler.is_compiling() or not _side_by_side():
+    if device is None or torch.compiler.is_compiling() or not _side_by_side() or _BROKEN:
         return [call() for call in calls]
     current = torch.cuda.current_stream(device)
     beside = _streams_beside(current, min(len(calls), _STREAMS) - 1)
@@ -78,6 +80,48 @@ def concurrently(*calls: functools.partial[T]) -> list[T]:
         for stream in beside:
             current.wait_stream(stream)
     return results
+
+
+def capture(run: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Capture what a function launches in a CUDA graph.
+
+    One thread at a time does so: the beginning of a capture waits for the device, which CUDA does not allow while
+    another one is under way. Other threads go on launching meanwhile.
+
+    Where CUDA breaks a capture off, PyTorch's allocator takes it for still under way, and keeps all memory that was
+    used on several streams for good. From then on :func:`concurrently` therefore uses one stream in this process.
+
+    Args:
+        run: called once; it computes nothing yet.
+        stream: of its own, on which it runs.
+        pool: the memory of graphs that never run at once, from ``torch.cuda.graph_pool_handle``; None for its own.
+
+    Returns:
+        The graph, and what ``run`` returned: tensors that each replay writes.
+
+    Raises:
+        RuntimeError: what is launched cannot be captured; the current stream is what it was.
+    """
+    graph = torch.cuda.CUDAGraph()
+    current = torch.cuda.current_stream(stream.device)
+    results: list[T] = []
+    failure: Exception | None = None
+    with _CAPTURE:
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    results.append(run())
+                except Exception as error:  # the capture may end as it should all the same
+                    failure = error
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)
+            _BROKEN.append(graph)
+            if failure is None:
+                raise
+            raise failure from error
+    if failure is not None:
+        raise failure
+    return graph, results[0]
 
 
 def _streams_beside(current: torch.cuda.Stream, count: int) -> list[torch.cuda.Stream]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hflfnerv import _concurrent
-from hflfnerv._concurrent import concurrently, side_by_side
+from hflfnerv._concurrent import capture, concurrently, side_by_side
 from hflfnerv.testing import requires
 
 needs_gpu = pytest.mark.skipif(
@@ -125,6 +125,73 @@ def test_elsewhere_calls_run_one_after_another(log, monkeypatch):
     with side_by_side():
         concurrently(partial(work, log, "a", on_device()), partial(work, log, "c", on_device()))
     assert log == ["a on 1", "c on 1"] * 4
+
+
+class FakeCapture:
+    """A capture that begins and, unless ``ends`` is False, ends."""
+
+    ends = True
+
+    def __init__(self, graph, **settings):
+        self.settings = settings
+
+    def __enter__(self):
+        torch.cuda.set_stream(self.settings["stream"])
+
+    def __exit__(self, *exception):
+        if not self.ends:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        torch.cuda.set_stream(self.settings["stream"].before)
+
+
+@pytest.fixture
+def capturing(log, monkeypatch):
+    """A stream to capture on; graphs are fakes, and the log knows the current stream."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(log, "current", stream.cuda_stream))
+    monkeypatch.setattr(_concurrent, "_BROKEN", [])
+    stream = torch.cuda.Stream(number=50)
+    stream.before = torch.cuda.Stream(number=1)
+    return stream
+
+
+def streams_used(log):
+    del log[:]
+    with side_by_side():
+        concurrently(partial(work, log, "a", on_device()), partial(work, log, "c", on_device()))
+    return {entry.split()[-1] for entry in log if " on " in entry}
+
+
+def test_a_capture_returns_the_graph_and_the_result(log, capturing):
+    graph, result = capture(lambda: log.current, capturing)
+    assert type(graph) is object
+    assert (result, log.current) == (50, 1)
+
+
+def test_an_error_in_a_capture_that_ends_is_raised_and_that_is_all(log, capturing):
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(fails, capturing)
+    assert log.current == 1
+    assert len(streams_used(log)) == 2
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no")])
+def test_after_a_capture_that_cuda_breaks_off_there_is_one_stream(log, capturing, monkeypatch, error):
+    def run():
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(FakeCapture, "ends", False)
+    with pytest.raises(
+        RuntimeError if error is None else ValueError, match="error during capture" if error is None else "no"
+    ):
+        capture(run, capturing)
+    assert log.current == 1
+    assert streams_used(log) == {"1"}
 
 
 @needs_gpu

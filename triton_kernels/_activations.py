@@ -61,8 +61,12 @@ def gelu_derivative(z, FORM: tl.constexpr):
         # e s is 1 - s without the cancellation.
         d = s + z * (e * s * s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif FORM == "fast tanh":
-        t = _fast_tanh(_argument(z, FORM))
-        d = 0.5 * t + 0.5 + z * (1.0 - t * t) * (0.053516112204450188 * (z * z) + 0.3989422804014327)
+        u = _argument(z, FORM)
+        t = _fast_tanh(u)
+        # 1 - t² is 4 e / (1 + e)², e = exp(-2 |u|), without the cancellation; and 2 / (1 + e) is 1 + |t|.
+        twice = 1.0 + tl.abs(t)
+        slope = _fast_exp2(-2.8853900817779268 * tl.abs(u)) * twice * twice
+        d = 0.5 * t + 0.5 + z * slope * (0.053516112204450188 * (z * z) + 0.3989422804014327)
     else:
         # The distribution, and z times its density exp(-z² / 2) / sqrt(2 pi).
         if FORM == "erf":

@@ -129,9 +129,9 @@ def orthogonalise_kernel(
         tl.store(y_ptr + n[:, None] * stride_n + m[None, :] * stride_m, y, mask=(n < N)[:, None] & inside)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _table(shapes, device):
-    """Return offset, rows, columns and their strides of each matrix: made once, since a graph cannot make it."""
+    """Return offset, rows, columns and their strides of each matrix: made once, and kept, since graphs read it."""
     entries, offset = [], 0
     for rows, columns in shapes:
         tall = rows > columns

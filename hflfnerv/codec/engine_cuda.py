@@ -9,7 +9,8 @@ import warnings
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._concurrent import side_by_side
+from .._concurrent import capture, side_by_side
 from .._device import autocast_dtype, exact_convolutions, first_line
 from ..models import ModelSpec, VideoNetwork
 from ..models.streams import DecoderStream
@@ -71,10 +72,8 @@ class _Program:
             for _ in range(2):  # what runs the first time, such as compilers, cannot be captured
                 self._render(self.index)
         current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._out = self._render(self.index)
+            self._graph, self._out = capture(partial(self._render, self.index), stream, pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -83,8 +82,6 @@ class _Program:
                 RuntimeWarning,
                 stacklevel=5,
             )
-            return
-        self._graph = graph
 
 
 class _Slot:
@@ -101,8 +98,9 @@ class _Slot:
         self.index = torch.empty(shape[0], dtype=torch.int64, device="cpu", pin_memory=on_cuda)
         self.made = torch.cuda.Event() if on_cuda else None
         # Of its own: what a reader lets go of is given out again when all that is queued by then on the stream that
-        # filled it is done, and on a shared one that is the batches in flight.
-        self.copies = torch.cuda.Stream(device) if on_cuda else None
+        # filled it is done, and on a shared one that is the batches in flight. Of a priority of their own, PyTorch
+        # gives out other streams than those on which graphs are captured, perhaps in another thread.
+        self.copies = torch.cuda.Stream(device, priority=-2) if on_cuda else None
         self.count = 0
 
     def copy(self) -> None:
@@ -141,6 +139,7 @@ class CudaEngine(Engine):
         self._packed = PackedWeights()
         self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
         self._lock = threading.Lock()
+        self._done = torch.cuda.Event() if self._on_cuda else None
         self._free: list[_Slot] = []
         self._lent: weakref.WeakValueDictionary[int, NDArray[np.uint8]] = weakref.WeakValueDictionary()  # by address
         self._programs: dict[int, _Program] = {}
@@ -160,9 +159,23 @@ class CudaEngine(Engine):
             )
             self._dtype = torch.float32
             self._use(model, exact)
+        with self._turn():  # what comes first waits for all this
+            pass
 
     def _current_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self._on_cuda else nullcontext()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one thread launch at a time, and what it launches run after what was launched before, on any stream."""
+        with self._lock, self._current_device():
+            if self._done is not None:
+                self._done.wait()
+            try:
+                yield
+            finally:
+                if self._done is not None:
+                    self._done.record()
 
     def _use(self, model: VideoNetwork, stems: list[Tensor]) -> None:
         model = model if self._dtype == torch.float32 else copy.deepcopy(model).to(self._dtype)
@@ -223,7 +236,7 @@ class CudaEngine(Engine):
 
         The next frames of this engine may overwrite them.
         """
-        with self._lock, self._current_device():
+        with self._turn():
             program = self._program(len(indices))
             program.index.copy_(torch.tensor(indices, device="cpu"))
             return program.run()
@@ -259,7 +272,7 @@ class CudaEngine(Engine):
     @torch.inference_mode()
     def float_frames(self, indices: Sequence[int]) -> Iterator[Tensor]:
         for index in indices:
-            with self._lock:
+            with self._turn():
                 frame = self._render(torch.tensor([index], device=self.device), as_bytes=False)
             yield frame[0].permute(2, 0, 1).cpu()
 
@@ -295,6 +308,10 @@ class CudaEngine(Engine):
     def _shrink(self, size: int) -> None:
         self.batch_size = size // 2
         self._programs.pop(size, None)
+        if self._on_cuda and not self._programs:
+            self._pool = (
+                torch.cuda.graph_pool_handle()
+            )  # the memory of a pool without graphs may be in a reader's hands
         for stream in self._streams:
             if isinstance(stream, Int8Stream):
                 stream.forget(size)
@@ -309,7 +326,7 @@ class CudaEngine(Engine):
     @torch.inference_mode()
     def _launch(self, indices: Sequence[int], size: int) -> _Slot:
         """Queue a batch of ``size`` frames, the last of which may be the same, and its copy to the host."""
-        with self._lock, self._current_device():
+        with self._turn():
             program = self._program(size)
             slot = self._take_slot(size)
             slot.count = len(indices)

@@ -79,8 +79,9 @@ class MinMax:
         return self.minimum, self.scale
 
     def values(self, symbols: Array) -> NDArray[np.float32]:
-        scaled = self.scale.astype(np.float32) * symbols.astype(np.float32)
-        return np.asarray(self.minimum.astype(np.float32) + scaled, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            scaled = self.scale.astype(np.float32) * symbols.astype(np.float32)
+            return np.asarray(self.minimum.astype(np.float32) + scaled, dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,8 @@ class LogStep:
 
     def values(self, symbols: Array) -> NDArray[np.float32]:
         offset = symbols.astype(np.int32) - self.zero_point.astype(np.int32)
-        return np.asarray(self.steps * offset.astype(np.float32), dtype=np.float32)
+        with np.errstate(over="ignore"):
+            return np.asarray(self.steps * offset.astype(np.float32), dtype=np.float32)
 
 
 Step = MinMax | LogStep

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from .._concurrent import capture
 from .._device import first_line
 
 __all__ = ["CapturedStep"]
@@ -48,14 +49,10 @@ class CapturedStep:
         current.wait_stream(self._stream)
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
         try:
-            # The progress display has threads of its own, which must not disturb the capture.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._step()
+            self._graph, _ = capture(self._step, self._stream)
         except RuntimeError as error:
             self._capturable = False
-            del graph
             torch.cuda.empty_cache()
             warnings.warn(
                 f"training without a CUDA graph, which is slower: the step cannot be captured ({first_line(error)})",
@@ -63,5 +60,4 @@ class CapturedStep:
                 stacklevel=3,
             )
             return
-        self._graph = graph
         torch.cuda.empty_cache()  # what the first calls used; the graph has memory of its own

@@ -101,6 +101,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", Null)
     monkeypatch.setattr(torch.cuda, "graph", Null)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(_concurrent, "_BROKEN", [])
 
 
 def test_the_first_calls_are_steps_then_one_capture_then_replays(fake_cuda):
