@@ -16,7 +16,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/core/* csrc/cuda/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/flags.mk csrc/core/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -84,7 +84,7 @@ def not_enough_memory(what: str, *, decoding: bool) -> str:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Return the compute type of a precision name, None for float32."""
     if precision not in _DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
+        raise ValueError(f"precision must be one of auto, {', '.join(_DTYPES)}, got {precision!r}")
     return _DTYPES[precision]
 
 

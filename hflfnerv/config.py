@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -50,19 +53,22 @@ def parse_size(text: str | float) -> int:
     """Read a number of parameters: ``1.5M``, ``300k``, ``300000`` or a number.
 
     Raises:
-        ValueError: it is none of these, or less than 1.
+        TypeError: it is neither text nor a number.
+        ValueError: the text is none of these, or the number is less than 1 or more than 2**40.
     """
     if isinstance(text, bool):
         raise ValueError(f"size must be a number of parameters such as 1.5M, got {text!r}")
-    if isinstance(text, (int, float)):
+    if isinstance(text, numbers.Real):
         value = float(text)
+    elif not isinstance(text, str):
+        raise TypeError(f"size must be a number or text such as 1.5M, got {text!r}")
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmM]?)\s*", text)
         if match is None:
             raise ValueError(f"size must be a number of parameters such as 1.5M, 300k or 300000, got {text!r}")
         value = float(match[1]) * _SIZE_UNITS[match[2].lower()]
     if not 1 <= value <= 2**40:
-        raise ValueError(f"size must be at least 1 parameter, got {text!r}")
+        raise ValueError(f"size must be 1 to 2**40 parameters, got {text!r}")
     return round(value)
 
 
@@ -149,12 +155,16 @@ class EncodeConfig:
             if PRESETS[self.preset][self.model].encoder_input is None:
                 raise ValueError(f"encoder_input must be None for model {self.model!r}, which has no encoder")
         parse_size(self.size)
-        _integer("epochs", self.epochs, 1)
-        _integer("seed", self.seed, 0, 2**31 - 1)
-        _integer("weight_bits", self.weight_bits, 2, 8)
-        _integer("embedding_bits", self.embedding_bits, 2, 8)
-        if self.batch_size is not None:
-            _integer("batch_size", self.batch_size, 1)
+        for name, low, high in (
+            ("epochs", 1, None),
+            ("seed", 0, 2**31 - 1),
+            ("weight_bits", 2, 8),
+            ("embedding_bits", 2, 8),
+            ("batch_size", 1, None),
+        ):
+            self._keep(name, _integer, low, high)
+        for name in ("lr", "quantization_share", "rate_weight", "highpass_removed", "checkpoint_seconds"):
+            self._keep(name, _number)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.quantization_share is not None and not 0 <= self.quantization_share <= 1:
@@ -166,13 +176,13 @@ class EncodeConfig:
         if not self.checkpoint_seconds >= 0:
             raise ValueError(f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}")
         for name in ("crop", "resize"):
-            pair = getattr(self, name)
-            if pair is None:
-                continue
-            if len(pair) != 2:
-                raise ValueError(f"{name} must be (height, width), got {pair!r}")
-            for value in pair:
-                _integer(name, value, 1, 16384)
+            self._keep(name, _pair)
+
+    def _keep(self, name: str, convert: Callable[..., Any], *limits: int | None) -> None:
+        """Let a field hold Python's own number where it was given NumPy's; None stays where it is the default."""
+        value = getattr(self, name)
+        if value is not None or type(self).__dataclass_fields__[name].default is not None:
+            object.__setattr__(self, name, convert(name, value, *limits))
 
     @property
     def parameters(self) -> int:
@@ -212,8 +222,28 @@ def _choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {f'in {low}..{high}' if high else f'at least {low}'}, got {value}")
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {f'in {low}..{high}' if high else f'at least {low}'}, got {number}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be (height, width), got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"{name} must be (height, width), got {value!r}")
+    height, width = (_integer(name, side, 1, 16384) for side in value)
+    return height, width

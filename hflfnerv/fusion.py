@@ -205,7 +205,8 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> FuseReport:
         Those of the implementation. With ``impl="reference"`` results and gradients are bit-identical. On a CPU
         without matrix units ``"auto"`` is mostly ``"winograd"``, in float32 whatever the tensors are; its rounding
         errors are up to five times those of PyTorch's convolution in float32 for kernels 5x5, and up to nine times for
-        3x3. ``"conv2d+cpp"`` has the latter.
+        3x3. ``"conv2d+cpp"`` has the latter. Of the implementations ``"reference"`` alone has second derivatives; the
+        others say so in an error.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.PixelShuffle(2), nn.GELU(), nn.Conv2d(2, 3, 1))

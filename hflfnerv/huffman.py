@@ -196,8 +196,8 @@ def decode_rows(
         array([[2, 3]], dtype=uint8)
     """
     rows = (operator.index(start), operator.index(stop))
-    if not 0 <= rows[0] <= rows[1]:
-        raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
+    if not 0 <= rows[0] <= rows[1] < 2**63:
+        raise ValueError(f"start and stop must satisfy 0 <= start <= stop < 2**63, got {start} and {stop}")
     return _coder(impl).decode_rows(_checked_data(data), *rows, _checked_max(max_symbols), bool(verify), bool(copy))
 
 

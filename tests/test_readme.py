@@ -1,4 +1,4 @@
-"""Every code block of the README runs."""
+"""Python of the README runs, its commands are parsed, and its make targets exist."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ._options import add_device, add_fps, add_selection, argument, check_folder
 if TYPE_CHECKING:
     from ..codec import Decoder
     from ..config import EncodeConfig
-    from ..data import ConventionalCodec, Video
+    from ..data import ConventionalCodec
 
 __all__ = ["add_parser", "run"]
 
@@ -94,7 +94,18 @@ def run(arguments: argparse.Namespace) -> int:
     from .._atomic import check_writable
     from ..codec import bjontegaard, check_plot, mean_points, plot_points
 
-    check_outputs({"--json": arguments.json, "--plot": arguments.plot}, [*arguments.input, *arguments.hflf])
+    networks = _networks(arguments)
+    trained = [_trained(source, config, arguments) for source in arguments.input for config in networks]
+    check_outputs(
+        {"--json": arguments.json, "--plot": arguments.plot}
+        | {f"the file of --sizes {path.name}": path for path in trained if path is not None},
+        [*arguments.input, *arguments.hflf],
+    )
+    for path in trained:
+        if path is not None and path.exists() and not _checkpoints(path).is_dir():
+            raise ValueError(
+                f"--workdir must not hold files of others, got {path} without the folder of its checkpoints"
+            )
     for path in (arguments.json, arguments.plot):
         if path is not None:
             check_writable(path)
@@ -102,7 +113,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         check_plot(arguments.plot)
     codecs = _available(arguments)
-    networks = _networks(arguments)
     files = _files_by_input(arguments.hflf, arguments.input)
     if not (codecs or networks or arguments.hflf):
         raise ValueError(
@@ -178,9 +188,26 @@ def _networks(arguments: argparse.Namespace) -> list[EncodeConfig]:
     ]
 
 
+def _name(source: Path) -> str:
+    """Return what the video of an input is called."""
+    return source.resolve().name if source.is_dir() else source.stem
+
+
+def _trained(source: Path, config: EncodeConfig, arguments: argparse.Namespace) -> Path | None:
+    """Return where the file of a network stays, or None."""
+    if arguments.workdir is None:
+        return None
+    path: Path = arguments.workdir / f"{_name(source)}-{config.model}-{config.preset}-{config.size}.hflf"
+    return path
+
+
+def _checkpoints(path: Path) -> Path:
+    return path.with_suffix(".work")
+
+
 def _files_by_input(files: list[Path], sources: list[Path]) -> dict[Path, list[Path]]:
     """Give each .hflf file to its input, small ones first."""
-    names = {source: source.resolve().name if source.is_dir() else source.stem for source in sources}
+    names = {source: _name(source) for source in sources}
     twice = [name for name in names.values() if list(names.values()).count(name) > 1]
     if twice or len(names) < len(sources):
         raise ValueError(f"INPUT must have different names, got {', '.join(twice or map(str, sources))} more than once")
@@ -203,11 +230,11 @@ def _measure(
     arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Yield the points of one input."""
-    from ..codec import Decoder, conventional_point, file_matrix, file_point
+    from ..codec import conventional_point, file_matrix, file_point
     from ..config import EncodeConfig
     from ..data import load_video
 
-    decoders = [Decoder(path, device=arguments.device, precision="fp32") for path in files]
+    decoders = [_open(path, arguments) for path in files]
     assumed = [arguments.untagged_matrix] if arguments.untagged_matrix else [*map(file_matrix, decoders)]
     video = load_video(
         source,
@@ -229,26 +256,36 @@ def _measure(
         ranks[curve] = ranks.get(curve, 0) + 1
         yield file_point(video, decoder, setting=f"file {ranks[curve]}")
     for config in networks:
-        yield file_point(video, _train(source, video, config, arguments), setting=f"{config.size}")
+        yield file_point(video, _train(source, config, arguments), setting=f"{config.size}")
     for codec, preset, crfs in codecs:
         for crf in crfs:
             yield conventional_point(video, codec, crf=crf, preset=preset, threads=arguments.threads)
 
 
-def _train(source: Path, video: Video, config: EncodeConfig, arguments: argparse.Namespace) -> Decoder:
+def _open(path: Path, arguments: argparse.Namespace) -> Decoder:
+    from ..codec import Decoder
+    from ..errors import BitstreamError
+
+    try:
+        return Decoder(path, device=arguments.device, precision="fp32")
+    except BitstreamError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _train(source: Path, config: EncodeConfig, arguments: argparse.Namespace) -> Decoder:
     """Encode an input; with --workdir the file and its checkpoint stay there."""
     from dataclasses import replace
 
     from ..codec import Decoder, encode
     from ._progress import progress_observer
 
-    name = f"{video.name}-{config.model}-{config.preset}-{config.size}"
-    if arguments.workdir is not None:
-        config = replace(config, workdir=arguments.workdir / f"{name}.work")
+    path = _trained(source, config, arguments)
+    if path is not None:
+        config = replace(config, workdir=_checkpoints(path))
     with progress_observer(quiet=arguments.quiet) as observer:
         result = encode(source, config, fps=arguments.fps, observer=observer)
-    if arguments.workdir is not None:
-        result.save(arguments.workdir / f"{name}.hflf")
+    if path is not None:
+        result.save(path)
     return Decoder(result.bitstream, device=arguments.device, precision="fp32")
 
 

@@ -53,8 +53,8 @@ def load_model(bitstream: Bitstream) -> VideoNetwork:
 class Decoder:
     """Decodes any frame of a ``.hflf`` file on its own.
 
-    Frames are decoded one at a time, so a frame is the same, bit for bit on one device, whether it is asked for alone
-    or with others.
+    Frames are decoded one at a time, so a frame is the same, bit for bit on one device and number of threads, whether
+    it is asked for alone or with others.
 
     Args:
         source: path of a file, or its bytes.

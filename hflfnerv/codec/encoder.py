@@ -91,6 +91,16 @@ class _Stages:
         self.seconds[name] = time.perf_counter() - started
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def encode(
     source: str | os.PathLike[str] | NDArray[np.uint8] | Tensor,
     config: EncodeConfig | None = None,
@@ -152,8 +162,8 @@ def encode(
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
             # The caller's default device and dtype are no part of the configuration.
-            with torch.device("cpu"):
-                model = build_model(spec).float()
+            with torch.device("cpu"), _float32_by_default():
+                model = build_model(spec)
         trainer = _train(model, clip, config, device, stages.observer)
 
     with stages("code"):

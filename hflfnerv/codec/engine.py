@@ -47,7 +47,7 @@ OUTPUT_GROUPS = {1: ((0,), (0.5,)), 2: ((0, 0), (0.5,)), 3: ((0, 1, 1), (1.0, 0.
 class Engine(ABC):
     """A network made ready to decode.
 
-    A frame is the same, bit for bit on one device, whichever others are asked for with it.
+    A frame is the same, bit for bit on one device and number of threads, whichever others are asked for with it.
 
     Args:
         model: the network in float32; an engine may move it to its device.

@@ -24,6 +24,7 @@ from .quantization import MAX_BITS, MAX_RANK, MIN_BITS, LogStep, MinMax, Quantiz
 __all__ = ["TensorRecord", "TensorSection", "encode_tensors"]
 
 MAX_ELEMENTS: Final = 1 << 27
+MAX_PAIRS: Final = 1 << 22  # of a step and an offset, for which a file may spend no byte
 MAX_TENSORS: Final = 4096
 MAX_DESCRIPTION_BYTES: Final = 1 << 20
 _MAX_NAME_BYTES = 255
@@ -80,6 +81,9 @@ def encode_tensors(tensors: Mapping[str, QuantizedTensor], coder: EntropyCoder, 
     elements = sum(tensor.symbols.size for tensor in tensors.values())
     if elements > MAX_ELEMENTS:
         raise ValueError(f"tensors must have at most {MAX_ELEMENTS} elements, got {elements}")
+    pairs = sum(tensor.step.arrays[0].size for tensor in tensors.values())
+    if pairs > MAX_PAIRS:
+        raise ValueError(f"tensors must have at most {MAX_PAIRS} steps, got {pairs}")
 
     description = bytearray(varint(len(tensors)))
     raw = bytearray()
@@ -187,6 +191,9 @@ class TensorSection:
         elements = sum(record.elements for record in records)
         if elements > MAX_ELEMENTS:
             raise InvalidBitstream(f"{what}: declare {elements} elements, the limit is {MAX_ELEMENTS}")
+        pairs = sum(record.pairs for record in records)
+        if pairs > MAX_PAIRS:
+            raise InvalidBitstream(f"{what}: declare {pairs} steps, the limit is {MAX_PAIRS}")
         return records
 
     @cached_property

@@ -105,7 +105,8 @@ class VideoWriter:
         primaries: str | None = "bt709",
         transfer: str | None = "bt709",
     ) -> None:
-        rate = parse_fps(fps)
+        # What has no rate takes any, as do files that state it as a fraction.
+        rate = fps if isinstance(fps, Fraction) and fps > 0 else parse_fps(fps)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be (height, width), both at least 1, got {size!r}")
         if not 0 <= crf <= 51:
@@ -339,6 +340,7 @@ class _H264Sink(_FileSink):
 
     def _begin(self, target: Path) -> None:
         f = self._format
+        parse_fps(f.fps)  # as encoder and container need it
         pixel_format = "yuv444p" if f.height % 2 or f.width % 2 else "yuv420p"
         self._to_yuv = YUVConverter(pixel_format, "bt709")
         self._output = _ErrorKeepingFile(self._file)

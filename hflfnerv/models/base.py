@@ -57,10 +57,13 @@ class VideoNetwork(nn.Module, ABC):
             height: frame height in pixels.
             width: frame width in pixels.
             preset: ``"paper"`` for the widths of the published formulas, whose true size is within a few per cent of
-                ``size``; ``"best"`` for the largest network of at most ``size`` parameters.
+                ``size`` from about a million on, and may be half or twice a small one; ``"best"`` for the largest
+                network of at most ``size`` parameters.
 
         Raises:
-            ValueError: ``size`` does not pay for the embeddings and the smallest decoders; names the least size.
+            TypeError: a number is not an integer.
+            ValueError: a number is less than 1, there is no such preset, or ``size`` does not pay for the embeddings
+                and the smallest decoders; names the least size.
         """
 
     @abstractmethod

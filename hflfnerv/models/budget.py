@@ -1,7 +1,8 @@
 """The parameter budget: from a total size to the width of every layer.
 
 The formulas are those of the HNeRV code base, which the paper keeps. They count convolution weights and no biases, and
-take the widths before rounding, so a network's true size is within a few per cent of the size asked for.
+take the widths before rounding and before a least width: a network's true size is within a few per cent of the size
+asked for where that is a million and more, as published, and may be half or twice as large where it is small.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "embedding_count",
     "grid_stream",
     "hfd_stream",
+    "keeps_size",
     "lfd_stream",
     "nerv_stream",
     "parameter_count",
@@ -136,6 +138,17 @@ def parameter_count(spec: ModelSpec) -> int:
     return count
 
 
+def keeps_size(preset: str) -> bool:
+    """Return whether networks of a preset have at most the size asked for, rather than that of published formulas.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset not in ("paper", "best"):
+        raise ValueError(f"preset must be paper or best, got {preset!r}")
+    return preset == "best"
+
+
 def plan_or_explain(
     model: str,
     size: int,
@@ -151,7 +164,7 @@ def plan_or_explain(
     With ``exact`` it is the largest ``spec_for(n)`` of at most ``size`` parameters, and widths of its first stream are
     one larger where that is then still affordable: the formulas leave out biases and round widths down.
     """
-    for name, value in (("size", size), ("frames", frames)):
+    for name, value in (("size", size), ("frames", frames), ("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < 1:

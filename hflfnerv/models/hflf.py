@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .._concurrent import concurrently
 from .base import VideoNetwork
-from .budget import detail_stream, embedding_count, grid_stream, hfd_stream, lfd_stream, plan_or_explain
+from .budget import (
+    detail_stream,
+    embedding_count,
+    grid_stream,
+    hfd_stream,
+    keeps_size,
+    lfd_stream,
+    plan_or_explain,
+)
 from .convnext import ConvNeXtEncoder, DetailEncoder
 from .layout import choose_layout
 from .spec import ModelSpec, StreamSpec, TimeSpec
@@ -111,7 +119,7 @@ class HFLFNeRV(VideoNetwork):
         hfd_layout = choose_layout(height, width, stages=5, target_cells=2 * 4)
         lfd_layout = choose_layout(height, width, stages=4, target_cells=5 * 10)
         fine_layout = hfd_layout.after_first()
-        best = preset == "best"
+        best = keeps_size(preset)
 
         def streams_for(budget: int, channels: int) -> dict[str, StreamSpec | None]:
             if best:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .base import VideoNetwork
-from .budget import embedding_count, hfd_stream, plan_or_explain
+from .budget import embedding_count, hfd_stream, keeps_size, plan_or_explain
 from .convnext import ConvNeXtEncoder
 from .layout import choose_layout
 from .spec import ModelSpec
@@ -56,7 +56,7 @@ class HNeRV(VideoNetwork):
                 streams={"decoder": stream},
             )
 
-        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=preset == "best")
+        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=keeps_size(preset))
 
     def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
         if embeddings is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .base import VideoNetwork
-from .budget import nerv_stream, plan_or_explain
+from .budget import keeps_size, nerv_stream, plan_or_explain
 from .layout import choose_layout
 from .spec import ModelSpec, TimeSpec
 from .streams import DecoderStream, TimeStem
@@ -58,7 +58,7 @@ class NeRV(VideoNetwork):
                 time=_TIME,
             )
 
-        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=preset == "best")
+        return plan_or_explain(cls.name, size, frames, height, width, spec_for, exact=keeps_size(preset))
 
     def stems(self, embeddings: Tensor | None, index: Tensor) -> list[Tensor]:
         return [self.decoder.begin(self.time(index).to(self.decoder.head.weight.dtype))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import nn
 
@@ -39,6 +41,7 @@ class UpsampleBlock(nn.Module):
         impl: implementation of :func:`hflfnerv.ops.conv_pixel_shuffle_gelu`.
 
     Raises:
+        TypeError: kernel_size or upscale_factor is not an integer.
         ValueError: kernel_size is not a positive odd number, or upscale_factor is under 1.
         BackendUnavailable: on a call; the named implementation cannot run, or something hangs on the call of ``conv``
             and ``impl`` is neither ``"auto"`` nor ``"reference"``.
@@ -60,6 +63,7 @@ class UpsampleBlock(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        kernel_size, upscale_factor = operator.index(kernel_size), operator.index(upscale_factor)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
         if upscale_factor < 1:

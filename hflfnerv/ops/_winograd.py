@@ -64,7 +64,7 @@ def pays(x: torch.Tensor, weight: torch.Tensor, *, kept: bool) -> bool:
         weight: of the convolution.
         kept: whether the weight is evaluated once for many calls.
     """
-    least: int = _LEAST[_multiplies(compute_dtype(x))][weight.shape[2]][kept]
+    least: int = _LEAST[_multiplies(compute_dtype(x))][int(weight.shape[2])][kept]  # a tensor in torch.jit.trace
     return x.shape[2] * x.shape[3] >= least
 
 

@@ -269,6 +269,10 @@ def conv2d(
             f"weight must be [C_out, C_in, K_h, K_w] with x's C_in = {x.shape[1]} and an odd kernel, "
             f"got shape {tuple(weight.shape)}"
         )
+    if 0 in (*weight.shape, *x.shape[2:]):
+        raise ValueError(
+            f"x and weight must not be empty but in the batch, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
     if bias is not None:
         check_tensor("bias", bias)
         check_like("bias", bias, x)

@@ -404,6 +404,8 @@ def conv_pixel_shuffle_gelu(
         )
     if weight.shape[0] % (r * r) != 0:
         raise ValueError(f"weight must have a multiple of r² = {r * r} output channels, got {weight.shape[0]}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
     if any(x.shape[i + 2] + 2 * pair[i] < weight.shape[i + 2] for i in range(2)):
         raise ValueError(
             f"x must be at least as large as the kernel {tuple(weight.shape[2:])} after padding {pair}, "

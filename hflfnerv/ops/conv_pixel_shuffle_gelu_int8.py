@@ -45,12 +45,23 @@ class Int8Range:
         """Return the range that just holds all values from ``low`` to ``high``, and 0.
 
         Args:
-            low: floating point ``[C]``, the least value of each channel.
-            high: the greatest.
+            low: floating point ``[C]``, the least value of each channel, finite.
+            high: the greatest, likewise.
+
+        Raises:
+            TypeError: low or high is not a floating-point tensor.
+            ValueError: they are not of one length, or not finite.
         """
+        for name, bound in (("low", low), ("high", high)):
+            check_tensor(name, bound)
+            if bound.dim() != 1 or bound.shape != low.shape:
+                raise ValueError(f"{name} must be [C], of low's length, got shape {tuple(bound.shape)}")
+            if not bound.isfinite().all():
+                raise ValueError(f"{name} must be finite, got {bound[~bound.isfinite()][0].item()}")
         low, high = low.float().clamp(max=0), high.float().clamp(min=0)
         # A channel that is 0 throughout may have any scale.
-        scale = torch.where(high > low, (high - low) / _LEVELS, torch.ones_like(low))
+        scale = (high - low) / _LEVELS
+        scale = torch.where(scale > 0, scale, torch.ones_like(low))
         return cls(scale, (-128 - low / scale).round().clamp(-128, 127).to(torch.int8))
 
     @functools.cached_property
@@ -94,8 +105,8 @@ class Int8Block:
         """Quantise the weight of a block, with the scales of its input in it, per output channel.
 
         Args:
-            weight: floating point ``[C_out r², C_in, K_h, K_w]``.
-            bias: floating point ``[C_out r²]``, or None.
+            weight: floating point ``[C_out r², C_in, K_h, K_w]``, finite.
+            bias: floating point ``[C_out r²]``, finite, or None.
             r: upscale factor.
             input: of the C_in channels of the block's input.
             output: of the C_out channels of its result, or None for a result in floating point.
@@ -112,6 +123,13 @@ class Int8Block:
             raise ValueError(f"weight must be [C_out {r}², C_in, K_h, K_w], got shape {tuple(weight.shape)}")
         if input.scale.shape != (weight.shape[1],):
             raise ValueError(f"input must be of weight's {weight.shape[1]} channels, got {tuple(input.scale.shape)}")
+        if bias is not None:
+            check_tensor("bias", bias)
+            if bias.shape != (weight.shape[0],):
+                raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and not t.isfinite().all():
+                raise ValueError(f"{name} must be finite, got {t[~t.isfinite()][0].item()}")
         channels = weight.shape[0] // (r * r)
         if output is not None and output.scale.shape != (channels,):
             raise ValueError(f"output must be of {channels} channels, got {tuple(output.scale.shape)}")
@@ -150,7 +168,14 @@ def int8_image(batch: int, height: int, width: int, quantization: Int8Range, *, 
 
     Returns:
         int8 ``[B, C, height + 2 halo, width + 2 halo]``, whose pixels are contiguous and lie a multiple of 8 apart.
+
+    Raises:
+        ValueError: a size is less than 1, or halo less than 0.
     """
+    if min(batch, height, width) < 1 or halo < 0:
+        raise ValueError(
+            f"batch, height and width must be at least 1 and halo at least 0, got {batch}, {height}, {width} and {halo}"
+        )
     channels = len(quantization.zero_point)
     size = (batch, height + 2 * halo, width + 2 * halo, _pixel(channels))
     memory = torch.zeros(size, dtype=torch.int8, device=quantization.zero_point.device)

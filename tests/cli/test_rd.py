@@ -76,6 +76,30 @@ def test_the_same_command_goes_on_in_its_workdir(folder, tmp_path) -> None:
     assert first["mean"] == second["mean"]
 
 
+def test_nothing_is_replaced_but_what_it_made(folder, tmp_path, capsys) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    theirs = work / "two-hflf-best-60k.hflf"
+    theirs.write_bytes((folder / "two-small.hflf").read_bytes())
+    before = theirs.read_bytes()
+    arguments = ["rd", folder / "two", "--codecs", "none", *TRAINING, "--workdir", work, "--quiet"]
+    assert run(*arguments, "--hflf", theirs) == 1
+    assert "must be another file than the file that is read" in capsys.readouterr().err
+    assert run(*arguments) == 1
+    assert "--workdir must not hold files of others" in capsys.readouterr().err
+    assert run(*arguments, "--json", work / "two-hflf-best-90k.hflf") == 1
+    assert "must be another file than that of --json" in capsys.readouterr().err
+    assert [path.name for path in work.iterdir()] == [theirs.name]
+    assert theirs.read_bytes() == before
+
+
+def test_a_broken_file_is_named(folder, tmp_path, capsys) -> None:
+    broken = tmp_path / "two-broken.hflf"
+    broken.write_bytes((folder / "two-small.hflf").read_bytes()[:-1000])
+    assert run("rd", folder / "two", "--codecs", "none", "--hflf", broken, "--quiet") == 1
+    assert f"error: {broken}: the file should have" in capsys.readouterr().err
+
+
 def test_a_missing_codec_is_a_note(folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("av.codecs_available", {"libx264", "h264"})
     command = ["rd", folder / "one", "--codecs", "x264,svt-av1", "--x264-crf", "30", "--quiet"]

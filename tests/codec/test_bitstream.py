@@ -327,6 +327,8 @@ _ONES = _CODER.encode_arrays([np.ones(4, dtype=np.uint8)])
             lambda: _section([_description(sizes=[MAX_ELEMENTS]), _description(name=b"b", sizes=[1])]),
             "elements, the limit is",
         ),
+        # Steps that take no byte: one for each element.
+        (lambda: _section([_description(axis=1, sizes=[1 << 23, 1])]), "declare 8388608 steps, the limit is 4194304"),
         (lambda: _section([_description(planes=[(2**17 + 1, 0), (0, 0)])]), "has offset"),
         (lambda: _section([_description(planes=[(0, 12), (0, 0)])]), "mode 12"),
         (lambda: _section([_description(planes=[(2048, 0), (0, 0)])]), "exponent must be in"),

@@ -353,6 +353,33 @@ def test_config_rejects(change, message):
         EncodeConfig(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": None}, "size must be a number or text such as 1.5M, got None"),
+        ({"epochs": 1.5}, "epochs must be an integer, got 1.5"),
+        ({"epochs": None}, "epochs must be an integer, got None"),
+        ({"seed": True}, "seed must be an integer, got True"),
+        ({"lr": "a"}, "lr must be a number, got 'a'"),
+        ({"lr": True}, "lr must be a number, got True"),
+        ({"highpass_removed": None}, "highpass_removed must be a number, got None"),
+        ({"crop": 5}, r"crop must be \(height, width\), got 5"),
+        ({"resize": "64"}, r"resize must be \(height, width\), got '64'"),
+    ],
+)
+def test_config_rejects_types(change, message):
+    with pytest.raises(TypeError, match=message):
+        EncodeConfig(**change)
+
+
+def test_config_holds_numbers_of_python():
+    config = EncodeConfig(
+        size=np.int64(60_000), epochs=np.int64(3), lr=np.float32(0.5), crop=np.array([4, 6]).tolist(), batch_size=None
+    )
+    assert (config.parameters, config.epochs, config.lr, config.crop) == (60_000, 3, 0.5, (4, 6))
+    assert (type(config.epochs), type(config.lr), config.batch_size) == (int, float, None)
+
+
 def test_presets_fill_in_what_is_not_given():
     paper = EncodeConfig(preset="paper").resolved()
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.encoder_input) == ("adam", 2e-3, 1, "highpass")

@@ -300,6 +300,12 @@ def test_rejects_arguments(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             VideoWriter(tmp_path / "clip.mp4", **{"fps": 25, "size": (4, 6), **arguments})
+    rate = Fraction(2_000_001)  # which a .hflf file may state
+    with pytest.raises(ValueError, match="fps must be positive, from"):
+        VideoWriter(tmp_path / "clip.mp4", rate, (4, 6))
+    assert not (tmp_path / "clip.mp4").exists()
+    write_frames(tmp_path / "fast.npy", noise(2), rate)
+    assert np.array_equal(np.load(tmp_path / "fast.npy"), noise(2))
     with VideoWriter(tmp_path / "clip.npy", 25, (48, 64)) as writer:
         with pytest.raises(ValueError, match=r"frames must be \[n, 48, 64, 3\], got \[2, 64, 48, 3\]"):
             writer.write(noise(2, 64, 48))

@@ -122,12 +122,20 @@ def test_size_too_small_names_the_least_size(model):
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"), [({"size": 1.5e6}, TypeError), ({"frames": 0}, ValueError), ({"height": -1}, ValueError)]
+    ("bad", "error"),
+    [
+        ({"size": 1.5e6}, TypeError),
+        ({"frames": 0}, ValueError),
+        ({"height": -1}, ValueError),
+        ({"width": 64.0}, TypeError),
+        ({"preset": "bset"}, ValueError),
+    ],
 )
-def test_rejects(bad, error):
+@pytest.mark.parametrize("model", MODELS)
+def test_rejects(model, bad, error):
     arguments = {"size": 1_500_000, "frames": 8, "height": 64, "width": 64} | bad
     with pytest.raises(error, match=next(iter(bad))):
-        HFLFNeRV.plan(**arguments)
+        MODELS[model].plan(**arguments)
 
 
 @pytest.mark.parametrize(

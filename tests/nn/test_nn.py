@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -156,6 +157,21 @@ def test_upsample_block_compiles_with_a_hook():
 def test_upsample_block_rejects(r, kernel_size, message):
     with pytest.raises(ValueError, match=message):
         UpsampleBlock(3, 4, r, kernel_size)
+
+
+def test_upsample_block_takes_integers_of_numpy_alone():
+    assert UpsampleBlock(3, 4, np.int64(2), np.int64(3))(torch.zeros(1, 3, 5, 6)).shape == (1, 4, 10, 12)
+    with pytest.raises(TypeError, match="float"):
+        UpsampleBlock(3, 4, 2, 3.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("side", [4, 96])  # small ones are PyTorch's, on a CPU without matrix units
+def test_upsample_block_is_traced(side):
+    block, x = UpsampleBlock(4, 2, 2, 3).eval(), make_tensor(1, 4, side, side)
+    with torch.no_grad():
+        traced = torch.jit.trace(block, x, check_trace=False)
+        torch.testing.assert_close(traced(x), block(x), rtol=0, atol=0)
 
 
 def test_modules_without_parameters():

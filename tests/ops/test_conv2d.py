@@ -218,6 +218,9 @@ X, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 3, 3)
         ((X[0], WEIGHT), ValueError, r"x must be \[B, C_in, H, W\], got shape \(3, 4, 4\)"),
         ((X, WEIGHT[:, :2]), ValueError, "with x's C_in = 3 and an odd kernel"),
         ((X, WEIGHT[..., :2]), ValueError, r"an odd kernel, got shape \(8, 3, 3, 2\)"),
+        ((X[:, :0], WEIGHT[:, :0]), ValueError, r"must not be empty but in the batch, got shapes \(1, 0, 4, 4\) and"),
+        ((X, WEIGHT[:0]), ValueError, r"must not be empty but in the batch, got shapes \(1, 3, 4, 4\) and \(0, 3,"),
+        ((X[..., :0], WEIGHT), ValueError, r"must not be empty but in the batch, got shapes \(1, 3, 4, 0\) and"),
         ((X, WEIGHT, torch.zeros(3)), ValueError, r"bias must have shape \(8,\), got \(3,\)"),
     ],
 )

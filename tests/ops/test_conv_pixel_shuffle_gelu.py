@@ -162,6 +162,8 @@ X, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 3, 3)
         ((X, WEIGHT[:, :2], None, 2), {}, ValueError, "with x's C_in = 3, got shape (8, 2, 3, 3)"),
         ((X, WEIGHT, None, 3), {}, ValueError, "weight must have a multiple of r² = 9 output channels, got 8"),
         ((X, WEIGHT, None, 0), {}, ValueError, "r must be at least 1, got 0"),
+        ((X[:, :0], WEIGHT[:, :0], None, 2), {}, ValueError, "weight must not be empty, got shape (8, 0, 3, 3)"),
+        ((X, WEIGHT[:0], None, 2), {}, ValueError, "weight must not be empty, got shape (0, 3, 3, 3)"),
         ((X, WEIGHT, torch.zeros(2), 2), {}, ValueError, "bias must have shape (8,)"),
         ((X, WEIGHT.to("meta"), None, 2), {}, ValueError, "weight must be on x's device cpu, got meta"),
         ((X, WEIGHT, None, 2), {"padding": -1}, ValueError, "padding must be at least 0, got -1"),

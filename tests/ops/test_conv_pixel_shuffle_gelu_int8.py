@@ -142,6 +142,21 @@ def test_bad_input():
         ops.Int8Block.of(make_tensor(12, 8, 3, 3), None, 2, ranges(8), ranges(2))
     with pytest.raises(ValueError, match=r"weight must be \[C_out 3², C_in, K_h, K_w\], got shape"):
         ops.Int8Block.of(make_tensor(12, 8, 3, 3), None, 3, ranges(8))
+    with pytest.raises(TypeError, match=r"bias must be a floating-point tensor, got torch\.int64"):
+        ops.Int8Block.of(make_tensor(12, 8, 3, 3), torch.zeros(12, dtype=torch.int64), 2, ranges(8))
+    with pytest.raises(ValueError, match=r"bias must have shape \(12,\), got \(1,\)"):
+        ops.Int8Block.of(make_tensor(12, 8, 3, 3), torch.zeros(1), 2, ranges(8))
+    with pytest.raises(ValueError, match="weight must be finite, got nan"):
+        ops.Int8Block.of(torch.full((12, 8, 3, 3), float("nan")), None, 2, ranges(8))
+    with pytest.raises(ValueError, match="high must be finite, got inf"):
+        ops.Int8Range.of(torch.zeros(2), torch.tensor([1, float("inf")]))
+    with pytest.raises(ValueError, match=r"high must be \[C\], of low's length, got shape \(3,\)"):
+        ops.Int8Range.of(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(TypeError, match=r"low must be a floating-point tensor, got torch\.int32"):
+        ops.Int8Range.of(torch.zeros(2, dtype=torch.int32), torch.zeros(2))
+    assert ops.Int8Range.of(torch.zeros(1), torch.tensor([1e-45])).scale.item() > 0
+    with pytest.raises(ValueError, match="halo at least 0, got 1, 2, 3 and -1"):
+        ops.int8_image(1, 2, 3, ranges(8), halo=-1)
     with pytest.raises(ValueError, match=r"x must be \[B, 8, H, W\], got shape"):
         ops.quantize_int8(torch.zeros(2, 3, 4, 5), ranges(8), image)
     with pytest.raises(TypeError, match="x must be a floating-point tensor"):
