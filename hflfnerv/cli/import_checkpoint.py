@@ -14,7 +14,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command."""
     parser = commands.add_parser("import", help="a checkpoint of HNeRV or NVR-RRCP to a .hflf file")
     parser.add_argument("input", type=Path, metavar="CKPT", help="quant_vid.pth, or a training checkpoint")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.hflf")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.hflf",
+        help="replaced if there is one, once all is done",
+    )
     parser.add_argument(
         "--reference",
         type=Path,
