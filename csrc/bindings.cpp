@@ -120,13 +120,15 @@ py::bytes huffman_encode(const std::vector<py::array>& arrays, const std::vector
     const py::gil_scoped_release release;
     encoder.plan(list, chunk_symbols);
   }
-  PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(encoder.bound()));
-  if (bytes == nullptr) throw py::error_already_set();
+  auto whole = py::reinterpret_steal<py::object>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(encoder.bound())));
+  if (!whole) throw py::error_already_set();
   std::size_t size = 0;
   {
     const py::gil_scoped_release release;
-    size = encoder.write(reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(bytes)));
+    size = encoder.write(reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(whole.ptr())));
   }
+  PyObject* bytes = whole.release().ptr();
   if (_PyBytes_Resize(&bytes, static_cast<Py_ssize_t>(size)) != 0) throw py::error_already_set();
   return py::reinterpret_steal<py::bytes>(bytes);
 }
@@ -237,7 +239,8 @@ hflfnerv::FloatType float_type_of(const std::string& name) {
 }
 
 SimdLevel pixel_shuffle_gelu_level(const std::string& simd) {
-  const SimdLevel level = simd == "auto" ? hflfnerv::pixel_shuffle_gelu_level() : level_of(simd);
+  const SimdLevel most = hflfnerv::pixel_shuffle_gelu_level();  // which also asks for FMA and F16C
+  const SimdLevel level = simd == "auto" || most == SimdLevel::scalar ? most : level_of(simd);
   if (level == SimdLevel::scalar) throw py::value_error("simd must be 'avx2' or 'avx512' here, got '" + simd + "'");
   return level;
 }

@@ -39,11 +39,14 @@ struct WinogradPlan {
   static std::int64_t odd_lines(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
   // Rows of a product in registers: a block is a multiple of it.
   std::int64_t rows() const { return lanes == 16 ? 12 : 6; }
-  // Tiles of a block: as many as the second cache holds with their products.
-  std::int64_t block() const { return tiles_of(points(), kWinogradTiles); }
+  // Tiles of a block: as many as the second cache holds with their products. Inlined, so that no copy compiled for one
+  // instruction set is shared with the others.
+  inline __attribute__((always_inline)) std::int64_t block() const { return tiles_of(points(), kWinogradTiles); }
   std::int64_t blocks() const { return (tiles() + block() - 1) / block(); }
   // The same of the gradient of the weight, at half of the points.
-  std::int64_t gradient_block() const { return tiles_of(points() / 2, kWinogradGradientTiles); }
+  inline __attribute__((always_inline)) std::int64_t gradient_block() const {
+    return tiles_of(points() / 2, kWinogradGradientTiles);
+  }
   std::int64_t gradient_blocks() const { return (tiles() + gradient_block() - 1) / gradient_block(); }
   std::int64_t tiles_of(std::int64_t at_points, std::int64_t most) const {
     const std::int64_t fit = kWinogradCache / (at_points * (inner() + columns())) / rows() * rows();

@@ -1,7 +1,9 @@
 #include "orthogonalise.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <new>
 #include <numeric>
 
 #include "memory.h"
@@ -168,9 +170,16 @@ class Orthogonaliser {
 void orthogonalise(const OrthogonaliseMatrix* matrices, std::int64_t count, const Quintic& quintic, int threads,
                    SimdLevel level) {
   const OrthogonaliseKernels& kernels = kernels_of(level);
+  std::atomic<bool> out_of_memory = false;  // no exception leaves a thread
   parallel_items(count, threads, [&](int, std::int64_t i) {
-    if (shorter(matrices[i]) < kLarge) Orthogonaliser(matrices[i], quintic, 1, kernels).run();
+    if (shorter(matrices[i]) >= kLarge) return;
+    try {
+      Orthogonaliser(matrices[i], quintic, 1, kernels).run();
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
   });
+  if (out_of_memory) throw std::bad_alloc();
   for (std::int64_t i = 0; i < count; ++i) {
     if (shorter(matrices[i]) >= kLarge) Orthogonaliser(matrices[i], quintic, threads, kernels).run();
   }

@@ -18,6 +18,7 @@ float banded(const float* weight, std::int64_t channels, std::int64_t ky, std::i
 BFloat16 to_bfloat16(float value) {
   std::uint32_t bits = 0;
   std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {static_cast<std::uint16_t>(bits >> 16 | 0x40)};  // a carry could make it 0
   return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
@@ -30,6 +31,11 @@ PlanesLayout output_layout(std::int64_t channels, std::int64_t width) {
   }
   constexpr std::int64_t kTilePixels = kPixelsAmx * kTile;
   layout.columns = (width + kTilePixels - 1) / kTilePixels * kTilePixels + kTaps - 1;
+  if (layout.rest > 0) {
+    // The last step of five pixels reaches beyond them: into zeros of this row, not into another row, which may hold NaNs.
+    const std::int64_t beyond = output_steps(channels) * kStep - (kPixelsAmx + kTaps - 1) * channels;
+    layout.columns += (beyond + channels - 1) / channels;
+  }
   return layout;
 }
 

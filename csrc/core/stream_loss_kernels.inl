@@ -61,7 +61,7 @@ double fwd_of(const StreamLossRow& row) {
     const std::int64_t end = piece + kPiece < whole ? piece + kPiece : whole;
     F sum = Simd::zero();
     for (std::int64_t i = piece; i < end; i += kLanes) {
-      const F error = values<T, kBoth>(low + i, high + i, row.target + i).error;
+      const F error = values<T, kBoth>(low + i, kBoth ? high + i : nullptr, row.target + i).error;
       sum = Simd::fma(error, error, sum);
     }
     add(sum, kLanes);
@@ -90,7 +90,8 @@ void bwd_of(const StreamLossRow& row) {
   const F scale = Simd::set(row.scale);
   const std::int64_t whole = row.count / kLanes * kLanes;
   for (std::int64_t i = 0; i < whole; i += kLanes) {
-    gradients<T, kBoth>(values<T, kBoth>(low + i, high + i, row.target + i), scale, dlow + i, dhigh + i);
+    const Values v = values<T, kBoth>(low + i, kBoth ? high + i : nullptr, row.target + i);
+    gradients<T, kBoth>(v, scale, dlow + i, kBoth ? dhigh + i : nullptr);
   }
   if (whole < row.count) {
     const Rest<T, kBoth> rest(row, whole);

@@ -219,6 +219,12 @@ void check_decoder(std::vector<TestStream>& made, const Link& link, std::int64_t
   std::vector<std::uint8_t> bytes(floats.size());
   decoder.decode(inputs.data(), floats.data(), false, 1);
   decoder.decode(inputs.data(), bytes.data(), true, 2);
+  // A frame that is not finite leaves nothing behind.
+  std::vector<std::vector<float>> broken;
+  std::vector<const float*> broken_inputs;
+  for (const TestStream& stream : made) broken.emplace_back(stream.input.size(), NAN);
+  for (const std::vector<float>& input : broken) broken_inputs.push_back(input.data());
+  decoder.decode(broken_inputs.data(), again.data(), false, 2);
   decoder.decode(inputs.data(), again.data(), false, 3);
   CHECK(std::memcmp(floats.data(), again.data(), floats.size() * sizeof(float)) == 0);
   // Sums in another order round a few activations to the other neighbour.
@@ -241,6 +247,12 @@ void test_frame_decoder() {
   make_stream(streams[1], 3, 10, 11, {{5, 2, 3}}, 1);
   make_stream(streams[2], 64, 7, 9, {{10, 3, 3}}, 1);
   check_decoder(streams, two, 20, 21);
+  // Rows of whole tiles, and a last step that has more elements than a pixel.
+  for (const std::int64_t channels : {1, 3, 14, 23}) {
+    streams = std::vector<TestStream>(1);
+    make_stream(streams[0], 5, 39, 80, {{channels, 1, 3}}, 0);
+    check_decoder(streams, one, 39, 80);
+  }
 }
 
 }  // namespace

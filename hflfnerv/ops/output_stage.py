@@ -274,7 +274,8 @@ def output_stage(
     Numerics:
         ``"cpp"`` sums the convolution in float32, takes tanh (error at most 1e-6) in float32 and rounds once. A pixel
         is the same bits wherever it lies, on any number of threads and in any batch. A feature that is not finite
-        also reaches pixels to the left whose vectors of 16 floats at most end on it, with AMX up to five pixels.
+        also reaches pixels to the left whose vectors of 16 floats at most end on it; with AMX the others of five
+        pixels that are multiplied together, and further to the left those whose 32 elements reach it.
         ``"triton"`` and ``"cuda"`` do the same in tiles, tanh within 2e-7; products of float32 are rounded to TF32
         where PyTorch's convolutions are told to. A feature that is not finite reaches no further than its convolution
         does.
