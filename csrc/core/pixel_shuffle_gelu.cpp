@@ -67,15 +67,16 @@ SimdLevel pixel_shuffle_gelu_level() {
 void pixel_shuffle_gelu_fwd(const PixelShuffleShape& shape, const GeluForm& form, const void* x, const float* bias, void* y,
                             int threads, SimdLevel level) {
   const std::vector<float> biases = biases_of(shape, bias);
-  const PixelShuffleTask task{shape,         form.type, &gelu_table(form.tanh_form, false), x, biases.data(), nullptr, y,
-                              nullptr};
+  const GeluTable& table = gelu_table(form.tanh_form, false);
+  const PixelShuffleTask task{shape, form.type, &table, x, biases.data(), bias != nullptr, nullptr, y, nullptr};
   run(task, kernel_of(shape, level, true), threads);
 }
 
 void pixel_shuffle_gelu_bwd(const PixelShuffleShape& shape, const GeluForm& form, const void* dy, const void* x,
                             const float* bias, void* dx, float* dbias, int threads, SimdLevel level) {
   const std::vector<float> biases = biases_of(shape, bias);
-  PixelShuffleTask task{shape, form.type, &gelu_table(form.tanh_form, true), x, biases.data(), dy, dx, nullptr};
+  const GeluTable& table = gelu_table(form.tanh_form, true);
+  PixelShuffleTask task{shape, form.type, &table, x, biases.data(), bias != nullptr, dy, dx, nullptr};
   std::vector<double> sums(static_cast<std::size_t>(task.items() * task.item_sums()), 0.0);
   task.sums = sums.data();
   run(task, kernel_of(shape, level, false), threads);

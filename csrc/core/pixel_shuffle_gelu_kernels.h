@@ -7,7 +7,7 @@
 namespace hflfnerv {
 
 constexpr std::int64_t kBufferElements = 2048;  // of a piece of a row that stays in the first cache
-constexpr std::int64_t kItemElements = 1 << 15;
+constexpr std::int64_t kItemElements = 1 << 14;
 constexpr std::int64_t kMaxItemRows = 8;
 
 // One call, cut into items that can run in any order.
@@ -16,7 +16,8 @@ struct PixelShuffleTask {
   FloatType type;
   const GeluTable* table;
   const void* x;
-  const float* bias;  // of all channels of x
+  const float* bias;  // of all channels of x, zeros where there is none
+  bool biased;        // whether there is one
   const void* dy;     // backward only
   void* out;          // y or dx
   double* sums;       // backward only: item_sums() of each item, or null

@@ -133,7 +133,9 @@ struct Kernel {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
       for (std::int64_t k = 0; k < n; k += L) {
         prefetch(from + k);
-        Simd::store(buffer + k, gelu(Simd::add(load_some(from + k, n - k), Simd::load(biases + k))));
+        F z = load_some(from + k, n - k);
+        if (task.biased) z = Simd::add(z, Simd::load(biases + k));
+        Simd::store(buffer + k, gelu(z));
       }
       from += n;
       for (std::int64_t p = 0; p < pixels; ++p, y += R * C) {
@@ -431,8 +433,9 @@ struct TableKernel : Kernel<T> {
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
       for (std::int64_t k = 0; k < n; k += L) {
-        const F v = Simd::add(load_some(from + w0 * K + k, n - k), Simd::load(biases + k));
-        Simd::store(buffer + k, gelu(v));
+        F z = load_some(from + w0 * K + k, n - k);
+        if (task.biased) z = Simd::add(z, Simd::load(biases + k));
+        Simd::store(buffer + k, gelu(z));
       }
       for (std::int64_t i = 0; i < r; ++i) {
         // What the last vector of a pixel writes behind it is the next one's, or its first vector's, which comes after it.
