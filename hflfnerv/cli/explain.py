@@ -21,9 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     for module in ("hflfnerv.ops", "hflfnerv.huffman", "hflfnerv.codec"):
         importlib.import_module(module)
+    width = max(len(entry.name) for table in tables() for entry in table)
     for table in tables():
         print(table.op)
         for entry in table:
             reason = entry.unavailable()
-            print(f"  {entry.name:<12} {'yes' if reason is None else f'no: {reason}'}")
+            print(f"  {entry.name:<{width}} {'yes' if reason is None else f'no: {reason}'}")
     return 0

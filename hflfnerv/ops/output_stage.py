@@ -285,6 +285,9 @@ def output_stage(
         >>> output_stage([x], [weight], [None], crop=(4, 7)).shape
         torch.Size([2, 4, 7, 3])
     """
+    for name, value in (("features", features), ("weights", weights), ("biases", biases)):
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a list, got {type(value).__name__}")
     if not features or not len(features) == len(weights) == len(biases):
         raise ValueError(
             f"features, weights and biases must be lists of one length, got {len(features)}, {len(weights)} "

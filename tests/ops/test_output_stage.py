@@ -243,6 +243,7 @@ def test_autocast():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"features": torch.zeros(1, 5, 4, 4)}, TypeError, "features must be a list, got Tensor"),
         ({"features": []}, ValueError, "must be lists of one length, got 0, 1 and 1"),
         ({"weights": [torch.zeros(3, 4, 3, 3)]}, ValueError, r"weights\[0\] must have shape \(3, 5, 3, 3\)"),
         ({"features": [torch.zeros(5, 4, 4)]}, ValueError, r"features\[0\] must be \[B, C, H, W\]"),
