@@ -48,8 +48,8 @@ struct PixelShuffleTask {
     const std::int64_t columns = rows_at_once() * ((piece() + 15) / 16 * 16);
     return columns * (shape.channels_last ? shape.in_channels() : shape.r) + (shape.r + 4) * 16;
   }
-  // Floats of scratch that each thread needs: elements in the order of x and in that of y, biases and sums of a piece.
-  std::int64_t scratch_floats() const { return 4 * piece_floats(); }
+  // Floats of scratch that each thread needs: elements, biases and sums of a piece.
+  std::int64_t scratch_floats() const { return 3 * piece_floats(); }
 };
 
 void pixel_shuffle_gelu_fwd_avx2(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch);

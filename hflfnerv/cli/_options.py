@@ -17,6 +17,7 @@ __all__ = [
     "add_device",
     "add_fps",
     "add_frames",
+    "add_output",
     "add_selection",
     "argument",
     "check_folder",
@@ -90,6 +91,18 @@ def add_fps(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         type=argument(_fps),
         help="frame rate such as 29.97 or 30000/1001, instead of the input's own (default: 25 where it has none)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add --output of a command that makes a .hflf file."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.hflf",
+        help="replaced if there is one, once all is done",
     )
 
 

@@ -10,6 +10,7 @@ from ..config import SCHEDULES
 from ._options import (
     add_device,
     add_fps,
+    add_output,
     add_selection,
     argument,
     check_folder,
@@ -31,14 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command."""
     parser = commands.add_parser("encode", help="a video or a folder of images to one .hflf file")
     parser.add_argument("input", type=Path, help="video file, or folder of images (sorted naturally)")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT.hflf",
-        help="replaced if there is one, once all is done",
-    )
+    add_output(parser)
     parser.add_argument("--model", choices=("hflf", "hnerv", "nerv"), default="hflf", help="(default: hflf)")
     parser.add_argument("--preset", choices=("best", "paper"), default="best", help="(default: best)")
     parser.add_argument(

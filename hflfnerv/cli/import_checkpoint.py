@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._options import add_fps, add_selection, check_outputs, check_suffix
+from ._options import add_fps, add_output, add_selection, check_outputs, check_suffix
 
 __all__ = ["add_parser", "run"]
 
@@ -14,14 +14,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command."""
     parser = commands.add_parser("import", help="a checkpoint of HNeRV or NVR-RRCP to a .hflf file")
     parser.add_argument("input", type=Path, metavar="CKPT", help="quant_vid.pth, or a training checkpoint")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT.hflf",
-        help="replaced if there is one, once all is done",
-    )
+    add_output(parser)
     parser.add_argument(
         "--reference",
         type=Path,

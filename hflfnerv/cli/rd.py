@@ -95,14 +95,19 @@ def run(arguments: argparse.Namespace) -> int:
     from ..codec import bjontegaard, check_plot, mean_points, plot_points
 
     networks = _networks(arguments)
-    trained = [_trained(source, config, arguments) for source in arguments.input for config in networks]
+    trained = [
+        path
+        for source in arguments.input
+        for config in networks
+        if (path := _trained(source, config, arguments)) is not None
+    ]
     check_outputs(
         {"--json": arguments.json, "--plot": arguments.plot}
-        | {f"the file of --sizes {path.name}": path for path in trained if path is not None},
+        | {f"the file of --sizes {path.name}": path for path in trained},
         [*arguments.input, *arguments.hflf],
     )
     for path in trained:
-        if path is not None and path.exists() and not _checkpoints(path).is_dir():
+        if path.exists() and not _checkpoints(path).is_dir():
             raise ValueError(
                 f"--workdir must not hold files of others, got {path} without the folder of its checkpoints"
             )

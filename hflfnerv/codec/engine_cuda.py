@@ -309,9 +309,8 @@ class CudaEngine(Engine):
         self.batch_size = size // 2
         self._programs.pop(size, None)
         if self._on_cuda and not self._programs:
-            self._pool = (
-                torch.cuda.graph_pool_handle()
-            )  # the memory of a pool without graphs may be in a reader's hands
+            # What was made from a pool may still be in a reader's hands: one without graphs is not used again.
+            self._pool = torch.cuda.graph_pool_handle()
         for stream in self._streams:
             if isinstance(stream, Int8Stream):
                 stream.forget(size)

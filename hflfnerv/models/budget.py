@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..config import PRESETS
 from .layout import Layout
 from .spec import DetailSpec, ModelSpec, StreamSpec
 
@@ -144,8 +145,8 @@ def keeps_size(preset: str) -> bool:
     Raises:
         ValueError: there is no such preset.
     """
-    if preset not in ("paper", "best"):
-        raise ValueError(f"preset must be paper or best, got {preset!r}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}")
     return preset == "best"
 
 

@@ -56,8 +56,7 @@ class Int8Range:
             check_tensor(name, bound)
             if bound.dim() != 1 or bound.shape != low.shape:
                 raise ValueError(f"{name} must be [C], of low's length, got shape {tuple(bound.shape)}")
-            if not bound.isfinite().all():
-                raise ValueError(f"{name} must be finite, got {bound[~bound.isfinite()][0].item()}")
+            _check_finite(name, bound)
         low, high = low.float().clamp(max=0), high.float().clamp(min=0)
         # A channel that is 0 throughout may have any scale.
         scale = (high - low) / _LEVELS
@@ -127,9 +126,8 @@ class Int8Block:
             check_tensor("bias", bias)
             if bias.shape != (weight.shape[0],):
                 raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and not t.isfinite().all():
-                raise ValueError(f"{name} must be finite, got {t[~t.isfinite()][0].item()}")
+            _check_finite("bias", bias)
+        _check_finite("weight", weight)
         channels = weight.shape[0] // (r * r)
         if output is not None and output.scale.shape != (channels,):
             raise ValueError(f"output must be of {channels} channels, got {tuple(output.scale.shape)}")
@@ -181,6 +179,12 @@ def int8_image(batch: int, height: int, width: int, quantization: Int8Range, *, 
     memory = torch.zeros(size, dtype=torch.int8, device=quantization.zero_point.device)
     image = memory[..., :channels].permute(0, 3, 1, 2)
     return image.copy_(quantization.zero_point[:, None, None])
+
+
+def _check_finite(name: str, t: torch.Tensor) -> None:
+    finite = t.isfinite()
+    if not finite.all():
+        raise ValueError(f"{name} must be finite, got {t[~finite][0].item()}")
 
 
 def _pixel(channels: int) -> int:

@@ -219,7 +219,7 @@ def _check_groups(count: int, groups: Sequence[int] | None, scales: Sequence[flo
 
 
 def _check_crop(crop: object) -> tuple[int, int]:
-    if not isinstance(crop, (tuple, list, torch.Size)) or len(crop) != 2:
+    if not isinstance(crop, (tuple, list)) or len(crop) != 2:
         raise TypeError(f"crop must be (rows, columns), got {crop!r}")
     try:
         rows, columns = map(operator.index, crop)
@@ -311,7 +311,7 @@ def output_stage(
             check_like(f"biases[{i}]", bias, x, f"features[{i}]")
             if bias.shape != (3,):
                 raise ValueError(f"biases[{i}] must have shape (3,), got {tuple(bias.shape)}")
-    rows, columns = _check_crop(tuple(first.shape[2:]) if crop is None else crop)
+    rows, columns = _check_crop(first.shape[2:] if crop is None else crop)
     if rows < 1 or columns < 1 or any(x.shape[2] < rows or x.shape[3] < columns for x in features):
         raise ValueError(
             f"crop must be at least 1 x 1 and fit into every feature, got {rows} x {columns} for "
