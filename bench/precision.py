@@ -23,7 +23,7 @@ from hflfnerv.metrics import psnr
 from .run import RESULTS, environment, write
 
 PATH = RESULTS / "precision.jsonl"
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # float16 takes minutes on a CPU
+PRECISIONS = ("fp32", "int16", "bf16", "fp16", "int8")  # float16 takes minutes on a CPU
 
 
 def measure(
@@ -71,7 +71,7 @@ def main() -> int:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE=REFERENCE")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int8"])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "int16", "bf16", "int8"])
     parser.add_argument("--every", type=int, default=12, help="decode every so many-th frame (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=pathlib.Path, default=PATH)

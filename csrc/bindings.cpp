@@ -297,8 +297,8 @@ using Shape8 = std::array<std::int64_t, 8>;
 hflfnerv::WinogradShape winograd_shape(const Shape8& n, const std::string& dtype = "float32") {
   if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
   if (n[6] != 3 && n[6] != 5) throw py::value_error("kernel must be 3 or 5, got " + std::to_string(n[6]));
-  if (n[7] != 8 && (n[7] != 10 || n[6] != 5)) {
-    throw py::value_error("points must be 8, or 10 with a kernel of 5, got " + std::to_string(n[7]));
+  if (n[7] != 8 && n[7] != 18 && (n[7] != 10 || n[6] != 5)) {
+    throw py::value_error("points must be 8, 18, or 10 with a kernel of 5, got " + std::to_string(n[7]));
   }
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], float_type_of(dtype)};
 }

@@ -1,4 +1,4 @@
-"""What ``encode`` can be told, with the presets' settings."""
+"""What ``encode`` can be told, with the presets' settings, and in which precisions files are decoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["MATRICES", "PRESETS", "SCHEDULES", "EncodeConfig", "EncoderInput", "TrainingDefaults", "parse_size"]
+__all__ = [
+    "DECODE_PRECISIONS",
+    "MATRICES",
+    "PRESETS",
+    "SCHEDULES",
+    "EncodeConfig",
+    "EncoderInput",
+    "TrainingDefaults",
+    "parse_size",
+]
 
 EncoderInput = Literal["frame", "highpass"]
 
@@ -18,6 +27,8 @@ EncoderInput = Literal["frame", "highpass"]
 SCHEDULES = ("cosine", "linear")
 #: YUV matrices that a clip without a tag can be read by.
 MATRICES = ("bt601", "bt709", "smpte240m", "fcc")
+#: In which a decoder can compute; see ``Decoder``.
+DECODE_PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int16", "int8")
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 

@@ -87,3 +87,61 @@ def magnitudes(x, weight, bias, dy, r):
     rounded = gradient_sums(size, terms, slopes)
     gradients = (a + b for a, b in zip(rounded, passed_on, strict=False))
     return F.pixel_shuffle(z, r), *gradients, (slopes + errors).sum(dim=(0, 2, 3))
+
+
+#: Of tiles of 18 x 18 points, of which integers are made: zero, infinity and the 16th roots of unity on each axis.
+LINE, LARGEST = 18, 2**14 - 1
+
+
+def _inputs_at_points(t, dim):
+    """Return inputs ``[..., 18, ...]`` at zero, infinity and the 16 roots, complex."""
+    inner = t.narrow(dim, 1, 16)
+    zero = t.narrow(dim, 0, 1) - inner.narrow(dim, 15, 1)
+    infinity = t.narrow(dim, 17, 1) - inner.narrow(dim, 0, 1)
+    return torch.cat([zero + 0j, infinity + 0j, torch.fft.fft(inner, dim=dim)], dim)
+
+
+def _taps_at_points(w, dim):
+    """Return taps ``[..., k, ...]`` at the points, those of a correlation."""
+    roots = torch.fft.ifft(w, 16, dim=dim) * 16
+    return torch.cat([w.narrow(dim, 0, 1) + 0j, w.narrow(dim, w.shape[dim] - 1, 1) + 0j, roots], dim)
+
+
+def _results(m, dim, taps):
+    """Return the results ``[..., 19 - k, ...]`` of products at the points."""
+    count = LINE + 1 - taps
+    circle = torch.fft.ifft(m.narrow(dim, 2, 16), dim=dim).roll(1, dim).narrow(dim, 0, count)
+    between = torch.zeros_like(circle).narrow(dim, 0, count - 2)
+    return circle + torch.cat([m.narrow(dim, 0, 1), between, m.narrow(dim, 1, 1)], dim)
+
+
+def _parts(z):
+    return torch.view_as_real(z.resolve_conj())
+
+
+def _rounded(z, scale):
+    return torch.view_as_complex((_parts(z) / scale[..., None]).round() * scale[..., None])
+
+
+def integer_sums(x, weight, taps):
+    """Return what a convolution sums when tiles and weights are integers of 15 bits, in float64.
+
+    Tiles have a scale for each column of points, and one for the root 1 of the other axis there; weights have one for
+    each point, such that sums over channels stay below 2^31. The kernels have scales of their own for each 16 or 32
+    output channels, so that their errors are a little smaller.
+    """
+    inputs = _inputs_at_points(_inputs_at_points(tiles(x, LINE, LINE + 1 - taps, taps // 2), -1), -2)
+    sizes, one = _parts(inputs).abs().amax((1, -1)), torch.arange(LINE) == 2  # [B, rows, columns, y, x]
+    scales = torch.stack([sizes[..., mask, :].amax(-2) for mask in (~one, one)], -2)
+    # Columns k and 16 - k say the same.
+    scales = torch.maximum(scales, scales[..., [0, 1, *(2 + (-k) % 16 for k in range(16))]])
+    scales = scales[..., one.long(), :].clamp(min=1e-30) / LARGEST
+    inputs = _rounded(inputs, scales[:, None])
+    weights = _taps_at_points(_taps_at_points(weight, -1), -2)  # [N, C, y, x]
+    sizes, limit = _parts(weights).abs(), (2**31 - 1) // LARGEST - x.shape[1] - 1
+    sums, largest = sizes.sum((1, -1)).amax(0), sizes.amax((0, 1, -1))
+    weights = _rounded(weights, torch.maximum(sums / limit, largest / LARGEST).clamp(min=1e-30))
+    products = torch.einsum("bchwij,ncij->bnhwij", inputs, weights)
+    result = _results(_results(products, -1, taps), -2, taps).real
+    result = result.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return result[..., : x.shape[2], : x.shape[3]]

@@ -94,7 +94,7 @@ def inference(
     x, *parameters = operands(*shape, dtype)
     weight, bias = (torch.nn.Parameter(t, requires_grad=False) for t in parameters)
     text, operations = describe(*shape)
-    packed = PackedWeights(large_tiles=True)
+    packed = PackedWeights(tiles="large")
 
     def run(impl: str) -> torch.Tensor:
         with torch.inference_mode(), packed:

@@ -56,9 +56,9 @@ def engines(model: VideoNetwork, embeddings: Callable[..., Any]) -> dict[str, An
     """Return the engines that this machine can run, by what a table calls them."""
     made: dict[str, Any] = {}
     for entry in DECODE:
-        precision = {"amx": "bf16", "fused": "fp32", "module": "fp32"}.get(entry.name)
-        if precision is not None and entry.why_not(model, embeddings, CPU, precision) is None:
-            made[f"{entry.name}, {precision}"] = entry.run(copy.deepcopy(model), embeddings, CPU, precision)
+        for precision in {"amx": ["bf16"], "fused": ["int16", "fp32"], "module": ["fp32"]}.get(entry.name, []):
+            if entry.why_not(model, embeddings, CPU, precision) is None:
+                made[f"{entry.name}, {precision}"] = entry.run(copy.deepcopy(model), embeddings, CPU, precision)
     return made
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "conv_pixel_shuffle_gelu_fourier_kernels.h"
 #include "conv_pixel_shuffle_gelu_winograd_kernels.h"
 #include "scratch.h"
 
@@ -17,6 +18,34 @@ const WinogradKernels& kernels_of(SimdLevel level) {
 #endif
   static_cast<void>(level);
   return winograd_kernels_avx2();
+}
+
+const FourierKernels& fourier_kernels_of(SimdLevel level) {
+#if defined(HFLFNERV_HAVE_AVX512)
+  if (level == SimdLevel::avx512) return fourier_kernels_avx512();
+#endif
+  static_cast<void>(level);
+  return fourier_kernels_avx2();
+}
+
+constexpr std::int64_t kLargeWeight = std::int64_t{1} << 21, kSharedTiles = std::int64_t{1} << 22;  // floats
+
+// What runs the tiles of a plan, and the memory that it takes, in floats.
+struct Method {
+  decltype(WinogradKernels::weight) weight;
+  decltype(WinogradKernels::conv) conv;
+  std::int64_t chunk_floats, tile_floats, scratch_floats;  // of a chunk of the weight, of the tiles of a block, and beside them
+  std::int64_t block, step;  // of tiles: how many at most, and a number whose multiples leave no products unused
+};
+
+Method method_of(const WinogradPlan& plan, SimdLevel level) {
+  if (plan.axis != kFourierAxis) {
+    const WinogradKernels& kernels = kernels_of(level);
+    return {kernels.weight, kernels.conv, plan.chunk_floats(), plan.tile_floats(), plan.scratch_floats(), plan.block(), plan.rows() / 2};
+  }
+  const FourierKernels& kernels = fourier_kernels_of(level);
+  const FourierPlan fourier(plan);
+  return {kernels.weight, kernels.conv, fourier.chunk_floats(), fourier.tile_floats(), fourier.scratch_floats(), fourier.block(), 1};
 }
 
 WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
@@ -80,10 +109,28 @@ void advise(const WinogradShape& shape, void* p, std::int64_t elements) {
 
 void run_conv(const WinogradPlan& plan, const void* x, const float* points, const WinogradOutput& out, int threads,
               SimdLevel level) {
-  const auto conv = kernels_of(level).conv;
-  parallel_items_with_scratch(plan.blocks(), threads, plan.scratch_floats(), [&](float* scratch, std::int64_t block) {
-    const std::int64_t begin = block * plan.block();
-    conv(plan, x, points, out, begin, std::min(begin + plan.block(), plan.tiles()), scratch);
+  const Method method = method_of(plan, level);
+  const std::int64_t blocks = (plan.tiles() + method.block - 1) / method.block, chunks = plan.chunks();
+  const auto part = [&](std::int64_t block, std::int64_t first_chunk, std::int64_t last_chunk, float* tiles, bool evaluated) {
+    const std::int64_t begin = block * method.block;
+    return WinogradPart{begin, std::min(begin + method.block, plan.tiles()), first_chunk, last_chunk, tiles, evaluated};
+  };
+  // A weight so large that each block of tiles would read it from memory is read once: all tiles are evaluated before, and the
+  // blocks share a chunk of the weight while it is in the second cache.
+  if (chunks * method.chunk_floats > kLargeWeight && blocks * method.tile_floats < kSharedTiles) {
+    const Aligned<float> tiles = new_aligned<float>(blocks * method.tile_floats);
+    parallel_items_with_scratch(blocks, threads, method.scratch_floats, [&](float* scratch, std::int64_t block) {
+      method.conv(plan, x, points, out, part(block, 0, 0, tiles.get() + block * method.tile_floats, false), scratch);
+    });
+    parallel_items_with_scratch(chunks * blocks, threads, method.scratch_floats, [&](float* scratch, std::int64_t item) {
+      const std::int64_t block = item % blocks, chunk = item / blocks;
+      method.conv(plan, x, points, out, part(block, chunk, chunk + 1, tiles.get() + block * method.tile_floats, true), scratch);
+    });
+    return;
+  }
+  const std::int64_t own = in_lines(method.tile_floats);
+  parallel_items_with_scratch(blocks, threads, own + method.scratch_floats, [&](float* scratch, std::int64_t block) {
+    method.conv(plan, x, points, out, part(block, 0, chunks, scratch, false), scratch + own);
   });
 }
 
@@ -91,7 +138,7 @@ void run_conv(const WinogradPlan& plan, const void* x, const float* points, cons
 
 std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, data_gradient, level);
-  return plan.chunks() * plan.chunk_floats();
+  return plan.chunks() * method_of(plan, level).chunk_floats;
 }
 
 void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
@@ -100,7 +147,8 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
   const WeightOffsets offsets(shape);
   const WinogradWeight at{data_gradient ? offsets.in.data() : offsets.out.data(),
                           data_gradient ? offsets.out.data() : offsets.in.data(), shape.in_channels, data_gradient};
-  const auto kernel = kernels_of(level).weight;
+  const auto kernel = method_of(plan, level).weight;
+  advise_large_pages(points, static_cast<std::size_t>(plan.chunks() * method_of(plan, level).chunk_floats) * sizeof(float));
   parallel_parts(plan.chunks(), threads,
                  [&](int, std::int64_t begin, std::int64_t end) { kernel(plan, at, weight, points, begin, end); });
 }
@@ -120,45 +168,52 @@ void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, con
            threads, level);
 }
 
-struct WinogradBands::Prepared {
+struct WinogradTiles::Prepared {
   Prepared(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
            std::int64_t row, SimdLevel level)
       : plan(plan_of(shape, false, level)),
         x(x),
         points(points),
+        r(shape.r),
         biases(ordered_bias(shape, plan, bias)),
         stores(plan, shape.r * shape.channels, row),
         out{nullptr, 0, 0, shape.r * row, shape.r * shape.channels, stores.stores.data(), stores.first.data(), biases.data(),
             nullptr, table_of(activation)},
-        conv(kernels_of(level).conv) {}
+        method(method_of(plan, level)) {}
 
   WinogradPlan plan;
   const float *x, *points;
+  std::int64_t r;
   std::vector<float> biases;
   Stores stores;
   WinogradOutput out;
-  decltype(WinogradKernels::conv) conv;
+  Method method;
 };
 
-WinogradBands::WinogradBands(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+WinogradTiles::WinogradTiles(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
                              const float* bias, std::int64_t row, SimdLevel level)
     : prepared_(std::make_unique<Prepared>(shape, activation, x, points, bias, row, level)) {}
-WinogradBands::~WinogradBands() = default;
-WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
+WinogradTiles::~WinogradTiles() = default;
+WinogradTiles::WinogradTiles(WinogradTiles&&) noexcept = default;
 
-std::int64_t WinogradBands::count() const { return prepared_->plan.tile_rows(); }
-std::int64_t WinogradBands::scratch_floats() const { return in_lines(prepared_->plan.scratch_floats()); }
+std::int64_t WinogradTiles::rows() const { return prepared_->plan.tile_rows(); }
+std::int64_t WinogradTiles::columns() const { return prepared_->plan.tile_columns(); }
+std::int64_t WinogradTiles::size() const { return prepared_->plan.outputs() * prepared_->r; }
+std::int64_t WinogradTiles::block() const { return prepared_->method.block; }
+std::int64_t WinogradTiles::step() const { return prepared_->method.step; }
+std::int64_t WinogradTiles::scratch_floats() const {
+  return in_lines(prepared_->method.tile_floats) + in_lines(prepared_->method.scratch_floats);
+}
 
-void WinogradBands::run(std::int64_t band, float* y, float* scratch) const {
+void WinogradTiles::run(std::int64_t row, std::int64_t begin, std::int64_t end, float* y, float* scratch) const {
   const WinogradPlan& plan = prepared_->plan;
   WinogradOutput out = prepared_->out;
-  out.y = y;
-  out.first_row = band * plan.outputs();
-  const std::int64_t columns = plan.tile_columns(), first = band * columns;
-  for (std::int64_t begin = 0; begin < columns; begin += plan.block()) {
-    prepared_->conv(plan, prepared_->x, prepared_->points, out, first + begin,
-                    first + std::min(begin + plan.block(), columns), scratch);
-  }
+  out.y = y - begin * plan.outputs() * out.pixel;
+  out.first_row = row * plan.outputs();
+  const std::int64_t first = row * plan.tile_columns();
+  const Method& method = prepared_->method;
+  method.conv(plan, prepared_->x, prepared_->points, out, {first + begin, first + end, 0, plan.chunks(), scratch, false},
+              scratch + in_lines(method.tile_floats));
 }
 
 void winograd_undo(const WinogradShape& shape, bool tanh_form, const void* dy, const void* z, void* dz, float* dbias,
@@ -233,14 +288,19 @@ void winograd_undo(const WinogradShape&, bool, const void*, const void*, void*, 
 void winograd_dgrad(const WinogradShape&, const void*, const float*, void*, int, SimdLevel) {}
 void winograd_wgrad(const WinogradShape&, const void*, const void*, float*, int, SimdLevel) {}
 
-struct WinogradBands::Prepared {};
-WinogradBands::WinogradBands(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,
+struct WinogradTiles::Prepared {};
+WinogradTiles::WinogradTiles(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,
                              SimdLevel) {}
-WinogradBands::~WinogradBands() = default;
-WinogradBands::WinogradBands(WinogradBands&&) noexcept = default;
-std::int64_t WinogradBands::count() const { return 0; }
-std::int64_t WinogradBands::scratch_floats() const { return 0; }
-void WinogradBands::run(std::int64_t, float*, float*) const {}
+WinogradTiles::~WinogradTiles() = default;
+WinogradTiles::WinogradTiles(WinogradTiles&&) noexcept = default;
+std::int64_t WinogradTiles::rows() const { return 0; }
+std::int64_t WinogradTiles::columns() const { return 0; }
+std::int64_t WinogradTiles::size() const { return 0; }
+std::int64_t WinogradTiles::block() const { return 0; }
+std::int64_t WinogradTiles::step() const { return 0; }
+std::int64_t WinogradTiles::scratch_floats() const {
+  return 0; }
+void WinogradTiles::run(std::int64_t, std::int64_t, std::int64_t, float*, float*) const {}
 
 #endif
 

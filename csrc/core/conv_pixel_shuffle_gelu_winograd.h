@@ -1,4 +1,4 @@
-// The upsampling block, a plain convolution, and their gradients, in float32 by Winograd's method: tiles of the image and
+// The upsampling block, a plain convolution, and their gradients by Winograd's method, in float32: tiles of the image and
 // the weight are evaluated at the 8 x 8 points {0, 1, -1, 2, -2, 1/2, -1/2, infinity}², where a convolution is a product, and
 // results are interpolated back. A product per point and tile makes 4 x 4 results of a 5 x 5 kernel, which take 25 products
 // each by definition, or 6 x 6 of a 3 x 3 kernel. With 10 x 10 points, of {0, 2/5, 4/5, 5/4, 5/2, their negatives, infinity}²,
@@ -7,6 +7,10 @@
 // Sums are in float32 in an order that depends on the shape alone; results do not depend on the number of threads, nor
 // those of an image on the batch. Errors are a few times those of the sums by definition, with 10 x 10 points five times
 // as large as with 8 x 8: tests/ops has the bounds.
+//
+// With 18 x 18 points, of {zero, the 16th roots of unity, infinity}², evaluation is a Fourier transform, 14 x 14 results of a 5 x 5
+// kernel or 16 x 16 of a 3 x 3 one take 2.4 or 1.9 products each, and these are made of 16-bit integers, twice as many at a
+// time. Errors are a tenth of those of bfloat16: conv_pixel_shuffle_gelu_fourier_kernels.h says why.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +25,7 @@ namespace hflfnerv {
 // half of which is the padding, y [batch, channels, height r, width r]; all of them channels-last. z, the convolution with
 // bias, and its gradient dz are [batch, channels r r, height, width], channels-last, with the channels in the order
 // (row of the shuffle, column of the shuffle, c), in which rows of y are contiguous. All sizes are at least 1. `points` on
-// each axis are 8, or 10 with a kernel of 5. x, y, z and their gradients have elements of `type`,
+// each axis are 8, 18, or 10 with a kernel of 5, and not 18 for the gradient of the weight. x, y, z and their gradients have elements of `type`,
 // everything else is float: with 16 bits, what is read is exact and what is stored is rounded once.
 struct WinogradShape {
   std::int64_t batch, in_channels, height, width, channels, r, kernel, points;
@@ -41,19 +45,25 @@ enum class WinogradActivation { identity, gelu, gelu_tanh };
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
                   void* y, void* z, int threads, SimdLevel level);
 
-// The forward pass of one image of floats in bands: rows of y are made when they are wanted.
-class WinogradBands {
+// The forward pass of one image of floats tile by tile: what y is made of is made when it is wanted.
+class WinogradTiles {
  public:
   // As for winograd_fwd; the batch is 1. `row` floats lie between rows of y.
-  WinogradBands(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+  WinogradTiles(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
                 const float* bias, std::int64_t row, SimdLevel level);
-  ~WinogradBands();
-  WinogradBands(WinogradBands&&) noexcept;
+  ~WinogradTiles();
+  WinogradTiles(WinogradTiles&&) noexcept;
 
-  std::int64_t count() const;  // each of as many rows as the tiles' results make; the last one may have fewer
+  std::int64_t rows() const;     // of tiles
+  std::int64_t columns() const;
+  std::int64_t size() const;     // of a tile on each axis of y; those at the end may be smaller
+  // Tiles of a row that are run at once: at most, and a number of which they are best a multiple.
+  std::int64_t block() const;
+  std::int64_t step() const;
   std::int64_t scratch_floats() const;
-  // y is the first pixel of the band; `scratch` is aligned to cache lines.
-  void run(std::int64_t band, float* y, float* scratch) const;
+  // Tiles [begin, end) of a row of tiles, at most block() of them. y is the first pixel of the first one; `scratch` is aligned
+  // to cache lines.
+  void run(std::int64_t row, std::int64_t begin, std::int64_t end, float* y, float* scratch) const;
 
  private:
   struct Prepared;

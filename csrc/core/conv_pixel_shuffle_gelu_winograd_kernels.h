@@ -52,14 +52,21 @@ struct WinogradPlan {
     const std::int64_t fit = kWinogradCache / (at_points * (inner() + columns())) / rows() * rows();
     return fit < rows() ? rows() : fit < most ? fit : most;
   }
-  // Tiles at the points, products or gradients, and a tile copied with the zeros around it.
-  std::int64_t scratch_floats() const {
-    return points() * point_floats(block()) + block() * product_floats() + points() * inner() + 16;
-  }
+  std::int64_t tile_floats() const { return points() * point_floats(block()); }  // of a block at the points
+  // Products, and a tile copied with the zeros around it.
+  std::int64_t scratch_floats() const { return block() * product_floats() + points() * inner() + 16; }
   std::int64_t gradient_scratch_floats() const {
     const std::int64_t window = points() * (inner() > columns() ? inner() : columns());
     return points() / 2 * (point_floats(gradient_block()) + gradient_floats()) + window + 16;
   }
+};
+
+// Tiles [begin, end), at most plan.block() of them: evaluated in `tiles`, which has plan.tile_floats(), unless they are already,
+// and from there to results for chunks [first_chunk, last_chunk).
+struct WinogradPart {
+  std::int64_t begin, end, first_chunk, last_chunk;
+  float* tiles;
+  bool evaluated;
 };
 
 // A part of the gradient of the weight: what tiles [begin, end), at most plan.gradient_block() of them, give to the sums at
@@ -119,9 +126,8 @@ struct WinogradKernels {
   // Chunks [begin, end) of the weight at the points.
   void (*weight)(const WinogradPlan&, const WinogradWeight&, const float* weight, float* points, std::int64_t begin,
                  std::int64_t end);
-  // Tiles [begin, end), at most plan.block() of them, from x to results.
-  void (*conv)(const WinogradPlan&, const void* x, const float* points, const WinogradOutput&, std::int64_t begin,
-               std::int64_t end, float* scratch);
+  void (*conv)(const WinogradPlan&, const void* x, const float* points, const WinogradOutput&, const WinogradPart&,
+               float* scratch);
   // Adds to the sums.
   void (*wgrad)(const WinogradPlan&, const WinogradGradient&, float* scratch);
   // The gradient of chunk `chunk` from `parts` sums, `part_floats` apart.

@@ -1,9 +1,8 @@
 // Included behind the Simd of one instruction set; see conv_pixel_shuffle_gelu_winograd_kernels.h.
-#include <cstring>
-
 #include "conv_pixel_shuffle_gelu_winograd_kernels.h"
 #include "multiply.inl"
 #include "partial.inl"
+#include "tiles.inl"
 
 namespace hflfnerv {
 namespace {
@@ -129,52 +128,6 @@ inline void combine(const F* m, F* y) {
   y[n - 1] = Simd::add(y[n - 1], m[kAxis - 1]);
 }
 
-template <class T>
-struct Images {
-  const T* data;
-  std::int64_t batch, height, width, channels;
-};
-
-// A square of pixels: that at (i, j) begins at p + i * row + j * pixel.
-template <class T>
-struct Window {
-  const T* p;
-  std::int64_t row, pixel;
-};
-
-// `count` channels from `first` on of the square of `size` at (y, x), zero outside of the image. What lies behind an
-// image's last channel is another pixel, which is read only where there is one: else the square is copied.
-template <class T>
-inline Window<T> window(const Images<T>& images, std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t size,
-                        std::int64_t first, std::int64_t count, T* copy) {
-  const std::int64_t row = images.width * images.channels;
-  const T* const origin = images.data + image * images.height * row;
-  if (y >= 0 && x >= 0 && y + size <= images.height && x + size <= images.width) {
-    const std::int64_t last = (y + size - 1) * row + (x + size - 1) * images.channels + first;
-    if (last + count <= (images.batch - image) * images.height * row) {
-      return {origin + y * row + x * images.channels + first, row, images.channels};
-    }
-  }
-  const std::int64_t real = count < images.channels - first ? count : images.channels - first;
-  std::memset(copy, 0, static_cast<std::size_t>(size * size * count) * sizeof(T));
-  for (std::int64_t i = y < 0 ? -y : 0; i < size && y + i < images.height; ++i) {
-    for (std::int64_t j = x < 0 ? -x : 0; j < size && x + j < images.width; ++j) {
-      const T* const from = origin + (y + i) * row + (x + j) * images.channels + first;
-      std::memcpy(copy + (i * size + j) * count, from, static_cast<std::size_t>(real) * sizeof(T));
-    }
-  }
-  return {copy, size * count, count};
-}
-
-struct Tile {
-  std::int64_t image, row, column;  // of its first result
-};
-
-inline Tile tile_of(const WinogradPlan& plan, std::int64_t tile) {
-  const std::int64_t columns = plan.tile_columns(), rows = plan.tile_rows();
-  return {tile / columns / rows, tile / columns % rows * plan.outputs(), tile % columns * plan.outputs()};
-}
-
 // The inputs of a tile at kPointRows rows of points from kFirst on, point_floats apart. What is written behind its channels
 // is the next tile's, which is evaluated after it.
 template <class T, int kAxis, int kFirst, int kPointRows>
@@ -252,76 +205,48 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
     combine<kOutputs, kAxis>(m, y);
     for (int i = 0; i < kOutputs; ++i) half_way[i][j] = y[i];
   }
-  const std::int64_t rows_left = plan.height - tile.row, columns_left = plan.width - tile.column;
-  const int rows = rows_left < kOutputs ? static_cast<int>(rows_left) : kOutputs;
-  const int columns = columns_left < kOutputs ? static_cast<int>(columns_left) : kOutputs;
-  const std::int64_t first = vector * kLanes, left = plan.out_channels - first;
-  const F bias = out.bias != nullptr ? Simd::load(out.bias + first) : Simd::zero();
-  const WinogradStore* const begin = out.stores + out.first_store[vector];
-  const WinogradStore* const end = out.stores + out.first_store[vector + 1];
-  for (int i = 0; i < rows; ++i) {
+  const TileStores<T, kOutputs> stores(plan, tile, out, vector, gelu);
+  for (int i = 0; i < stores.rows; ++i) {
     F y[kOutputs];
     combine<kOutputs, kAxis>(half_way[i], y);
-    for (F& value : y) value = Simd::add(value, bias);
-    T* const to = static_cast<T*>(out.y) + tile.image * out.image + (tile.row + i - out.first_row) * out.row +
-                  tile.column * out.pixel;
-    if (out.z != nullptr) {
-      const std::int64_t row = tile.image * plan.height + tile.row + i;
-      T* z = static_cast<T*>(out.z) + (row * plan.width + tile.column) * plan.out_channels + first;
-      for (int j = 0; j < columns; ++j, z += plan.out_channels) {
-        if (left >= kLanes) {
-          Simd::store(z, y[j]);
-        } else {
-          Simd::store_lanes(z, y[j], 0, static_cast<int>(left));
-        }
-      }
-    }
-    if (gelu != nullptr) {
-      for (F& value : y) value = (*gelu)(value);
-    }
-    for (const WinogradStore* store = begin; store != end; ++store) {
-      T* p = to + store->offset;
-      if (store->last - store->first == kLanes) {
-        for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store(p, y[j]);
-      } else {
-        for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store_lanes(p, y[j], store->first, store->last);
-      }
-    }
+    stores.row(i, y);
   }
 }
 
 template <class T, int kTaps, int kAxis>
-void conv_of(const WinogradPlan& plan, const T* x, const float* points, const WinogradOutput& out, std::int64_t begin,
-             std::int64_t end, float* scratch) {
+void conv_of(const WinogradPlan& plan, const T* x, const float* points, const WinogradOutput& out,
+             const WinogradPart& part, float* scratch) {
   const std::int64_t in = plan.in_channels, point_floats = plan.point_floats(plan.block()), product_floats = plan.product_floats();
-  float* const tiles = scratch;
-  float* const products = tiles + plan.points() * point_floats;
+  const std::int64_t count = part.end - part.begin;
+  float* const products = scratch;
   float* const copy = products + plan.block() * product_floats;
   Tile at[kWinogradTiles];
-  for (std::int64_t i = 0; i < end - begin; ++i) {
-    at[i] = tile_of(plan, begin + i);
-    evaluate_tile<T, kAxis, 0, kAxis>(plan, x, at[i], point_floats, tiles + i * in, copy);
+  for (std::int64_t i = 0; i < count; ++i) at[i] = tile_of(plan, part.begin + i);
+  for (std::int64_t i = 0; i < count && !part.evaluated; ++i) {
+    evaluate_tile<T, kAxis, 0, kAxis>(plan, x, at[i], point_floats, part.tiles + i * in, copy);
   }
   const GeluTable none{};
   const Simd::Gelu function(out.gelu != nullptr ? *out.gelu : none);
   const Simd::Gelu* const gelu = out.gelu != nullptr ? &function : nullptr;
-  for (std::int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
+  for (std::int64_t chunk = part.first_chunk; chunk < part.last_chunk; ++chunk) {
     const bool whole = plan.out_channels - chunk * kColumns > kLanes;  // or its second vector is all padding
     const float* const columns = points + chunk * plan.chunk_floats();
     for (std::int64_t point = 0; point < plan.points(); ++point) {
       const float* const b = columns + point * in * kColumns;
-      // The last rows may be of tiles that are not there.
-      for (std::int64_t row = 0; row < end - begin; row += kRows) {
-        const float* const a = tiles + point * point_floats + row * in;
+      // The last rows may be of tiles that are not there, as many as fill up half of the rows of a product.
+      for (std::int64_t row = 0; row < count; row += kRows) {
+        const float* const a = part.tiles + point * point_floats + row * in;
         float* const c = products + row * product_floats + point * kColumns;
-        if (whole) {
+        if (count - row <= kRows / 2) {
+          (whole ? multiply<kRows / 2, 2, false> : multiply<kRows / 2, 1, false>)(a, in, 1, b, kColumns, in, c, product_floats);
+        } else if (whole) {
           multiply<kRows, 2, false>(a, in, 1, b, kColumns, in, c, product_floats);
         } else {
           multiply<kRows, 1, false>(a, in, 1, b, kColumns, in, c, product_floats);
         }
       }
     }
-    for (std::int64_t i = 0; i < end - begin; ++i) {
+    for (std::int64_t i = 0; i < count; ++i) {
       for (int v = 0; v < (whole ? 2 : 1); ++v) {
         finish_tile<T, kTaps, kAxis>(plan, at[i], products + i * product_floats + v * kLanes, out, chunk * kWinogradVectors + v,
                                   gelu);
@@ -330,12 +255,12 @@ void conv_of(const WinogradPlan& plan, const T* x, const float* points, const Wi
   }
 }
 
-void conv(const WinogradPlan& plan, const void* x, const float* points, const WinogradOutput& out, std::int64_t begin,
-          std::int64_t end, float* scratch) {
+void conv(const WinogradPlan& plan, const void* x, const float* points, const WinogradOutput& out, const WinogradPart& part,
+          float* scratch) {
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
     const auto of_kernel = plan.kernel == 3 ? conv_of<T, 3, 8> : plan.axis == 8 ? conv_of<T, 5, 8> : conv_of<T, 5, 10>;
-    of_kernel(plan, static_cast<const T*>(x), points, out, begin, end, scratch);
+    of_kernel(plan, static_cast<const T*>(x), points, out, part, scratch);
   });
 }
 

@@ -28,7 +28,8 @@ SimdLevel best_simd_level() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vbmi") &&
-                        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni") &&
+                        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("gfni") &&
                         __builtin_cpu_supports("vpclmulqdq");
     if (avx512) return SimdLevel::avx512;
 #endif

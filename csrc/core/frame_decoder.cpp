@@ -216,7 +216,7 @@ void FrameDecoder::decode(const float* const* inputs, void* out, bool bytes, int
     }
     rings.next = band + 1;
     output_rows_amx({rings.outputs.data(), static_cast<int>(streams_.size()), shape_.groups, scales_.data(), biases_.get(),
-                     shape_.offset, &tanh_table(), begin, end, shape_.width, out, bytes},
+                     shape_.offset, &tanh_table(), begin, end, shape_.width, shape_.width, out, bytes},
                     rings.products.get());
   });
 }

@@ -111,7 +111,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
     void* const to = bytes ? static_cast<void*>(static_cast<std::uint8_t*>(out) + pixel)
                            : static_cast<void*>(static_cast<float*>(out) + pixel);
     const OutputRows task{own_streams, count, shape.groups, shape.scales, biases.get(), shape.offset,
-                          &tanh_table(),  0,     rows,         shape.width,  to,           bytes};
+                          &tanh_table(),  0,     rows,         shape.width,  shape.width,  to,           bytes};
 #if defined(HFLFNERV_HAVE_AMX)
     if (amx) return output_rows_amx(task, reinterpret_cast<float*>(own + thread_bytes));
 #endif

@@ -85,7 +85,7 @@ class Worker {
         const std::int64_t x = x_[t] + p * kPixelsAmx;
         std::int64_t pixels = kept ? rows_.width - x : 0;
         if (pixels > kPixelsAmx) pixels = kPixelsAmx;
-        block.at[t * kTile + p] = (y_[t] * rows_.width + x) * kColours;
+        block.at[t * kTile + p] = (y_[t] * rows_.out_width + x) * kColours;
         block.lanes[t * kTile + p] = static_cast<std::uint16_t>(pixels > 0 ? (1u << pixels * kColours) - 1 : 0);
       }
     }

@@ -28,7 +28,7 @@ struct OutputStream {
   int group;
 };
 
-// Rows [begin, end) of the frame; `out` is all of it, from row 0, without gaps.
+// Rows [begin, end) of the frame, and of each the first `width` pixels; `out` is row 0, and `out_width` pixels lie between rows.
 struct OutputRows {
   const OutputStream* streams;
   int count, groups;
@@ -36,7 +36,7 @@ struct OutputRows {
   const float* biases;    // kBiasLanes for each group
   float offset;
   const GeluTable* table;  // tanh_table()
-  std::int64_t begin, end, width;
+  std::int64_t begin, end, width, out_width;
   void* out;
   bool bytes;
 };

@@ -38,7 +38,7 @@ class Worker {
       }
     }
     const std::int64_t left = rows_.width - x;
-    store((y * rows_.width + x) * kColours, values, static_cast<int>((left < kBlockPixels ? left : kBlockPixels) * kColours));
+    store((y * rows_.out_width + x) * kColours, values, static_cast<int>((left < kBlockPixels ? left : kBlockPixels) * kColours));
   }
 
   // The products of kSharedPixels pixels from x on, summed over streams [first, last) and lane by lane.

@@ -5,7 +5,10 @@ namespace hflfnerv {
 namespace {
 
 // What is read from p afterwards is read anew, not kept from before.
-inline void hide(const float*& p) { asm("" : "+r"(p)); }
+template <class T>
+inline void hide(const T*& p) {
+  asm("" : "+r"(p));
+}
 
 // A vector that was read from memory is kept in a register, and not read anew by each instruction that takes it: where vectors
 // cross cache lines, reading takes as long as two products.

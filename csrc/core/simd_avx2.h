@@ -179,11 +179,33 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
 
+  static float highest(F v) {
+    const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+  }
+
   static F sums(const F* v) {
     const F low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
     const F high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
     return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
+
+  using I = __m256i;
+  static I zero_ints() { return _mm256_setzero_si256(); }
+  static I set_ints(std::int32_t v) { return _mm256_set1_epi32(v); }
+  static I load_ints(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_ints(std::int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static I sub_ints(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static F to_floats(I v) { return _mm256_cvtepi32_ps(v); }
+  static I add_products(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+  using Shorts = __m256i;
+  static Shorts to_shorts(F a, F b) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)), 0xd8);
+  }
+  static Shorts add_shorts(Shorts a, Shorts b) { return _mm256_add_epi16(a, b); }
+  static void store_shorts(std::int16_t* p, Shorts v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
   // value times two to the power of the integer in the low bits of `integer`.
   static F add_exponent(F value, F integer) {

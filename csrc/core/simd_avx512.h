@@ -157,6 +157,8 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
 
+  static float highest(F v) { return _mm512_reduce_max_ps(v); }
+
   // The sums of as many vectors as there are lanes, in their order.
   static F sums(const F* v) {
     F fours[4];  // of four vectors each: in every quarter, a part of the sums of one vector after the other
@@ -170,6 +172,26 @@ struct Simd {
   }
   // The sums of even and odd quarters of a, then of b.
   static F halves(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+
+  // Integers of 32 bits, each of which may be a pair of 16 bits.
+  using I = __m512i;
+  static I zero_ints() { return _mm512_setzero_si512(); }
+  static I set_ints(std::int32_t v) { return _mm512_set1_epi32(v); }
+  static I load_ints(const std::int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_ints(std::int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static I sub_ints(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
+  // sum + a.low b.low + a.high b.high, modulo 2^32.
+  static I add_products(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+  // Integers of 16 bits, the nearest ones to those of two vectors of values in their range.
+  using Shorts = __m512i;
+  static Shorts to_shorts(F a, F b) {
+    const __m512i quarters = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), quarters);
+  }
+  static Shorts add_shorts(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
+  static void store_shorts(std::int16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
 
   // value times two to the power of the integer in the low bits of `integer`.
   static F add_exponent(F value, F integer) {

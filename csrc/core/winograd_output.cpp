@@ -11,18 +11,196 @@
 namespace hflfnerv {
 namespace {
 
-// Rows of the band before that are kept: the head of a band's last row takes the next band's first.
-constexpr std::int64_t kKept = kTaps - 1;
-
-std::int64_t band_rows(const WinogradShape& shape) { return (shape.points + 1 - shape.kernel) * shape.r; }
+std::int64_t tile_size(const WinogradShape& shape) { return (shape.points + 1 - shape.kernel) * shape.r; }
 
 #if defined(HFLFNERV_HAVE_AVX2)
 
-// Rows of a stream's features in a thread's memory, with a pixel of zeros on the left and zeros on the right.
-struct Prepared {
-  WinogradBands bands;
-  std::int64_t pixel, row, height, offset;
-  Aligned<float> weights;
+// Rows of the row of tiles above, and columns of the strip on the left, that a head needs.
+constexpr std::int64_t kKept = kTaps - 1;
+
+std::int64_t whole(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+
+// A frame in strips, each of some columns of tiles from the frame's top to its bottom. A thread has the features of one row of
+// tiles of a strip, with the last rows of the one above. The last columns of a strip are kept for the next one, if that is
+// the thread's next one, too; else the two pixels between them, the seam, are left out, and made in the end of columns
+// that both strips keep.
+class Strips {
+ public:
+  Strips(const OutputShape& shape, const WinogradStream* streams, int count, void* out, bool bytes, int threads, SimdLevel level)
+      : shape_(shape), out_(static_cast<char*>(out)), bytes_(bytes), level_(level), biases_(output_biases(shape.biases, shape.groups)) {
+    const std::int64_t lanes = lanes_of(level);
+    size_ = tile_size(streams[0].shape);
+    std::int64_t block = INT64_MAX, widest = 0;
+    for (const WinogradStream* s = streams; s != streams + count; ++s) {
+      const WinogradTiles probe(s->shape, s->activation, s->x, s->points, s->bias, 0, level);
+      block = std::min(block, probe.block());
+      step_ = std::max(step_, probe.step());
+      widest = std::max(widest, s->shape.width * s->shape.r);
+    }
+    block = std::max(step_, block / step_ * step_);
+    // The last pixel of a row takes one more of the features, where there is one.
+    columns_ = (std::min(widest, shape.width + 1) + size_ - 1) / size_;
+    // As many strips for each thread, of about the same width.
+    count_ = std::min(whole((columns_ + block - 1) / block, threads), whole(columns_, step_) / step_);
+    threads_ = threads_for(count_, threads);
+    std::int64_t floats = 0, scratch_floats = 0;
+    for (const WinogradStream* s = streams; s != streams + count; ++s) {
+      Stream stream;
+      stream.pixel = s->shape.channels;
+      stream.height = s->shape.height * s->shape.r;
+      stream.width = s->shape.width * s->shape.r;
+      // Vectors that end behind a pixel's window read zeros.
+      const std::int64_t beyond = (lanes + stream.pixel - 1) / stream.pixel;
+      stream.row = (kKept + block * size_ + beyond) * stream.pixel;
+      stream.edge_row = (2 * kKept + beyond) * stream.pixel;
+      stream.offset = floats;
+      // Blocks of pixels that end behind a row read on.
+      const std::int64_t behind = output_vector_margin(lanes) * stream.pixel;
+      floats += in_lines((kKept + size_) * stream.row + behind);
+      zeros_ = std::max(zeros_, stream.row + behind);
+      stream.edge = stream.height * stream.edge_row + behind;
+      stream.edges = new_aligned<float>(std::max<std::int64_t>(1, count_ - 1) * stream.edge);
+      stream.weights = output_vectors(s->head, stream.pixel, lanes);
+      stream.steps = output_vector_steps(stream.pixel, lanes);
+      stream.group = s->group;
+      stream.tiles.emplace_back(s->shape, s->activation, s->x, s->points, s->bias, stream.row, level);
+      scratch_floats = std::max(scratch_floats, stream.tiles[0].scratch_floats());
+      streams_.push_back(std::move(stream));
+    }
+    features_floats_ = floats;
+    own_floats_ = floats + scratch_floats;
+    memory_ = new_aligned<float>(own_floats_ * threads_);
+    no_row_ = new_zeros<float>(zeros_);
+    last_.assign(static_cast<std::size_t>(threads_), -1);
+    seams_.assign(static_cast<std::size_t>(count_), 0);
+  }
+
+  void run() {
+    parallel_items(count_, threads_, [&](int thread, std::int64_t strip) {
+      std::int64_t& last = last_[static_cast<std::size_t>(thread)];
+      const bool next = strip > 0 && last == strip - 1;
+      seams_[static_cast<std::size_t>(strip)] = strip > 0 && !next;
+      last = strip;
+      this->strip(thread, strip, next);
+    });
+    parallel_items(count_, threads_, [&](int, std::int64_t strip) {
+      if (seams_[static_cast<std::size_t>(strip)]) seam(strip);
+    });
+  }
+
+ private:
+  struct Stream {
+    std::int64_t pixel, height, width;  // floats of a pixel; pixels of the features
+    std::int64_t row, offset;           // in a thread's memory
+    std::int64_t edge_row, edge;        // floats of a row at an edge, and of one between two strips
+    Aligned<float> edges, weights;      // at an edge: the last columns of a strip, the first of the next, zeros
+    std::int64_t steps;
+    int group;
+    std::vector<WinogradTiles> tiles;  // one
+    float* edge_at(std::int64_t strip) const { return edges.get() + (strip - 1) * edge; }
+  };
+
+  // The column of tiles that a strip begins with.
+  std::int64_t begin(std::int64_t strip) const { return std::min(columns_, whole(columns_ * strip / count_, step_)); }
+
+  void strip(int thread, std::int64_t strip, bool next) {
+    float* const own = memory_.get() + thread * own_floats_;
+    const std::int64_t first = begin(strip), last = begin(strip + 1), left = first * size_, right = last * size_;
+    for (const Stream& s : streams_) clear(s, strip, std::min(right, s.width) - left, own + s.offset);
+    const std::int64_t from = strip == 0 ? 0 : next ? left - 1 : left + 1;
+    const std::int64_t to = strip + 1 == count_ ? shape_.width : right - 1;
+    // The frame's last row takes one more of the features.
+    const std::int64_t rows = (shape_.height + size_) / size_;
+    std::vector<OutputStream> inputs;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t top = row * size_;
+      inputs.clear();
+      for (const Stream& s : streams_) {
+        float* const at = own + s.offset;
+        if (row > 0) std::memcpy(at, at + size_ * s.row, floats_size(kKept * s.row));
+        if (row < s.tiles[0].rows()) {
+          const std::int64_t end = std::min(last, s.tiles[0].columns());
+          float* const features = at + kKept * (s.row + s.pixel);
+          if (first < end) s.tiles[0].run(row, first, end, features, own + features_floats_);
+          keep_edges(s, strip, next, right - left, top, at + kKept * s.row);
+        }
+        // Rows are counted from the first one in memory.
+        inputs.push_back({at + (from - left + kKept - 1) * s.pixel, s.row, s.pixel, row > 0 ? 0 : kKept, s.height - top + kKept,
+                          INT64_MAX, no_row_.get(), s.weights.get(), s.steps, s.group});
+      }
+      const std::int64_t begin = std::max<std::int64_t>(0, top - 1);
+      const std::int64_t end = row + 1 < rows ? std::min(shape_.height, top + size_ - 1) : shape_.height;
+      draw(inputs, top - kKept, begin, end, from, to);
+    }
+  }
+
+  // Clears what no tile of a strip writes: left of the frame, and behind its `width` pixels, which may be less than none.
+  static void clear(const Stream& s, std::int64_t strip, std::int64_t width, float* at) {
+    const std::int64_t used = (kKept + std::max<std::int64_t>(0, width)) * s.pixel;
+    const std::int64_t rows = kKept + s.tiles[0].size();
+    for (std::int64_t row = 0; row < rows; ++row) {
+      float* const to = at + row * s.row;
+      if (strip == 0) std::fill(to, to + kKept * s.pixel, 0.0f);
+      std::fill(to + used, to + s.row, 0.0f);
+    }
+  }
+
+  // Of a row of tiles, `features` with the columns on their left: takes these from the strip before, and keeps the others'.
+  void keep_edges(const Stream& s, std::int64_t strip, bool next, std::int64_t width, std::int64_t top, float* features) const {
+    const std::int64_t rows = std::min(size_, s.height - top), kept = kKept * s.pixel;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      float* const at = features + row * s.row;
+      if (strip > 0) {
+        float* const edge = s.edge_at(strip) + (top + row) * s.edge_row;
+        if (next) {
+          std::memcpy(at, edge, floats_size(kept));
+        } else {
+          std::memcpy(edge + kept, at + kept, floats_size(kept));
+        }
+      }
+      if (strip + 1 < count_) {
+        float* const edge = s.edge_at(strip + 1) + (top + row) * s.edge_row;
+        std::memcpy(edge, at + width * s.pixel, floats_size(kept));
+        std::fill(edge + 2 * kept, edge + s.edge_row, 0.0f);
+      }
+    }
+  }
+
+  // The pixels left and right of where a strip begins.
+  void seam(std::int64_t strip) const {
+    const std::int64_t left = begin(strip) * size_;
+    std::vector<OutputStream> inputs;
+    for (const Stream& s : streams_) {
+      inputs.push_back({s.edge_at(strip), s.edge_row, s.pixel, 0, s.height, INT64_MAX, no_row_.get(), s.weights.get(), s.steps,
+                        s.group});
+    }
+    draw(inputs, 0, 0, shape_.height, left - 1, std::min(shape_.width, left + 1));
+  }
+
+  // Rows [begin, end) and columns [from, to) of the frame. Row 0 of the inputs is the frame's row `first`.
+  void draw(const std::vector<OutputStream>& inputs, std::int64_t first, std::int64_t begin, std::int64_t end, std::int64_t from,
+            std::int64_t to) const {
+    if (begin >= end || from >= to) return;
+    const std::int64_t at = (first * shape_.width + from) * kColours * (bytes_ ? 1 : 4);
+    output_rows({inputs.data(), static_cast<int>(inputs.size()), shape_.groups, shape_.scales, biases_.get(), shape_.offset,
+                 &tanh_table(), begin - first, end - first, to - from, shape_.width, out_ + at, bytes_},
+                level_);
+  }
+
+  static std::size_t floats_size(std::int64_t count) { return static_cast<std::size_t>(count) * sizeof(float); }
+
+  const OutputShape& shape_;
+  char* const out_;
+  const bool bytes_;
+  const SimdLevel level_;
+  const Aligned<float> biases_;
+  std::int64_t size_ = 0, step_ = 1, columns_ = 0, count_ = 0;  // of tiles; and strips
+  int threads_ = 1;
+  std::vector<Stream> streams_;
+  std::int64_t features_floats_ = 0, own_floats_ = 0, zeros_ = 0;
+  Aligned<float> memory_, no_row_;
+  std::vector<std::int64_t> last_;  // strip of each thread
+  std::vector<char> seams_;         // whether there is one on a strip's left
 };
 
 #endif
@@ -32,66 +210,13 @@ struct Prepared {
 bool winograd_output_fits(const WinogradStream* streams, int count, SimdLevel level) {
   if (level == SimdLevel::scalar) return false;
   return std::all_of(streams, streams + count,
-                     [&](const WinogradStream& s) { return band_rows(s.shape) == band_rows(streams[0].shape); });
+                     [&](const WinogradStream& s) { return tile_size(s.shape) == tile_size(streams[0].shape); });
 }
 
 void winograd_output_fwd(const OutputShape& shape, const WinogradStream* streams, int count, void* out, bool bytes, int threads,
                          SimdLevel level) {
 #if defined(HFLFNERV_HAVE_AVX2)
-  const std::int64_t lanes = lanes_of(level);
-  const std::int64_t rows = band_rows(streams[0].shape);
-  std::vector<Prepared> prepared;
-  std::int64_t feature_floats = 0, scratch_floats = 0;
-  for (const WinogradStream* s = streams; s != streams + count; ++s) {
-    const std::int64_t pixel = s->shape.channels, width = s->shape.width * s->shape.r;
-    const std::int64_t row = std::max(width + kTaps, shape.width + output_vector_margin(lanes)) * pixel;
-    prepared.push_back({WinogradBands(s->shape, s->activation, s->x, s->points, s->bias, row, level), pixel, row,
-                        s->shape.height * s->shape.r, feature_floats, output_vectors(s->head, pixel, lanes)});
-    // The last row is zeros.
-    feature_floats += in_lines((kKept + rows + 1) * row + kRestMargin);
-    scratch_floats = std::max(scratch_floats, prepared.back().bands.scratch_floats());
-  }
-  const Aligned<float> biases = output_biases(shape.biases, shape.groups);
-  // The frame's last row takes one more of the features.
-  const std::int64_t bands = (shape.height + rows) / rows, floats = feature_floats + scratch_floats;
-  threads = threads_for(bands, threads);
-  const Aligned<float> memory = new_zeros<float>(floats * threads);
-  std::vector<std::int64_t> last(static_cast<std::size_t>(threads), -1);
-  std::vector<OutputStream> inputs(static_cast<std::size_t>(count) * static_cast<std::size_t>(threads));
-  const std::int64_t frame_row = shape.width * kColours * (bytes ? 1 : 4);
-  parallel_items(bands, threads, [&](int thread, std::int64_t band) {
-    float* const own = memory.get() + thread * floats;
-    float* const scratch = own + feature_floats;
-    std::int64_t& done = last[static_cast<std::size_t>(thread)];
-    const auto compute = [&](std::int64_t which) {
-      for (const Prepared& p : prepared) {
-        float* const at = own + p.offset;
-        std::memcpy(at, at + rows * p.row, static_cast<std::size_t>(kKept * p.row) * sizeof(float));
-        if (which < p.bands.count()) p.bands.run(which, at + kKept * p.row + p.pixel, scratch);
-      }
-      done = which;
-    };
-    // A thread begins its part, or another's, with the rows above it.
-    if (band > 0 && done != band - 1) compute(band - 1);
-    compute(band);
-    const std::int64_t top = band * rows;  // of the band among the features
-    const std::int64_t begin = std::max<std::int64_t>(0, top - 1);
-    const std::int64_t end = band + 1 < bands ? std::min(shape.height, top + rows - 1) : shape.height;
-    if (begin >= end) return;
-    // Rows are counted from the first one in memory that there is.
-    const std::int64_t first = band > 0 ? top - kKept : 0;
-    OutputStream* const in = inputs.data() + thread * count;
-    for (int i = 0; i < count; ++i) {
-      const Prepared& p = prepared[static_cast<std::size_t>(i)];
-      const float* const at = own + p.offset;
-      in[i] = {at + (band > 0 ? 0 : kKept * p.row), p.row, p.pixel, 0, p.height - first, INT64_MAX,
-               at + (kKept + rows) * p.row, p.weights.get(), output_vector_steps(p.pixel, lanes), streams[i].group};
-    }
-    const OutputRows task{in,            count,         shape.groups, shape.scales, biases.get(),
-                          shape.offset,  &tanh_table(), begin - first, end - first,  shape.width,
-                          static_cast<char*>(out) + first * frame_row, bytes};
-    output_rows(task, level);
-  });
+  Strips(shape, streams, count, out, bytes, threads, level).run();
 #endif
 }
 

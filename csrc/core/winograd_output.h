@@ -1,5 +1,5 @@
-// The last blocks by Winograd's method and the output stage, alternating in bands: the largest activation of a network, 92 MB
-// at 640 x 1280, is never written to memory.
+// The last blocks by Winograd's method and the output stage, alternating in strips of columns: the largest activation of a
+// network, 92 MB at 640 x 1280, is never written to memory, and what is made of it next finds it in the second cache.
 #pragma once
 
 #include "conv_pixel_shuffle_gelu_winograd.h"
@@ -17,7 +17,7 @@ struct WinogradStream {
   int group;
 };
 
-// Whether the streams' blocks have bands of the same height.
+// Whether the streams' blocks have tiles of the same size.
 bool winograd_output_fits(const WinogradStream* streams, int count, SimdLevel level);
 
 // The bytes or floats that winograd_fwd and output_stage_fwd give, bit for bit. The streams are in the order of their groups.

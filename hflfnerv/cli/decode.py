@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ..config import DECODE_PRECISIONS
 from ._ahead import Ahead
 from ._options import add_device, add_frames, check_outputs
 
@@ -28,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "a folder that is not empty is refused)",
     )
     add_frames(parser)
-    add_device(parser, ("auto", "fp32", "bf16", "fp16", "int8"), "auto")
+    add_device(parser, DECODE_PRECISIONS, "auto")
     parser.set_defaults(run=run)
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..config import DECODE_PRECISIONS
 from ._options import add_device, add_selection, print_json
 
 __all__ = ["add_parser", "run"]
@@ -17,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("input", type=Path, metavar="IN.hflf")
     parser.add_argument("--reference", type=Path, required=True, metavar="INPUT", help="the original video or folder")
     add_selection(parser)
-    add_device(parser, ("auto", "fp32", "bf16", "fp16", "int8"), "fp32")
+    add_device(parser, DECODE_PRECISIONS, "fp32")
     parser.add_argument("--json", action="store_true", help="print JSON, with the values of each frame")
     parser.set_defaults(run=run)
 

@@ -61,8 +61,10 @@ class Decoder:
         device: ``"auto"`` (CUDA where there is a device), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         precision: ``"fp32"``, ``"bf16"`` and ``"fp16"`` compute in these, halves where that is safe; ``"auto"`` in the
             fastest whose frames are within a level or so of float32's: bfloat16 on a CPU with AMX, float16 on a CUDA
-            device, float32 elsewhere. ``"int8"`` runs most of the network on 8-bit integers, at a small cost in PSNR
-            that depends on the network; it is for CUDA devices, and on a CPU gives their frames slowly.
+            device, ``"int16"`` elsewhere. That is for CPUs: large blocks multiply 16-bit integers, with a tenth of
+            bfloat16's errors, and the rest is float32; so is all of it on a CPU without AVX2. ``"int8"`` runs most of
+            the network on 8-bit integers, at a small cost in PSNR that depends on the network; it is for CUDA devices,
+            and on a CPU gives their frames slowly.
 
     Attributes:
         header: what the file says about the video.

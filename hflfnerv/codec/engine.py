@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .._concurrent import concurrently
 from .._device import autocast_dtype
 from .._impl import Implementation, ImplementationTable
+from ..config import DECODE_PRECISIONS
 from ..models import ModelSpec, VideoNetwork
 from ..ops import output_stage
 
@@ -53,7 +54,7 @@ class Engine(ABC):
         model: the network in float32; an engine may move it to its device.
         embeddings: where the embeddings come from.
         device: the device to compute on.
-        precision: ``"auto"``, ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
+        precision: ``"auto"``, ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int16"`` or ``"int8"``.
 
     Attributes:
         copy_seconds: how long it waited so far for copies from the device after the frames were made.
@@ -223,7 +224,9 @@ _ENGINES = (
     # The same on a CPU, for its frames: no kernel there is faster in int8 than in float32.
     EngineEntry("int8", _make_cuda_engine, rejects=_cuda_rejects, device="cpu", precisions=("int8",)),
     EngineEntry("amx", _make_amx_engine, _amx_unavailable, _amx_rejects, device="cpu", precisions=("auto", "bf16")),
-    EngineEntry("fused", _make_fused_engine, rejects=_fused_rejects, device="cpu", precisions=("auto", "fp32")),
+    EngineEntry(
+        "fused", _make_fused_engine, rejects=_fused_rejects, device="cpu", precisions=("auto", "int16", "fp32")
+    ),
     EngineEntry("module", ModuleEngine, precisions=("auto", "fp32", "bf16", "fp16")),
 )
 #: The engines, fastest first for each type of device.
@@ -243,8 +246,8 @@ def make_engine(model: VideoNetwork, embeddings: Embeddings, device: torch.devic
     Raises:
         ValueError: the precision is none.
     """
-    if precision not in ("auto", "int8"):
-        autocast_dtype(precision)
+    if precision not in DECODE_PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(DECODE_PRECISIONS)}, got {precision!r}")
     entry = DECODE.select("auto", model, embeddings, device, precision)
     for faster in _ENGINES[: DECODE.names.index(entry.name)]:
         if not faster.meant_for(device, precision) or faster.unavailable() is not None:

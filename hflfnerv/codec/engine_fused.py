@@ -1,4 +1,4 @@
-"""Decoding on any CPU in float32, by the fused operations."""
+"""Decoding on any CPU by the fused operations."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class FusedEngine(Engine):
         model: on the CPU.
         embeddings: where the embeddings come from.
         device: the CPU.
-        precision: ``"auto"`` or ``"fp32"``.
+        precision: ``"fp32"``, or ``"int16"``, where large blocks multiply 16-bit integers, which ``"auto"`` is, too.
     """
 
     def __init__(self, model: VideoNetwork, embeddings: Embeddings, device: torch.device, precision: str) -> None:
         super().__init__(model, embeddings, device, precision)
         self._model: VideoNetwork = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._streams = [cast(DecoderStream, model.get_submodule(name)) for name in model.spec.streams]
-        self._packed = PackedWeights(large_tiles=True)
+        self._packed = PackedWeights(tiles="large" if precision == "fp32" else "integer")
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         for index in indices:

@@ -17,6 +17,8 @@ from ._library import register, register_gradient
 
 __all__ = ["conv2d_gradients"]
 
+_WINOGRAD_TILES = {"winograd": "small", "winograd, large tiles": "large", "winograd, integer tiles": "integer"}
+
 
 def _shuffled_order(t: torch.Tensor, r: int) -> torch.Tensor:
     """Reorder the first axis from (c, i, j), that of PixelShuffle, to (i, j, c), in which y's rows are contiguous."""
@@ -50,9 +52,9 @@ def _forward(
     if impl == "cuda":
         y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z)
         return y, x.new_empty(0) if kept is None else kept
-    if impl in ("winograd", "winograd, large tiles"):
-        activation, large = "gelu_tanh" if approximate == "tanh" else "gelu", impl != "winograd"
-        y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z, large_tiles=large)
+    if impl.startswith("winograd"):
+        activation, tiles = "gelu_tanh" if approximate == "tanh" else "gelu", _WINOGRAD_TILES[impl]
+        y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z, tiles=tiles)
         return y, x.new_empty(0) if kept is None else kept
     from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight
 
@@ -223,7 +225,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _dz: torch.Tensor | None) -> tu
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
 # the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad`` and ``wgrad`` what makes
 # the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda"; "winograd" makes all of
-# them, and "winograd, large tiles" none.
+# them, "winograd, large tiles" and "winograd, integer tiles" none.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",

@@ -1,4 +1,4 @@
-"""Convolutions on the CPU by Winograd's method, in float32: what the kernels can take, and calling them."""
+"""Convolutions on the CPU by Winograd's method: what the kernels can take, and calling them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .._device import cpu_flags
 from . import _cpp
 from ._check import compute_dtype, half_padding, memory_format_of
-from .packed_weights import kept_weight, large_tiles_allowed
+from .packed_weights import kept_weight, tiles_allowed
 from .pixel_shuffle_gelu import image_is_small
 
 __all__ = [
@@ -36,6 +36,8 @@ _LEAST = {
     "avx512_bf16": {3: (16_000, 560), 5: (3200, 200)},  # and float16 likewise
     "emulated": {3: (144, 144), 5: (52, 52)},  # 16 bits that no instruction multiplies
 }
+# Pixels of an image from which on integers pay, measured, and the most input channels for them.
+_INTEGER_LEAST, _INTEGER_CHANNELS = 3200, 128
 _INSTRUCTIONS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 
 
@@ -81,27 +83,36 @@ def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torc
     return y if torch.channels_last in (memory_format_of(x), memory_format_of(weight)) else y.contiguous()
 
 
-def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int, large_tiles: bool = False) -> list[int]:
-    batch, channels, height, width = x.shape
-    kernel = weight.shape[2]
+def _points(x: torch.Tensor, weight: torch.Tensor, tiles: str) -> int:
+    """Return the points on each axis at which tiles are evaluated, the size of one image deciding.
+
+    18 are those of a Fourier transform, with products of integers, whose errors grow with the channels.
+    """
+    kernel = int(weight.shape[2])
+    if tiles == "integer" and x.shape[1] <= _INTEGER_CHANNELS and x.shape[2] * x.shape[3] >= _INTEGER_LEAST:
+        return 18
     # The errors of large tiles are far below the rounding of 16 bits.
-    points = 10 if kernel == 5 and (large_tiles or x.dtype.itemsize == 2) else 8
-    return [batch, channels, height, width, weight.shape[0] // (r * r), r, kernel, points]
+    return 10 if kernel == 5 and (tiles != "small" or x.dtype.itemsize == 2) else 8
+
+
+def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int, tiles: str = "small") -> list[int]:
+    batch, channels, height, width = x.shape
+    return [batch, channels, height, width, weight.shape[0] // (r * r), r, weight.shape[2], _points(x, weight, tiles)]
 
 
 def pack_weight(
-    x: torch.Tensor, weight: torch.Tensor, r: int, *, large_tiles: bool = False, data_gradient: bool = False
+    x: torch.Tensor, weight: torch.Tensor, r: int, *, tiles: str = "small", data_gradient: bool = False
 ) -> torch.Tensor:
     """Return the weight at the points at which tiles are multiplied, in the order in which the kernels read it.
 
     Args:
-        x: any input of the convolution; only its dtype and number of channels matter.
+        x: any input of the convolution; only its dtype, number of channels and size matter.
         weight: ``[C_out r², C_in, k, k]``, float32, float16 or bfloat16.
         r: upscale factor.
-        large_tiles: whether it is for :func:`forward` with large tiles.
+        tiles: those that :func:`forward` is to take.
         data_gradient: whether it is for the gradient of x.
     """
-    module, sizes = _cpp.load(), _sizes(x, weight, r, large_tiles)
+    module, sizes = _cpp.load(), _sizes(x, weight, r, tiles)
     weight = weight.float().contiguous(memory_format=torch.channels_last)
     packed = torch.empty(module.winograd_weight_floats(sizes, data_gradient), dtype=torch.float32, device="cpu")
     addresses = (_address(t, torch.float32) for t in (weight, packed))
@@ -109,12 +120,10 @@ def pack_weight(
     return packed
 
 
-def kept(
-    x: torch.Tensor, weight: torch.Tensor, parameter: torch.Tensor, r: int, *, large_tiles: bool
-) -> torch.Tensor | None:
+def kept(x: torch.Tensor, weight: torch.Tensor, parameter: torch.Tensor, r: int, tiles: str) -> torch.Tensor | None:
     """Return what :func:`pack_weight` makes of a weight, where it is kept for the parameter that it was, or None."""
-    layout = lambda: ("winograd", r, large_tiles, x.dtype)  # noqa: E731
-    return kept_weight(parameter, layout, lambda: pack_weight(x, weight, r, large_tiles=large_tiles))
+    layout = lambda: ("winograd", r, _points(x, weight, tiles), x.dtype)  # noqa: E731
+    return kept_weight(parameter, layout, lambda: pack_weight(x, weight, r, tiles=tiles))
 
 
 def forward(
@@ -126,15 +135,15 @@ def forward(
     activation: str,
     *,
     keep_z: bool,
-    large_tiles: bool = False,
+    tiles: str = "small",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return y, channels-last, and z with its channels in the order (i, j, c) where it is to be kept, in x's dtype.
 
-    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``. Large tiles: 6 x 6 results of a 5x5 kernel, from
-    10 x 10 points; so they are in half precision anyway.
+    ``activation`` is ``"gelu"``, ``"gelu_tanh"`` or ``"identity"``, ``tiles`` as for :class:`PackedWeights`; in half
+    precision small ones are large anyway.
     """
     if packed is None:
-        packed = pack_weight(x, weight, r, large_tiles=large_tiles)
+        packed = pack_weight(x, weight, r, tiles=tiles)
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     n = weight.shape[0]
@@ -142,7 +151,7 @@ def forward(
     z = _empty(x.dtype, batch, n, height, width) if keep_z else None
     biases = _cpp.float_bias(bias)
     _cpp.load().winograd_fwd(
-        _sizes(x, weight, r, large_tiles),
+        _sizes(x, weight, r, tiles),
         _cpp.dtype_name(x.dtype),
         activation,
         _address(x, x.dtype),
@@ -181,7 +190,7 @@ def last_blocks(
     """
     if _cpp.unavailable() is not None:
         return None
-    large = large_tiles_allowed()
+    tiles = tiles_allowed()
     for x, weight, *_ in blocks:
         size = (x.shape[2], x.shape[3])
         if x.shape[0] != 1 or rejects(x, weight, half_padding(weight)) is not None:
@@ -190,21 +199,21 @@ def last_blocks(
             return None
         if image_is_small(weight.shape[0], *size) or not pays(x, weight, kept=True):
             return None
-    heights = {(6 if large else 9 - block.weight.shape[2]) * block.r for block in blocks}
+    heights = {(_points(x, weight, tiles) + 1 - weight.shape[2]) * r for x, weight, _, r, *_ in blocks}
     if len(heights) != 1:
         return None
     used, streams = [], []
     for x, weight, bias, r, approximate, head, group in blocks:
-        packed = kept(x, weight, weight, r, large_tiles=large)
+        packed = kept(x, weight, weight, r, tiles)
         if packed is None:
-            packed = pack_weight(x, weight, r, large_tiles=large)
+            packed = pack_weight(x, weight, r, tiles=tiles)
         x, head = x.contiguous(memory_format=torch.channels_last), head.float().contiguous()
         bias = _cpp.float_bias(bias)
         used.append((x, packed, bias, head))  # until the kernels have read them
         activation = "gelu_tanh" if approximate == "tanh" else "gelu"
         addresses = (_address(t, torch.float32) for t in (x, packed, bias))
         head_address = _cpp.address(head, torch.float32)
-        streams.append((_sizes(x, weight, r, large), activation, *addresses, head_address, group))
+        streams.append((_sizes(x, weight, r, tiles), activation, *addresses, head_address, group))
     out = torch.empty((1, *crop, 3), dtype=torch.uint8 if as_bytes else torch.float32, device="cpu")
     link = (list(scales), biases.flatten().tolist(), offset)
     _cpp.load().winograd_output_fwd(

@@ -17,7 +17,7 @@ from . import (
 )
 from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype, memory_format_of
 from ._triton import rejects_tensor, unavailable
-from .packed_weights import is_kept, kept_weight, large_tiles_allowed
+from .packed_weights import is_kept, kept_weight, tiles_allowed
 from .pixel_shuffle_gelu import image_is_small, pixel_shuffle_gelu, rejects_shape
 
 __all__ = ["CONV_PIXEL_SHUFFLE_GELU", "Call", "conv_pixel_shuffle_gelu"]
@@ -199,9 +199,9 @@ def _run_winograd(call: Call) -> torch.Tensor:
     keep_z = _wants_gradient(x, weight, bias)
     packed, impl = None, "winograd"
     if not keep_z:
-        large = large_tiles_allowed()
-        impl = "winograd, large tiles" if large else impl
-        packed = _winograd.kept(x, weight, call.weight, call.r, large_tiles=large)
+        tiles = tiles_allowed()
+        impl = impl if tiles == "small" else f"winograd, {tiles} tiles"
+        packed = _winograd.kept(x, weight, call.weight, call.r, tiles)
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, impl, "winograd", "winograd"
     )[0]
@@ -383,7 +383,8 @@ def conv_pixel_shuffle_gelu(
         the rounding of the result, and of what is kept for the gradients, which happens once. A NaN or an infinity
         spreads to the results of every tile whose 8 x 8 pixels of x it is among, up to four: to 8 x 8 pixels with
         kernels 5x5 and 7 x 7 with 3x3, where the convolution alone reaches 5 x 5 or 3 x 3. ``"conv2d+cpp"`` avoids
-        both. Without gradients, ``PackedWeights(large_tiles=True)`` lets it take 10 x 10 points for kernels 5x5.
+        both. Without gradients, ``PackedWeights(tiles=...)`` lets it take 10 x 10 points for kernels 5x5, or
+        18 x 18 with products of 16-bit integers.
 
     Example:
         >>> x, weight = torch.zeros(1, 3, 5, 7), torch.zeros(8, 3, 3, 3)

@@ -37,6 +37,8 @@ NETWORKS = [
     ("nerv", 80_000, 45, 83),
 ]
 BEST = ("hflf", 90_000, 67, 131)
+LARGE = ("hflf", 400_000, 240, 400)  # whose last blocks are large enough for products of integers
+TILES = {"fp32": "large", "int16": "integer"}
 
 
 def network(name, size, height, width, frames=6, **options):
@@ -107,7 +109,7 @@ def with_reference_blocks(model):
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        *((case, {}) for case in (*NETWORKS, ("hflf", 400_000, 240, 400))),
+        *((case, {}) for case in (*NETWORKS, LARGE)),
         (BEST, {"preset": "best"}),
         (BEST, {"preset": "best", "detail": 0}),
     ],
@@ -135,10 +137,11 @@ def test_fused_frames_are_those_of_float64(case, options):
 
 
 @pytest.mark.skipif(_cpp.unavailable() is not None, reason=f"cpp: {_cpp.unavailable()}")
-@pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[2], NETWORKS[6], ("hflf", 400_000, 240, 400)], ids=str)
-def test_fused_frames_in_bands_are_those_of_one_operation_after_the_other(case, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "int16"])
+@pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[2], NETWORKS[6], LARGE], ids=str)
+def test_fused_frames_in_strips_are_those_of_one_operation_after_the_other(case, precision, monkeypatch):
     model = network(*case)
-    engine = FusedEngine(model, embeddings_of(model), CPU, "fp32")
+    engine = FusedEngine(model, embeddings_of(model), CPU, precision)
     blocks = []
 
     def seen(*args, **options):
@@ -151,7 +154,7 @@ def test_fused_frames_in_bands_are_those_of_one_operation_after_the_other(case, 
     assert np.array_equal(next(engine.frames([3])), frame)
     assert torch.equal(next(engine.float_frames([3])), floats)
     for count in (1, 2, 5):
-        with threads(count), torch.inference_mode(), PackedWeights(large_tiles=True):
+        with threads(count), torch.inference_mode(), PackedWeights(tiles=TILES[precision]):
             again = last_blocks(*blocks[1], as_bytes=False)
         assert torch.equal(again[0].permute(2, 0, 1), floats)
 
@@ -222,6 +225,7 @@ def test_blocks_of_any_kind(widths, strides, kernels):
         ("fp32", True, "fused"),
         ("fp16", True, "module"),
         ("auto", False, "fused"),
+        ("int16", True, "fused"),
         ("bf16", False, "module"),
     ],
 )
@@ -232,11 +236,28 @@ def test_which_engine(monkeypatch, precision, amx, chosen):
     assert entry.name == chosen
 
 
-def test_auto_without_amx_is_float32(monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "options"), [(LARGE, {}), (("hnerv", 150_000, 240, 400), {}), (LARGE, {"preset": "best"})]
+)
+def test_auto_without_amx_is_int16(monkeypatch, case, options):
     monkeypatch.setattr("hflfnerv.codec.engine_amx.unavailable", lambda: "needs AMX")
+    model = network(*case, **options)
+    embeddings = embeddings_of(model)
+    auto, integer, exact = (make_engine(model, embeddings, CPU, p) for p in ("auto", "int16", "fp32"))
+    frames = [next(engine.frames([1])) for engine in (auto, integer, exact)]
+    assert np.array_equal(frames[0], frames[1])
+    assert passes_the_gate(frames[0], frames[2])
+    error, size = (next(auto.float_frames([1])) - next(exact.float_frames([1]))).abs(), 1 / 255
+    # Far less than half of a level, so that most samples are the same; and not the same tiles.
+    assert error.max() <= size / 2
+    assert error.square().mean().sqrt() <= size / 20
+    assert (error.max() > 0) == (_cpp.unavailable() is None)
+
+
+def test_small_images_are_float32_in_int16():
     model = network(*NETWORKS[5])
-    frame = next(make_engine(model, embeddings_of(model), CPU).frames([1]))
-    assert np.array_equal(frame, next(FusedEngine(model, embeddings_of(model), CPU, "fp32").frames([1])))
+    frames = [next(FusedEngine(model, embeddings_of(model), CPU, p).frames([1])) for p in ("int16", "fp32")]
+    assert np.array_equal(*frames)
 
 
 def test_says_once_why_it_takes_another_engine(monkeypatch, recwarn):
@@ -252,7 +273,7 @@ def test_says_once_why_it_takes_another_engine(monkeypatch, recwarn):
 
 def test_a_precision_that_is_none():
     model = network(*NETWORKS[0])
-    with pytest.raises(ValueError, match="precision must be one of"):
+    with pytest.raises(ValueError, match="precision must be one of auto, fp32, bf16, fp16, int16, int8, got 'fp8'"):
         make_engine(model, embeddings_of(model), CPU, "fp8")
 
 

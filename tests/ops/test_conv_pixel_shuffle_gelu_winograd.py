@@ -106,8 +106,8 @@ def test_16_bits(shape, dtype):
         assert actual.dtype == dtype
         assert_gradient_close_to_reference(actual, wanted, other, magnitude=rounded_in_the_end(once, terms, dtype))
     # Without gradients, with the weight kept, and in the layout of the inputs.
-    for large in (False, True):
-        again = inference(tensors, shape, large_tiles=large)
+    for tiles in ("small", "large"):
+        again = inference(tensors, shape, tiles=tiles)
         assert_close_to_reference(again, expected, same, magnitude=rounded_in_the_end(expected, 8 * size, dtype))
     again, others = run(tuple(t.contiguous() for t in tensors), shape, dy)
     assert torch.equal(again, y)
@@ -119,7 +119,7 @@ def test_16_bits(shape, dtype):
 def test_16_bits_are_those_of_float32_in_large_tiles_rounded(dtype):
     shape = SHAPES[0]
     tensors = operands(shape, dtype=dtype)
-    wide = inference([t.float() for t in tensors], shape, large_tiles=True)
+    wide = inference([t.float() for t in tensors], shape, tiles="large")
     assert torch.equal(run(tensors, shape)[0], wide.to(dtype))
 
 
@@ -151,8 +151,8 @@ def test_how_far_a_nan_reaches(kernel, reach):
     assert int(reached.sum(dim=(1, 2)).max()) == reach**2
 
 
-def inference(tensors, shape, *, large_tiles, approximate="none"):
-    with torch.inference_mode(), PackedWeights(large_tiles=large_tiles):
+def inference(tensors, shape, *, tiles, approximate="none"):
+    with torch.inference_mode(), PackedWeights(tiles=tiles):
         return run(tensors, shape, approximate=approximate)[0]
 
 
@@ -162,8 +162,8 @@ def test_large_tiles(shape):
     for approximate, with_bias in (("none", True), ("tanh", False)):
         tensors, r, taps = operands(shape, with_bias), shape[3], shape[6]
         with poisoned_empty():
-            y = inference(tensors, shape, large_tiles=True, approximate=approximate)
-        small = inference(tensors, shape, large_tiles=False, approximate=approximate)
+            y = inference(tensors, shape, tiles="large", approximate=approximate)
+        small = inference(tensors, shape, tiles="small", approximate=approximate)
         expected = run(tensors, shape, dtype=torch.float64, impl="reference", approximate=approximate)[0]
         same = run(tensors, shape, impl="reference", approximate=approximate)[0]
         x, weight, bias = (None if t is None else t.double().abs() for t in tensors)
@@ -171,7 +171,7 @@ def test_large_tiles(shape):
         assert_close_to_reference(y, expected, same, magnitude=F.pixel_shuffle(size, r))
         assert torch.equal(y, small) == (taps == 3)
         # With a gradient tiles are small, whatever is allowed.
-        with PackedWeights(large_tiles=True):
+        with PackedWeights(tiles="large"):
             assert torch.equal(run(tensors, shape, approximate=approximate)[0], small)
 
 
@@ -180,7 +180,7 @@ def test_errors_of_large_tiles():
     shape = (1, 33, 28, 2, 64, 64, 5)
     tensors = operands(shape)
     expected = run(tensors, shape, impl="reference", dtype=torch.float64)[0]
-    large, small = (inference(tensors, shape, large_tiles=large) for large in (True, False))
+    large, small = (inference(tensors, shape, tiles=tiles) for tiles in ("large", "small"))
     assert (large - expected).norm() <= 8 * (small - expected).norm()
     assert (large - expected).norm() <= 2e-5 * expected.norm()
 
@@ -192,10 +192,10 @@ def test_large_tiles_whatever_the_threads_and_the_batch():
     results = []
     for number in (1, 2, 5):
         with threads(number):
-            results.append(inference(tensors, shape, large_tiles=True))
+            results.append(inference(tensors, shape, tiles="large"))
     assert all(torch.equal(results[0], y) for y in results[1:])
     for image in range(3):
-        alone = inference((tensors[0][image : image + 1], *tensors[1:]), shape, large_tiles=True)
+        alone = inference((tensors[0][image : image + 1], *tensors[1:]), shape, tiles="large")
         assert torch.equal(alone[0], results[0][image])
 
 

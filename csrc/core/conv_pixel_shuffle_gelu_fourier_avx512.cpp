@@ -1,0 +1,12 @@
+#include "simd_avx512.h"
+
+#include "conv_pixel_shuffle_gelu_fourier_kernels.inl"
+
+namespace hflfnerv {
+
+const FourierKernels& fourier_kernels_avx512() {
+  static constexpr FourierKernels kernels{weight, conv};
+  return kernels;
+}
+
+}  // namespace hflfnerv
