@@ -9,7 +9,7 @@ import torch
 
 from hflfnerv import ops
 from hflfnerv._device import training_precision
-from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, PackedWeights
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, PackedWeights, _winograd
 from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
 from hflfnerv.testing import assert_close_to_reference
 
@@ -33,6 +33,9 @@ OURS = ("cpp", "winograd", "conv2d+cpp")
 # In relation to the norm: tests/ops/test_conv_pixel_shuffle_gelu_winograd.py has the bound, and sees 1e-5 with 33
 # channels; a wrong tap is 1e-3 and more.
 WINOGRAD_ERROR = 3e-5
+# Of tiles evaluated by Fourier transforms and multiplied as integers, which decoding takes for large images; see
+# tests/ops/test_conv_pixel_shuffle_gelu_integer.py.
+INTEGER, INTEGER_ERROR = "winograd, integer tiles", 3e-4
 
 
 def require_near(actual: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:
@@ -94,21 +97,26 @@ def inference(
     x, *parameters = operands(*shape, dtype)
     weight, bias = (torch.nn.Parameter(t, requires_grad=False) for t in parameters)
     text, operations = describe(*shape)
-    packed = PackedWeights(tiles="large")
+    large, integer = PackedWeights(tiles="large"), PackedWeights(tiles="integer")
 
-    def run(impl: str) -> torch.Tensor:
+    def run(name: str) -> torch.Tensor:
+        packed, impl = (integer, "winograd") if name == INTEGER else (large, name)
         with torch.inference_mode(), packed:
             return ops.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=kernel // 2, impl=impl)
 
     call = Call(x, weight, bias, r, (kernel // 2, kernel // 2), "none")
     names = runnable(call)
+    if "winograd" in names and _winograd.takes_integers(x, weight):
+        names.insert(-1, INTEGER)
 
     def check() -> None:
         exact = ops.conv_pixel_shuffle_gelu(
             x.double(), weight.double(), bias.double(), r, padding=kernel // 2, impl="reference"
         )
         for name in names:
-            if name == "winograd" or (name == "auto" and "winograd" in names):  # which may be winograd
+            if name == INTEGER:
+                require_near(run(name), exact.float(), INTEGER_ERROR + torch.finfo(dtype).eps / 2)
+            elif name == "winograd" or (name == "auto" and "winograd" in names):  # which may be winograd
                 # Float32 sums, rounded once.
                 require_near(run(name), exact.float(), WINOGRAD_ERROR + torch.finfo(dtype).eps / 2)
             else:

@@ -110,21 +110,26 @@ void advise(const WinogradShape& shape, void* p, std::int64_t elements) {
 void run_conv(const WinogradPlan& plan, const void* x, const float* points, const WinogradOutput& out, int threads,
               SimdLevel level) {
   const Method method = method_of(plan, level);
-  const std::int64_t blocks = (plan.tiles() + method.block - 1) / method.block, chunks = plan.chunks();
-  const auto part = [&](std::int64_t block, std::int64_t first_chunk, std::int64_t last_chunk, float* tiles, bool evaluated) {
-    const std::int64_t begin = block * method.block;
-    return WinogradPart{begin, std::min(begin + method.block, plan.tiles()), first_chunk, last_chunk, tiles, evaluated};
+  const std::int64_t tiles = plan.tiles(), chunks = plan.chunks();
+  std::int64_t blocks = (tiles + method.block - 1) / method.block;
+  // Where blocks may have any size, as many for each thread, all of about the same.
+  const bool even = method.step == 1;
+  if (even) blocks = std::min((blocks + threads - 1) / threads * threads, tiles);
+  const auto part = [&](std::int64_t block, std::int64_t first_chunk, std::int64_t last_chunk, float* own, bool evaluated) {
+    const std::int64_t begin = even ? tiles * block / blocks : block * method.block;
+    const std::int64_t end = even ? tiles * (block + 1) / blocks : std::min(begin + method.block, tiles);
+    return WinogradPart{begin, end, first_chunk, last_chunk, own, evaluated};
   };
   // A weight so large that each block of tiles would read it from memory is read once: all tiles are evaluated before, and the
   // blocks share a chunk of the weight while it is in the second cache.
   if (chunks * method.chunk_floats > kLargeWeight && blocks * method.tile_floats < kSharedTiles) {
-    const Aligned<float> tiles = new_aligned<float>(blocks * method.tile_floats);
+    const Aligned<float> all = new_aligned<float>(blocks * method.tile_floats);
     parallel_items_with_scratch(blocks, threads, method.scratch_floats, [&](float* scratch, std::int64_t block) {
-      method.conv(plan, x, points, out, part(block, 0, 0, tiles.get() + block * method.tile_floats, false), scratch);
+      method.conv(plan, x, points, out, part(block, 0, 0, all.get() + block * method.tile_floats, false), scratch);
     });
     parallel_items_with_scratch(chunks * blocks, threads, method.scratch_floats, [&](float* scratch, std::int64_t item) {
       const std::int64_t block = item % blocks, chunk = item / blocks;
-      method.conv(plan, x, points, out, part(block, chunk, chunk + 1, tiles.get() + block * method.tile_floats, true), scratch);
+      method.conv(plan, x, points, out, part(block, chunk, chunk + 1, all.get() + block * method.tile_floats, true), scratch);
     });
     return;
   }

@@ -23,6 +23,7 @@ __all__ = [
     "pack_weight",
     "pays",
     "rejects",
+    "takes_integers",
     "undo",
 ]
 
@@ -36,8 +37,9 @@ _LEAST = {
     "avx512_bf16": {3: (16_000, 560), 5: (3200, 200)},  # and float16 likewise
     "emulated": {3: (144, 144), 5: (52, 52)},  # 16 bits that no instruction multiplies
 }
-# Pixels of an image from which on integers pay, measured, and the most input channels for them.
-_INTEGER_LEAST, _INTEGER_CHANNELS = 3200, 128
+# Pixels of an image from which on integers pay, measured for each size of the kernel, and the most input channels for
+# them, with which errors grow.
+_INTEGER_LEAST, _INTEGER_CHANNELS = {3: 8000, 5: 3200}, 128
 _INSTRUCTIONS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 
 
@@ -83,13 +85,19 @@ def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torc
     return y if torch.channels_last in (memory_format_of(x), memory_format_of(weight)) else y.contiguous()
 
 
-def _points(x: torch.Tensor, weight: torch.Tensor, tiles: str) -> int:
-    """Return the points on each axis at which tiles are evaluated, the size of one image deciding.
+def takes_integers(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether a convolution takes integer tiles where it may; the size of one image decides."""
+    least = _INTEGER_LEAST[int(weight.shape[2])]
+    return x.shape[1] <= _INTEGER_CHANNELS and x.shape[2] * x.shape[3] >= least
 
-    18 are those of a Fourier transform, with products of integers, whose errors grow with the channels.
+
+def _points(x: torch.Tensor, weight: torch.Tensor, tiles: str) -> int:
+    """Return the points on each axis at which tiles are evaluated.
+
+    18 are those of a Fourier transform, with products of integers.
     """
     kernel = int(weight.shape[2])
-    if tiles == "integer" and x.shape[1] <= _INTEGER_CHANNELS and x.shape[2] * x.shape[3] >= _INTEGER_LEAST:
+    if tiles == "integer" and takes_integers(x, weight):
         return 18
     # The errors of large tiles are far below the rounding of 16 bits.
     return 10 if kernel == 5 and (tiles != "small" or x.dtype.itemsize == 2) else 8

@@ -51,8 +51,8 @@ class PackedWeights:
         tiles: what ``impl="winograd"`` may take for large images, in the order of speed and errors. ``"small"``: what
             it takes without this. ``"large"``: for 5x5 convolutions tiles of 6 x 6 pixels instead of 4 x 4: less than
             three quarters of the products, and rounding errors five times as large, 1e-5 of the results' root mean
-            square with 33 channels. ``"integer"``: for images of 3200 pixels on and at most 128 channels, tiles of
-            14 x 14 pixels (16 x 16 for 3x3 convolutions) by Fourier transforms, with fewer products, of 16-bit
+            square with 33 channels. ``"integer"``: for images of 3200 pixels on (8000 for 3x3 convolutions) and at most
+            128 channels, tiles of 14 x 14 pixels (16 x 16) by Fourier transforms, with fewer products, of 16-bit
             integers, of which twice as many are made at a time. Their errors are 1e-4, a tenth of those of bfloat16,
             and what is not finite spreads to all results of the tiles that read it. Both errors are below what 8 bits
             show.

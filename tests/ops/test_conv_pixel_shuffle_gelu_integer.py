@@ -31,7 +31,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
-    monkeypatch.setattr(_winograd, "_INTEGER_LEAST", 1)
+    monkeypatch.setattr(_winograd, "_INTEGER_LEAST", {3: 1, 5: 1})
 
 
 def operands(shape, dtype=torch.float32):
@@ -179,8 +179,11 @@ def test_when_it_is_taken(monkeypatch):
     x, weight, bias = operands((1, 6, 5, 2, 50, 64, 5))
     large, integer = (block(x, weight, bias, 2, tiles) for tiles in ("large", "integer"))
     assert not torch.equal(large, integer)
-    # Not for small images, not for many channels, and not where a gradient is wanted.
+    # Not for small images, larger ones of 3x3 kernels, not for many channels, and not where a gradient is wanted.
     assert torch.equal(block(x[..., :63], weight, bias, 2, "large"), block(x[..., :63], weight, bias, 2))
+    for height in (124, 125):
+        small = operands((1, 6, 5, 2, height, 64, 3))
+        assert torch.equal(block(*small, 2, "large"), block(*small, 2)) == (height == 124)
     many = operands((1, 129, 5, 2, 50, 64, 5))
     assert torch.equal(block(*many, 2, "large"), block(*many, 2))
     with PackedWeights(tiles="integer"):
