@@ -40,6 +40,8 @@ _LEAST = {
 # Pixels of an image from which on integers pay, measured for each size of the kernel, and the most input channels for
 # them, with which errors grow.
 _INTEGER_LEAST, _INTEGER_CHANNELS = {3: 8000, 5: 3200}, 128
+# Threads up to which a frame's strips, at least one for each, are wide enough to share a pass over the weight.
+_MOST_STRIPS = 8
 _INSTRUCTIONS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 
 
@@ -193,10 +195,10 @@ def last_blocks(
 ) -> torch.Tensor | None:
     """Return what ``output_stage`` makes of the blocks' results, ``[1, H, W, 3]``, without keeping those in memory.
 
-    Or None where the kernels cannot take the blocks, or another implementation would be chosen. ``biases`` are the
-    heads', float32 ``[G, 3]``. Gradients are not seen.
+    Or None where the kernels cannot take the blocks, another implementation would be chosen, or there are many threads.
+    ``biases`` are the heads', float32 ``[G, 3]``. Gradients are not seen.
     """
-    if _cpp.unavailable() is not None:
+    if _cpp.unavailable() is not None or torch.get_num_threads() > _MOST_STRIPS:
         return None
     tiles = tiles_allowed()
     for x, weight, *_ in blocks:

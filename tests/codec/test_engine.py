@@ -157,6 +157,8 @@ def test_fused_frames_in_strips_are_those_of_one_operation_after_the_other(case,
         with threads(count), torch.inference_mode(), PackedWeights(tiles=TILES[precision]):
             again = last_blocks(*blocks[1], as_bytes=False)
         assert torch.equal(again[0].permute(2, 0, 1), floats)
+    with threads(9):
+        assert last_blocks(*blocks[1], as_bytes=False) is None
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])
