@@ -331,22 +331,21 @@ constexpr std::int64_t half_of(std::int64_t column) {
 template <class T, int kOutputs>
 inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float* half, const WinogradOutput& out,
                         std::int64_t vector, const Simd::Gelu* gelu) {
-  const TileStores<T, kOutputs> stores(plan, tile, out, vector, gelu);
-  for (int i = 0; i < stores.rows; ++i, half += kLanes) {
-    F re[kFourier / 2 + 1], im[kFourier / 2 + 1], circle[kFourier], y[kOutputs];
-    re[0] = Simd::load(half + half_of<kOutputs>(2));
-    re[kFourier / 2] = Simd::load(half + half_of<kOutputs>(3));
+  store_tile<T, kOutputs>(plan, tile, out, vector, gelu, [&](int i, F* y) {
+    const float* const at = half + i * kLanes;
+    F re[kFourier / 2 + 1], im[kFourier / 2 + 1], circle[kFourier];
+    re[0] = Simd::load(at + half_of<kOutputs>(2));
+    re[kFourier / 2] = Simd::load(at + half_of<kOutputs>(3));
     for (int k = 1; k < kFourier / 2; ++k) {
-      const float* const both = half + half_of<kOutputs>(3 + k) + i * kLanes;  // complex: twice as far apart
+      const float* const both = at + half_of<kOutputs>(3 + k) + i * kLanes;  // complex: twice as far apart
       re[k] = Simd::load(both);
       im[k] = Simd::load(both + kLanes);
     }
     fourier_real_inverse<kFourier>(re, im, circle, 1);
     for (int j = 0; j < kOutputs; ++j) y[j] = circle[on_circle<kOutputs>(j)];
-    y[0] = Simd::add(y[0], Simd::load(half + half_of<kOutputs>(0)));
-    y[kOutputs - 1] = Simd::add(y[kOutputs - 1], Simd::load(half + half_of<kOutputs>(1)));
-    stores.row(i, y);
-  }
+    y[0] = Simd::add(y[0], Simd::load(at + half_of<kOutputs>(0)));
+    y[kOutputs - 1] = Simd::add(y[kOutputs - 1], Simd::load(at + half_of<kOutputs>(1)));
+  });
 }
 
 template <class T, int kTaps>

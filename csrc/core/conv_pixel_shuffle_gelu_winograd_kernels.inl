@@ -48,7 +48,7 @@ inline F plus(F a, float b, F c) { return b == 1 ? Simd::add(a, c) : Simd::fma(S
 
 // kAxis inputs; t may be d.
 template <int kAxis>
-inline void evaluate_inputs(const F* d, F* t) {
+inline __attribute__((always_inline)) void evaluate_inputs(const F* d, F* t) {
   if constexpr (kAxis == 8) {
     const F t0 = plus(Simd::sub(d[6], d[0]), 5.25f, Simd::sub(d[2], d[4]));
     const F t7 = plus(Simd::sub(d[7], d[1]), 5.25f, Simd::sub(d[3], d[5]));
@@ -96,7 +96,7 @@ inline void evaluate_inputs(const F* d, F* t) {
 }
 
 template <int n, int kAxis>
-inline void evaluate(const F* y, F* t) {
+inline __attribute__((always_inline)) void evaluate(const F* y, F* t) {
   static_assert(n >= 3 && n <= 6, "");
   for (int pair = 0; pair < kAxis / 2 - 1; ++pair) {
     const float* const powers = kPowers<kAxis>.of[pair];
@@ -111,7 +111,7 @@ inline void evaluate(const F* y, F* t) {
 }
 
 template <int n, int kAxis>
-inline void combine(const F* m, F* y) {
+inline __attribute__((always_inline)) void combine(const F* m, F* y) {
   static_assert(n >= 3 && n <= 6, "");
   constexpr int kPairs = kAxis / 2 - 1;
   F sums[kPairs], differences[kPairs];
@@ -205,12 +205,7 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
     combine<kOutputs, kAxis>(m, y);
     for (int i = 0; i < kOutputs; ++i) half_way[i][j] = y[i];
   }
-  const TileStores<T, kOutputs> stores(plan, tile, out, vector, gelu);
-  for (int i = 0; i < stores.rows; ++i) {
-    F y[kOutputs];
-    combine<kOutputs, kAxis>(half_way[i], y);
-    stores.row(i, y);
-  }
+  store_tile<T, kOutputs>(plan, tile, out, vector, gelu, [&](int i, F* y) { combine<kOutputs, kAxis>(half_way[i], y); });
 }
 
 template <class T, int kTaps, int kAxis>

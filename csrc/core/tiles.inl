@@ -55,60 +55,48 @@ inline Tile tile_of(const WinogradPlan& plan, std::int64_t tile) {
   return {tile / columns / rows, tile / columns % rows * plan.outputs(), tile % columns * plan.outputs()};
 }
 
-// Where the results of a tile, kSize rows and columns of them, go, for one vector of output channels. It holds copies: what is
-// stored could be what a reference refers to, as far as a compiler knows.
-template <class T, int kSize>
-class TileStores {
- public:
-  inline __attribute__((always_inline)) TileStores(const WinogradPlan& plan, const Tile& tile, const WinogradOutput& out,
-                                                   std::int64_t vector, const Simd::Gelu* gelu)
-      : rows(static_cast<int>(plan.height - tile.row < kSize ? plan.height - tile.row : kSize)),
-        columns_(static_cast<int>(plan.width - tile.column < kSize ? plan.width - tile.column : kSize)),
-        y_(static_cast<T*>(out.y) + tile.image * out.image + (tile.row - out.first_row) * out.row + tile.column * out.pixel),
-        row_(out.row),
-        pixel_(out.pixel),
-        channels_(plan.out_channels),
-        left_(channels_ - vector * Simd::kLanes),
-        z_row_(plan.width * channels_),
-        gelu_(gelu),
-        bias_(out.bias != nullptr ? Simd::load(out.bias + vector * Simd::kLanes) : Simd::zero()),
-        begin_(out.stores + out.first_store[vector]),
-        end_(out.stores + out.first_store[vector + 1]) {
+// Stores the results of a tile for one vector of output channels: row(i, y) makes kSize vectors, those of its row i.
+template <class T, int kSize, class Row>
+inline __attribute__((always_inline)) void store_tile(const WinogradPlan& plan, const Tile& tile, const WinogradOutput& out,
+                                                      std::int64_t vector, const Simd::Gelu* gelu, const Row& row) {
+  using F = Simd::F;
+  const std::int64_t rows_left = plan.height - tile.row, columns_left = plan.width - tile.column;
+  const int rows = rows_left < kSize ? static_cast<int>(rows_left) : kSize;
+  const int columns = columns_left < kSize ? static_cast<int>(columns_left) : kSize;
+  const std::int64_t first = vector * Simd::kLanes, left = plan.out_channels - first;
+  const F bias = out.bias != nullptr ? Simd::load(out.bias + first) : Simd::zero();
+  const WinogradStore* const begin = out.stores + out.first_store[vector];
+  const WinogradStore* const end = out.stores + out.first_store[vector + 1];
+  for (int i = 0; i < rows; ++i) {
+    F y[kSize];
+    row(i, y);
+    for (F& value : y) value = Simd::add(value, bias);
+    T* const to = static_cast<T*>(out.y) + tile.image * out.image + (tile.row + i - out.first_row) * out.row +
+                  tile.column * out.pixel;
     if (out.z != nullptr) {
-      z_ = static_cast<T*>(out.z) + ((tile.image * plan.height + tile.row) * plan.width + tile.column) * channels_ +
-           vector * Simd::kLanes;
+      const std::int64_t at = tile.image * plan.height + tile.row + i;
+      T* z = static_cast<T*>(out.z) + (at * plan.width + tile.column) * plan.out_channels + first;
+      for (int j = 0; j < columns; ++j, z += plan.out_channels) {
+        if (left >= Simd::kLanes) {
+          Simd::store(z, y[j]);
+        } else {
+          Simd::store_lanes(z, y[j], 0, static_cast<int>(left));
+        }
+      }
+    }
+    if (gelu != nullptr) {
+      for (F& value : y) value = (*gelu)(value);
+    }
+    for (const WinogradStore* store = begin; store != end; ++store) {
+      T* p = to + store->offset;
+      if (store->last - store->first == Simd::kLanes) {
+        for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store(p, y[j]);
+      } else {
+        for (int j = 0; j < columns; ++j, p += out.pixel) Simd::store_lanes(p, y[j], store->first, store->last);
+      }
     }
   }
-
-  const int rows;  // that the image has
-
-  // Row i, kSize vectors, which become what is stored.
-  inline __attribute__((always_inline)) void row(int i, Simd::F* y) const {
-    for (int j = 0; j < kSize; ++j) y[j] = Simd::add(y[j], bias_);
-    if (z_ != nullptr) store(z_ + i * z_row_, channels_, 0, left_ < Simd::kLanes ? static_cast<int>(left_) : Simd::kLanes, y);
-    if (gelu_ != nullptr) {
-      for (int j = 0; j < kSize; ++j) y[j] = (*gelu_)(y[j]);
-    }
-    for (const WinogradStore* at = begin_; at != end_; ++at) store(y_ + i * row_ + at->offset, pixel_, at->first, at->last, y);
-  }
-
- private:
-  inline __attribute__((always_inline)) void store(T* p, std::int64_t pixel, int first, int last, const Simd::F* y) const {
-    if (last - first == Simd::kLanes) {
-      for (int j = 0; j < columns_; ++j, p += pixel) Simd::store(p, y[j]);
-    } else {
-      for (int j = 0; j < columns_; ++j, p += pixel) Simd::store_lanes(p, y[j], first, last);
-    }
-  }
-
-  const int columns_;
-  T* const y_;
-  const std::int64_t row_, pixel_, channels_, left_, z_row_;
-  T* z_ = nullptr;
-  const Simd::Gelu* const gelu_;
-  const Simd::F bias_;
-  const WinogradStore *const begin_, *const end_;
-};
+}
 
 }  // namespace
 }  // namespace hflfnerv
