@@ -208,6 +208,12 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
   store_tile<T, kOutputs>(plan, tile, out, vector, gelu, [&](int i, F* y) { combine<kOutputs, kAxis>(half_way[i], y); });
 }
 
+// Half of the rows of a product.
+template <int kVectors>
+__attribute__((noinline)) void multiply_half(const float* a, std::int64_t in, const float* b, float* c, std::int64_t c_row) {
+  multiply<kRows / 2, kVectors, false>(a, in, 1, b, kColumns, in, c, c_row);
+}
+
 template <class T, int kTaps, int kAxis>
 void conv_of(const WinogradPlan& plan, const T* x, const float* points, const WinogradOutput& out,
              const WinogradPart& part, float* scratch) {
@@ -233,7 +239,7 @@ void conv_of(const WinogradPlan& plan, const T* x, const float* points, const Wi
         const float* const a = part.tiles + point * point_floats + row * in;
         float* const c = products + row * product_floats + point * kColumns;
         if (count - row <= kRows / 2) {
-          (whole ? multiply<kRows / 2, 2, false> : multiply<kRows / 2, 1, false>)(a, in, 1, b, kColumns, in, c, product_floats);
+          (whole ? multiply_half<2> : multiply_half<1>)(a, in, b, c, product_floats);
         } else if (whole) {
           multiply<kRows, 2, false>(a, in, 1, b, kColumns, in, c, product_floats);
         } else {
