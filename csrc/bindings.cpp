@@ -294,11 +294,17 @@ void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uint
 // batch, input channels, height, width, channels of y, r, kernel, points on each axis.
 using Shape8 = std::array<std::int64_t, 8>;
 
+constexpr std::int64_t kMostIntegerChannels = 4096;
+
 hflfnerv::WinogradShape winograd_shape(const Shape8& n, const std::string& dtype = "float32") {
   if (*std::min_element(n.begin(), n.end()) < 1) throw py::value_error("sizes must be positive");
   if (n[6] != 3 && n[6] != 5) throw py::value_error("kernel must be 3 or 5, got " + std::to_string(n[6]));
   if (n[7] != 8 && n[7] != 18 && (n[7] != 10 || n[6] != 5)) {
     throw py::value_error("points must be 8, 18, or 10 with a kernel of 5, got " + std::to_string(n[7]));
+  }
+  // What is summed over channels has to leave integers room.
+  if (n[7] == 18 && std::max(n[1], n[4] * n[5] * n[5]) > kMostIntegerChannels) {
+    throw py::value_error("with 18 points there may be " + std::to_string(kMostIntegerChannels) + " channels");
   }
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], float_type_of(dtype)};
 }
@@ -352,6 +358,7 @@ void winograd_dgrad(const Shape8& sizes, const std::string& dtype, std::uintptr_
 
 void winograd_wgrad(const Shape8& sizes, const std::string& dtype, std::uintptr_t x, std::uintptr_t dz,
                     std::uintptr_t dweight, int threads, const std::string& simd) {
+  if (sizes[7] == 18) throw py::value_error("the gradient of the weight is not made at 18 points");
   const auto shape = winograd_shape(sizes, dtype);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;

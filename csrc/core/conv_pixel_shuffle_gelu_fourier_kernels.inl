@@ -148,7 +148,8 @@ inline void evaluate_tile(const WinogradPlan& plan, const FourierPlan& fourier, 
   }
   // The rest's largest values, those of the tile's lanes of each group.
   const std::int64_t shared = rest > 0 ? fourier.rest_tiles() : 1;
-  const float* const others = scratch.rest_largest + index / shared * kGroups * kLanes + index % shared * rest;
+  const float* const others =
+      rest > 0 ? scratch.rest_largest + index / shared * kGroups * kLanes + index % shared * rest : nullptr;
   float invalid = Simd::sum(range.invalid);
   for (std::int64_t c = 0; c < rest; ++c) invalid += 0 * others[c];
   float rounding[kGroups];
@@ -218,28 +219,35 @@ inline void evaluate(const WinogradPlan& plan, const FourierPlan& fourier, const
   if (fourier.rest() > 0) round_rest(fourier, count, scratch);
 }
 
+// Two integers of 16 bits as one of 32.
+inline std::int32_t pair_at(const std::int16_t* p) {
+  std::int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return pair;
+}
+
 // The sums of `kCount` tiles in registers: c = a b, with pairs of channels as the inner dimension.
 template <int kCount, int kVectors>
-inline __attribute__((always_inline)) void add_pairs(const std::int32_t* a, std::int64_t a_row, const std::int32_t* b,
+inline __attribute__((always_inline)) void add_pairs(const std::int16_t* a, std::int64_t a_row, const std::int32_t* b,
                                                      std::int64_t pairs, std::int32_t* c, std::int64_t c_row) {
   I sums[kCount][kVectors];
   for (int i = 0; i < kCount; ++i) {
     for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::zero_ints();
   }
   constexpr int kGroup = 3;  // rows that share an address
-  const std::int32_t* rows[(kCount + kGroup - 1) / kGroup];
+  const std::int16_t* rows[(kCount + kGroup - 1) / kGroup];
   for (int i = 0; i < kCount; i += kGroup) rows[i / kGroup] = a + i * a_row;
   for (std::int64_t k = 0; k < pairs; ++k, b += kColumns) {
     I columns[kVectors];
     for (int v = 0; v < kVectors; ++v) columns[v] = Simd::load_ints(b + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
-      const I row = Simd::set_ints(rows[i / kGroup][i % kGroup * a_row]);
+      const I row = Simd::set_ints(pair_at(rows[i / kGroup] + i % kGroup * a_row));
       for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::add_products(sums[i][v], row, columns[v]);
     }
 #pragma GCC unroll 16
-    for (const std::int32_t*& group : rows) {
-      ++group;
+    for (const std::int16_t*& group : rows) {
+      group += 2;
       hide(group);
     }
   }
@@ -258,7 +266,7 @@ inline void multiply_planes(const FourierPlan& fourier, int count, const std::in
     }
     const std::int64_t pairs = fourier.pairs();
     for (std::int64_t plane = 0; plane < planes; ++plane) {
-      add_pairs<kCount, kVectors>(reinterpret_cast<const std::int32_t*>(tiles + plane * fourier.plane_shorts()), pairs,
+      add_pairs<kCount, kVectors>(tiles + plane * fourier.plane_shorts(), fourier.tile_shorts(),
                                   weight + plane * pairs * kColumns, pairs, products + plane * kColumns,
                                   fourier.product_floats());
     }

@@ -34,18 +34,21 @@ constexpr std::int64_t kLargeWeight = std::int64_t{1} << 21, kSharedTiles = std:
 struct Method {
   decltype(WinogradKernels::weight) weight;
   decltype(WinogradKernels::conv) conv;
-  std::int64_t chunk_floats, tile_floats, scratch_floats;  // of a chunk of the weight, of the tiles of a block, and beside them
+  std::int64_t chunk_floats;                 // of a chunk of the weight
+  std::int64_t tile_floats, scratch_floats;  // of the tiles of a block, and beside them
   std::int64_t block, step;  // of tiles: how many at most, and a number whose multiples leave no products unused
 };
 
 Method method_of(const WinogradPlan& plan, SimdLevel level) {
   if (plan.axis != kFourierAxis) {
     const WinogradKernels& kernels = kernels_of(level);
-    return {kernels.weight, kernels.conv, plan.chunk_floats(), plan.tile_floats(), plan.scratch_floats(), plan.block(), plan.rows() / 2};
+    return {kernels.weight,        kernels.conv, plan.chunk_floats(), plan.tile_floats(),
+            plan.scratch_floats(), plan.block(), plan.rows() / 2};
   }
   const FourierKernels& kernels = fourier_kernels_of(level);
   const FourierPlan fourier(plan);
-  return {kernels.weight, kernels.conv, fourier.chunk_floats(), fourier.tile_floats(), fourier.scratch_floats(), fourier.block(), 1};
+  return {kernels.weight,           kernels.conv,    fourier.chunk_floats(), fourier.tile_floats(),
+          fourier.scratch_floats(), fourier.block(), 1};
 }
 
 WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel level) {
@@ -152,10 +155,10 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
   const WeightOffsets offsets(shape);
   const WinogradWeight at{data_gradient ? offsets.in.data() : offsets.out.data(),
                           data_gradient ? offsets.out.data() : offsets.in.data(), shape.in_channels, data_gradient};
-  const auto kernel = method_of(plan, level).weight;
-  advise_large_pages(points, static_cast<std::size_t>(plan.chunks() * method_of(plan, level).chunk_floats) * sizeof(float));
+  const Method method = method_of(plan, level);
+  advise_large_pages(points, static_cast<std::size_t>(plan.chunks() * method.chunk_floats) * sizeof(float));
   parallel_parts(plan.chunks(), threads,
-                 [&](int, std::int64_t begin, std::int64_t end) { kernel(plan, at, weight, points, begin, end); });
+                 [&](int, std::int64_t begin, std::int64_t end) { method.weight(plan, at, weight, points, begin, end); });
 }
 
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
@@ -303,8 +306,7 @@ std::int64_t WinogradTiles::columns() const { return 0; }
 std::int64_t WinogradTiles::size() const { return 0; }
 std::int64_t WinogradTiles::block() const { return 0; }
 std::int64_t WinogradTiles::step() const { return 0; }
-std::int64_t WinogradTiles::scratch_floats() const {
-  return 0; }
+std::int64_t WinogradTiles::scratch_floats() const { return 0; }
 void WinogradTiles::run(std::int64_t, std::int64_t, std::int64_t, float*, float*) const {}
 
 #endif

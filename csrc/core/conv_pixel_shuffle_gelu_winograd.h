@@ -25,8 +25,9 @@ namespace hflfnerv {
 // half of which is the padding, y [batch, channels, height r, width r]; all of them channels-last. z, the convolution with
 // bias, and its gradient dz are [batch, channels r r, height, width], channels-last, with the channels in the order
 // (row of the shuffle, column of the shuffle, c), in which rows of y are contiguous. All sizes are at least 1. `points` on
-// each axis are 8, 18, or 10 with a kernel of 5, and not 18 for the gradient of the weight. x, y, z and their gradients have elements of `type`,
-// everything else is float: with 16 bits, what is read is exact and what is stored is rounded once.
+// each axis are 8, 18, or 10 with a kernel of 5, and not 18 for the gradient of the weight. x, y, z and their gradients
+// have elements of `type`, everything else is float: with 16 bits, what is read is exact and what is stored is rounded
+// once.
 struct WinogradShape {
   std::int64_t batch, in_channels, height, width, channels, r, kernel, points;
   FloatType type = FloatType::f32;

@@ -42,7 +42,6 @@ struct WinogradPlan {
   // Tiles of a block: as many as the second cache holds with their products. Inlined, so that no copy compiled for one
   // instruction set is shared with the others.
   inline __attribute__((always_inline)) std::int64_t block() const { return tiles_of(points(), kWinogradTiles); }
-  std::int64_t blocks() const { return (tiles() + block() - 1) / block(); }
   // The same of the gradient of the weight, at half of the points.
   inline __attribute__((always_inline)) std::int64_t gradient_block() const {
     return tiles_of(points() / 2, kWinogradGradientTiles);

@@ -22,7 +22,8 @@ constexpr std::size_t kCacheLine = 64, kLargePage = std::size_t{1} << 21;
 inline void advise_large_pages(void* p, std::size_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p);
-  const std::uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage, end = (address + size) / kLargePage * kLargePage;
+  const std::uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
+  const std::uintptr_t end = (address + size) / kLargePage * kLargePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(p);

@@ -27,7 +27,11 @@ std::int64_t whole(std::int64_t value, std::int64_t step) { return (value + step
 class Strips {
  public:
   Strips(const OutputShape& shape, const WinogradStream* streams, int count, void* out, bool bytes, int threads, SimdLevel level)
-      : shape_(shape), out_(static_cast<char*>(out)), bytes_(bytes), level_(level), biases_(output_biases(shape.biases, shape.groups)) {
+      : shape_(shape),
+        out_(static_cast<char*>(out)),
+        bytes_(bytes),
+        level_(level),
+        biases_(output_biases(shape.biases, shape.groups)) {
     const std::int64_t lanes = lanes_of(level);
     size_ = tile_size(streams[0].shape);
     std::int64_t block = INT64_MAX, widest = 0;
@@ -71,6 +75,7 @@ class Strips {
     own_floats_ = floats + scratch_floats;
     memory_ = new_aligned<float>(own_floats_ * threads_);
     no_row_ = new_zeros<float>(zeros_);
+    inputs_.resize(streams_.size() * static_cast<std::size_t>(threads_));
     last_.assign(static_cast<std::size_t>(threads_), -1);
     seams_.assign(static_cast<std::size_t>(count_), 0);
   }
@@ -83,8 +88,8 @@ class Strips {
       last = strip;
       this->strip(thread, strip, next);
     });
-    parallel_items(count_, threads_, [&](int, std::int64_t strip) {
-      if (seams_[static_cast<std::size_t>(strip)]) seam(strip);
+    parallel_items(count_, threads_, [&](int thread, std::int64_t strip) {
+      if (seams_[static_cast<std::size_t>(strip)]) seam(thread, strip);
     });
   }
 
@@ -111,10 +116,9 @@ class Strips {
     const std::int64_t to = strip + 1 == count_ ? shape_.width : right - 1;
     // The frame's last row takes one more of the features.
     const std::int64_t rows = (shape_.height + size_) / size_;
-    std::vector<OutputStream> inputs;
     for (std::int64_t row = 0; row < rows; ++row) {
       const std::int64_t top = row * size_;
-      inputs.clear();
+      OutputStream* input = inputs(thread);
       for (const Stream& s : streams_) {
         float* const at = own + s.offset;
         if (row > 0) std::memcpy(at, at + size_ * s.row, floats_size(kKept * s.row));
@@ -125,12 +129,12 @@ class Strips {
           keep_edges(s, strip, next, right - left, top, at + kKept * s.row);
         }
         // Rows are counted from the first one in memory.
-        inputs.push_back({at + (from - left + kKept - 1) * s.pixel, s.row, s.pixel, row > 0 ? 0 : kKept, s.height - top + kKept,
-                          INT64_MAX, no_row_.get(), s.weights.get(), s.steps, s.group});
+        *input++ = {at + (from - left + kKept - 1) * s.pixel, s.row, s.pixel, row > 0 ? 0 : kKept, s.height - top + kKept,
+                    INT64_MAX, no_row_.get(), s.weights.get(), s.steps, s.group};
       }
       const std::int64_t begin = std::max<std::int64_t>(0, top - 1);
       const std::int64_t end = row + 1 < rows ? std::min(shape_.height, top + size_ - 1) : shape_.height;
-      draw(inputs, top - kKept, begin, end, from, to);
+      draw(thread, top - kKept, begin, end, from, to);
     }
   }
 
@@ -167,22 +171,23 @@ class Strips {
   }
 
   // The pixels left and right of where a strip begins.
-  void seam(std::int64_t strip) const {
+  void seam(int thread, std::int64_t strip) {
     const std::int64_t left = begin(strip) * size_;
-    std::vector<OutputStream> inputs;
+    OutputStream* input = inputs(thread);
     for (const Stream& s : streams_) {
-      inputs.push_back({s.edge_at(strip), s.edge_row, s.pixel, 0, s.height, INT64_MAX, no_row_.get(), s.weights.get(), s.steps,
-                        s.group});
+      *input++ = {s.edge_at(strip), s.edge_row,      s.pixel, 0,      s.height, INT64_MAX,
+                  no_row_.get(),    s.weights.get(), s.steps, s.group};
     }
-    draw(inputs, 0, 0, shape_.height, left - 1, std::min(shape_.width, left + 1));
+    draw(thread, 0, 0, shape_.height, left - 1, std::min(shape_.width, left + 1));
   }
 
-  // Rows [begin, end) and columns [from, to) of the frame. Row 0 of the inputs is the frame's row `first`.
-  void draw(const std::vector<OutputStream>& inputs, std::int64_t first, std::int64_t begin, std::int64_t end, std::int64_t from,
-            std::int64_t to) const {
+  OutputStream* inputs(int thread) { return inputs_.data() + static_cast<std::size_t>(thread) * streams_.size(); }
+
+  // Rows [begin, end) and columns [from, to) of the frame from a thread's inputs, whose row 0 is the frame's row `first`.
+  void draw(int thread, std::int64_t first, std::int64_t begin, std::int64_t end, std::int64_t from, std::int64_t to) {
     if (begin >= end || from >= to) return;
     const std::int64_t at = (first * shape_.width + from) * kColours * (bytes_ ? 1 : 4);
-    output_rows({inputs.data(), static_cast<int>(inputs.size()), shape_.groups, shape_.scales, biases_.get(), shape_.offset,
+    output_rows({inputs(thread), static_cast<int>(streams_.size()), shape_.groups, shape_.scales, biases_.get(), shape_.offset,
                  &tanh_table(), begin - first, end - first, to - from, shape_.width, out_ + at, bytes_},
                 level_);
   }
@@ -199,8 +204,9 @@ class Strips {
   std::vector<Stream> streams_;
   std::int64_t features_floats_ = 0, own_floats_ = 0, zeros_ = 0;
   Aligned<float> memory_, no_row_;
-  std::vector<std::int64_t> last_;  // strip of each thread
-  std::vector<char> seams_;         // whether there is one on a strip's left
+  std::vector<OutputStream> inputs_;  // of each thread, of each stream
+  std::vector<std::int64_t> last_;    // strip of each thread
+  std::vector<char> seams_;           // whether there is one on a strip's left
 };
 
 #endif

@@ -206,7 +206,11 @@ def test_names_of_tiles():
         PackedWeights(tiles="huge")
 
 
-def test_the_extension_refuses_other_points():
+def test_what_the_extension_refuses():
     module = _cpp.load()
     with pytest.raises(ValueError, match="points must be 8, 18, or 10 with a kernel of 5, got 16"):
         module.winograd_weight_floats([1, 1, 1, 1, 1, 1, 5, 16], False)
+    with pytest.raises(ValueError, match="with 18 points there may be 4096 channels"):
+        module.winograd_weight_floats([1, 4097, 1, 1, 1, 1, 5, 18], False)
+    with pytest.raises(ValueError, match="the gradient of the weight is not made at 18 points"):
+        module.winograd_wgrad([1, 1, 1, 1, 1, 1, 5, 18], "float32", 0, 0, 0, threads=1)
