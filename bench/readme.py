@@ -165,7 +165,10 @@ def cpu_table(shuffle: list[Row], conv: list[Row]) -> str:
         f"| {data} | {inference.get(data, '')} | {training.get(data, '')} |" for data in {**inference, **training}
     ]
     source = source_of("pixel_shuffle_gelu_cpu conv_pixel_shuffle_gelu_cpu", conv)
-    note = "Speed over PyTorch's separate operations in the same run, of the fastest of ours, `auto` among them. "
+    note = (
+        "Speed over PyTorch's separate operations in the same run, of the fastest of ours, `auto` among them; "
+        "inference with kept weights and the tiles that the decoder takes at that commit. "
+    )
     return "\n".join([*lines, "", note + source])
 
 
