@@ -5,11 +5,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from hflfnerv.testing import make_tensor
+
 
 def channels_last(t):
     """The same with the strides of channels-last, also where an axis of size 1 leaves a choice."""
     _, c, h, w = t.shape
     return torch.empty_strided(t.shape, (c * h * w, 1, w * c, c), dtype=t.dtype).copy_(t)
+
+
+def operands(shape, with_bias=True, dtype=torch.float32):
+    """Return x, weight and bias of a block ``(B, C_in, C_out, r, H, W, kernel)``, channels-last."""
+    batch, in_channels, channels, r, height, width, kernel = shape
+    x = make_tensor(batch, in_channels, height, width)
+    weight = make_tensor(channels * r * r, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5, seed=1)
+    bias = make_tensor(channels * r * r, seed=2) if with_bias else None
+    tensors = (channels_last(x), channels_last(weight), bias)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 #: Those of an axis but infinity, by the number of all.

@@ -43,15 +43,6 @@ constexpr std::int64_t fourier_begin(std::int64_t column, std::int64_t of_real, 
 }
 constexpr std::int64_t fourier_plane(std::int64_t column) { return fourier_begin(column, 25, kFourierColumnPlanes); }
 constexpr std::int64_t fourier_position(std::int64_t column) { return fourier_begin(column, 11, 18); }
-// Of real columns the first four positions are real.
-constexpr bool fourier_is_complex(std::int64_t column, std::int64_t position) { return !fourier_is_real(column) || position >= 4; }
-// The vectors of a square of kFourierAxis rows of as many vectors: where a position's real part is, and how far behind it the
-// imaginary one.
-constexpr std::int64_t fourier_vector(std::int64_t column, std::int64_t position) {
-  if (!fourier_is_real(column)) return position * kFourierAxis + kFourierRealColumns + 2 * (column - kFourierRealColumns);
-  return (position < 4 ? position : 2 * position - 4) * kFourierAxis + column;
-}
-constexpr std::int64_t fourier_imaginary(std::int64_t column) { return fourier_is_real(column) ? kFourierAxis : 1; }
 
 // What follows from a plan with kFourierAxis points. Sizes of integers of 32 bits are in floats.
 struct FourierPlan {
@@ -64,7 +55,7 @@ struct FourierPlan {
   std::int64_t pairs() const { return (in_channels + 1) / 2; }
   std::int64_t tile_shorts() const { return 2 * pairs(); }
   // Tiles of a block: as many as sums in registers have rows, or twice as many with 8 lanes.
-  std::int64_t block() const { return 12; }
+  static constexpr std::int64_t block() { return 12; }
   // Channels that fill no vector are evaluated for several tiles at once, if a vector holds those of more than one.
   std::int64_t rest() const { return in_channels % lanes <= lanes / 2 ? in_channels % lanes : 0; }
   std::int64_t vectors() const { return (in_channels - rest() + lanes - 1) / lanes; }

@@ -1,21 +1,18 @@
 // Included behind the Simd of one instruction set; see conv_pixel_shuffle_gelu_fourier_kernels.h.
 #include "conv_pixel_shuffle_gelu_fourier_kernels.h"
 #include "fourier.inl"
-#include "registers.h"
+#include "multiply.inl"
 #include "tiles.inl"
 
 namespace hflfnerv {
 namespace {
 
-using F = Simd::F;
 using I = Simd::I;
-constexpr int kLanes = Simd::kLanes;
 constexpr int kColumns = kWinogradVectors * kLanes;
-constexpr int kLine = static_cast<int>(kFourierAxis);
+constexpr int kLine = kFourierLine;
+static_assert(kLine == kFourierAxis, "");
 constexpr int kGroups = 2 * kFourierColumns;  // of positions that share a scale: of each column the root 1, and the others
 constexpr float kLargest = static_cast<float>(kFourierLargest);
-constexpr int kRows = kLanes == 16 ? 12 : 6;  // of sums in registers
-constexpr int kBlock = 12;
 
 // The largest absolute values of squares' groups. What is not finite may be lost there, and makes `invalid` not a number, else zero:
 // each value of a tile is a term of one at least of the positions at zero, infinity and the root 1 on both axes.
@@ -219,42 +216,21 @@ inline void evaluate(const WinogradPlan& plan, const FourierPlan& fourier, const
   if (fourier.rest() > 0) round_rest(fourier, count, scratch);
 }
 
-// Two integers of 16 bits as one of 32.
-inline std::int32_t pair_at(const std::int16_t* p) {
-  std::int32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
-  return pair;
-}
-
-// The sums of `kCount` tiles in registers: c = a b, with pairs of channels as the inner dimension.
-template <int kCount, int kVectors>
-inline __attribute__((always_inline)) void add_pairs(const std::int16_t* a, std::int64_t a_row, const std::int32_t* b,
-                                                     std::int64_t pairs, std::int32_t* c, std::int64_t c_row) {
-  I sums[kCount][kVectors];
-  for (int i = 0; i < kCount; ++i) {
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::zero_ints();
+// Of pairs of 16-bit integers: the inner dimension is that of pairs of channels.
+struct Pairs {
+  using A = std::int16_t;
+  using C = std::int32_t;
+  using Vector = I;
+  static Vector zero() { return Simd::zero_ints(); }
+  static Vector set(const A* p) {
+    C pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return Simd::set_ints(pair);
   }
-  constexpr int kGroup = 3;  // rows that share an address
-  const std::int16_t* rows[(kCount + kGroup - 1) / kGroup];
-  for (int i = 0; i < kCount; i += kGroup) rows[i / kGroup] = a + i * a_row;
-  for (std::int64_t k = 0; k < pairs; ++k, b += kColumns) {
-    I columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = Simd::load_ints(b + v * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      const I row = Simd::set_ints(pair_at(rows[i / kGroup] + i % kGroup * a_row));
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::add_products(sums[i][v], row, columns[v]);
-    }
-#pragma GCC unroll 16
-    for (const std::int16_t*& group : rows) {
-      group += 2;
-      hide(group);
-    }
-  }
-  for (int i = 0; i < kCount; ++i) {
-    for (int v = 0; v < kVectors; ++v) Simd::store_ints(c + i * c_row + v * kLanes, sums[i][v]);
-  }
-}
+  static Vector load(const C* p) { return Simd::load_ints(p); }
+  static void store(C* p, Vector v) { Simd::store_ints(p, v); }
+  static Vector add_product(Vector sum, Vector a, Vector b) { return Simd::add_products(sum, a, b); }
+};
 
 // The planes of a column, for 1 to kCount tiles.
 template <int kCount, int kVectors>
@@ -266,18 +242,15 @@ inline void multiply_planes(const FourierPlan& fourier, int count, const std::in
     }
     const std::int64_t pairs = fourier.pairs();
     for (std::int64_t plane = 0; plane < planes; ++plane) {
-      add_pairs<kCount, kVectors>(tiles + plane * fourier.plane_shorts(), fourier.tile_shorts(),
-                                  weight + plane * pairs * kColumns, pairs, products + plane * kColumns,
-                                  fourier.product_floats());
+      multiply<kCount, kVectors, false, Pairs>(tiles + plane * fourier.plane_shorts(), fourier.tile_shorts(), 2,
+                                               weight + plane * pairs * kColumns, kColumns, pairs,
+                                               products + plane * kColumns, fourier.product_floats());
     }
   }
 }
 
-// Where the i-th of kOutputs results is on the circle.
-template <int kOutputs>
-constexpr int on_circle(int i) {
-  return (i + kFourier - 1) % kFourier;
-}
+// Where the i-th result is on the circle.
+constexpr int on_circle(int i) { return (i + kFourier - 1) % kFourier; }
 
 // The products of a tile at a column become rows of results, still to be transformed along the other axis.
 template <bool kReal, int kOutputs>
@@ -310,7 +283,7 @@ inline void finish_column(const std::int32_t* products, const float* factors, fl
     }
     fourier_real_inverse<kFourier>(re, im, circle, 1);
     for (int i = 0; i < kOutputs; ++i) {
-      F y = circle[on_circle<kOutputs>(i)];
+      F y = circle[on_circle(i)];
       if (i == 0) y = Simd::add(y, zero);
       if (i == kLast) y = Simd::add(y, infinity);
       Simd::store(half + i * kLanes, y);
@@ -321,7 +294,7 @@ inline void finish_column(const std::int32_t* products, const float* factors, fl
     for (Complex& value : transform) value = next();
     fourier_complex<kFourier, 1>(transform, 1, circle);
     for (int i = 0; i < kOutputs; ++i) {
-      Complex y = circle[on_circle<kOutputs>(i)];
+      Complex y = circle[on_circle(i)];
       if (i == 0) y = {Simd::add(y.re, zero.re), Simd::add(y.im, zero.im)};
       if (i == kLast) y = {Simd::add(y.re, infinity.re), Simd::add(y.im, infinity.im)};
       Simd::store(half + 2 * i * kLanes, y.re);
@@ -350,7 +323,7 @@ inline void finish_tile(const WinogradPlan& plan, const Tile& tile, const float*
       im[k] = Simd::load(both + kLanes);
     }
     fourier_real_inverse<kFourier>(re, im, circle, 1);
-    for (int j = 0; j < kOutputs; ++j) y[j] = circle[on_circle<kOutputs>(j)];
+    for (int j = 0; j < kOutputs; ++j) y[j] = circle[on_circle(j)];
     y[0] = Simd::add(y[0], Simd::load(at + half_of<kOutputs>(0)));
     y[kOutputs - 1] = Simd::add(y[kOutputs - 1], Simd::load(at + half_of<kOutputs>(1)));
   });
@@ -364,7 +337,7 @@ void conv_of(const WinogradPlan& plan, const T* x, const float* points, const Wi
   const Scratch scratch(fourier, part.tiles, memory);
   const Images<T> images{x, plan.batch, plan.height, plan.width, plan.in_channels};
   const int count = static_cast<int>(part.end - part.begin);
-  Tile at[kBlock];
+  Tile at[FourierPlan::block()];
   for (int i = 0; i < count; ++i) at[i] = tile_of(plan, part.begin + i);
   if (!part.evaluated) evaluate(plan, fourier, images, at, count, scratch);
 
@@ -442,9 +415,21 @@ inline void weight_square(const WinogradPlan& plan, const WinogradWeight& at, co
   fourier_square(window, kLine * kLanes, kLanes, square, ignore);
 }
 
-// What each position of a sum over roots is divided by: 16 for each axis that has them.
-inline float roots_of(int column, int position) {
-  return static_cast<float>((column < kFourierOne ? 1 : kFourier) * (position < kFourierOne ? 1 : kFourier));
+// The positions in their order: visit(index, roots, re, im), with what a sum over roots is divided by, 16 for each axis that has
+// them, and the vectors of a square with the real and the imaginary part, which is kNone where there is none.
+constexpr int kNone = -1;
+template <class Visit>
+inline void each_position(const Visit& visit) {
+  int index = 0;
+  for (int column = 0; column < kFourierColumns; ++column) {
+    const bool real = fourier_is_real(column);
+    for (int i = 0; i < fourier_positions(column); ++i) {
+      const int roots = (column < kFourierOne ? 1 : kFourier) * (i < kFourierOne ? 1 : kFourier);
+      // Of real columns the first four positions are real.
+      const int re = real ? (i < 4 ? i : 2 * i - 4) * kLine + column : i * kLine + 2 * column - 4;
+      visit(index++, roots, re, !real ? re + 1 : i < 4 ? kNone : re + kLine);
+    }
+  }
 }
 
 void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* weight, float* points, std::int64_t begin,
@@ -454,7 +439,7 @@ void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* wei
   // What sums over input channels may be, when each integer may be off by a half.
   const float limit = static_cast<float>(INT32_MAX / kFourierLargest - in - 1);
   alignas(64) float window[kLine * kLine * kLanes], square[kLine * kLine * kLanes];
-  // Calls visit(k, first) when the square of input channel k and the vector of output channels from `first` on is made.
+  // Calls visit(k) when the square of input channel k and a vector of the chunk's output channels is made.
   const auto squares = [&](std::int64_t chunk, int v, const auto& visit) {
     const std::int64_t first = chunk * kColumns + v * kLanes;
     std::memset(window, 0, sizeof window);
@@ -471,17 +456,13 @@ void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* wei
     for (int v = 0; v < kWinogradVectors; ++v) {
       alignas(64) float vector_sums[kFourierPositions][kLanes] = {};
       squares(chunk, v, [&](std::int64_t) {
-        for (int column = 0, index = 0; column < kFourierColumns; ++column) {
-          for (int i = 0; i < fourier_positions(column); ++i, ++index) {
-            const float* const p = square + fourier_vector(column, i) * kLanes;
-            const F re = Simd::abs(Simd::load(p));
-            F im = Simd::zero();
-            if (fourier_is_complex(column, i)) im = Simd::abs(Simd::load(p + fourier_imaginary(column) * kLanes));
-            Simd::store(vector_sums[index], Simd::add(Simd::load(vector_sums[index]), Simd::add(re, im)));
-            const float highest = Simd::highest(Simd::max(re, im));
-            largest[index] = highest > largest[index] ? highest : largest[index];
-          }
-        }
+        each_position([&](int index, int, int re_at, int im_at) {
+          const F re = Simd::abs(Simd::load(square + re_at * kLanes));
+          const F im = im_at == kNone ? Simd::zero() : Simd::abs(Simd::load(square + im_at * kLanes));
+          Simd::store(vector_sums[index], Simd::add(Simd::load(vector_sums[index]), Simd::add(re, im)));
+          const float highest = Simd::highest(Simd::max(re, im));
+          largest[index] = highest > largest[index] ? highest : largest[index];
+        });
       });
       for (int index = 0; index < kFourierPositions; ++index) {
         for (const float sum : vector_sums[index]) {
@@ -491,18 +472,16 @@ void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* wei
       }
     }
     std::memset(out, 0, static_cast<std::size_t>(fourier.chunk_floats()) * sizeof(float));
-    for (int column = 0, index = 0; column < kFourierColumns; ++column) {
-      for (int i = 0; i < fourier_positions(column); ++i, ++index) {
-        const float by_sum = limit / (sums[index] > 1e-30f ? sums[index] : 1e-30f), by_size = rounding_scale(largest[index]);
-        rounding[index] = by_sum < by_size ? by_sum : by_size;
-        scales[index] = 1 / (rounding[index] * roots_of(column, i)) + invalid;
-      }
-    }
+    each_position([&](int index, int roots, int, int) {
+      const float by_sum = limit / (sums[index] > 1e-30f ? sums[index] : 1e-30f), by_size = rounding_scale(largest[index]);
+      rounding[index] = by_sum < by_size ? by_sum : by_size;
+      scales[index] = 1 / (rounding[index] * static_cast<float>(roots)) + invalid;
+    });
     for (int v = 0; v < kWinogradVectors; ++v) {
       squares(chunk, v, [&](std::int64_t k) {
         std::int16_t* to = reinterpret_cast<std::int16_t*>(out) + (k / 2 * kColumns + v * kLanes) * 2 + k % 2;
-        const auto round = [&](std::int64_t vector, float scale) {
-          const F value = Simd::mul(Simd::load(square + vector * kLanes), Simd::set(scale));
+        const auto round = [&](int at, float scale) {
+          const F value = Simd::mul(Simd::load(square + at * kLanes), Simd::set(scale));
           return Simd::to_shorts(value, value);
         };
         const auto put = [&](Simd::Shorts shorts) {
@@ -511,17 +490,14 @@ void weight(const WinogradPlan& plan, const WinogradWeight& at, const float* wei
           for (int lane = 0; lane < kLanes; ++lane) to[2 * lane] = lanes[lane];
           to += pairs * kColumns * 2;
         };
-        for (int column = 0, index = 0; column < kFourierColumns; ++column) {
-          for (int i = 0; i < fourier_positions(column); ++i, ++index) {
-            const std::int64_t vector = fourier_vector(column, i);
-            const Simd::Shorts re = round(vector, rounding[index]);
-            put(re);
-            if (!fourier_is_complex(column, i)) continue;
-            const Simd::Shorts im = round(vector + fourier_imaginary(column), -rounding[index]);
-            put(im);
-            put(Simd::add_shorts(re, im));
-          }
-        }
+        each_position([&](int index, int, int re_at, int im_at) {
+          const Simd::Shorts re = round(re_at, rounding[index]);
+          put(re);
+          if (im_at == kNone) return;
+          const Simd::Shorts im = round(im_at, -rounding[index]);
+          put(im);
+          put(Simd::add_shorts(re, im));
+        });
       });
     }
   }

@@ -176,6 +176,11 @@ void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, con
            threads, level);
 }
 
+WinogradBlock winograd_block(const WinogradShape& shape, SimdLevel level) {
+  const Method method = method_of(plan_of(shape, false, level), level);
+  return {method.block, method.step};
+}
+
 struct WinogradTiles::Prepared {
   Prepared(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
            std::int64_t row, SimdLevel level)
@@ -207,8 +212,6 @@ WinogradTiles::WinogradTiles(WinogradTiles&&) noexcept = default;
 std::int64_t WinogradTiles::rows() const { return prepared_->plan.tile_rows(); }
 std::int64_t WinogradTiles::columns() const { return prepared_->plan.tile_columns(); }
 std::int64_t WinogradTiles::size() const { return prepared_->plan.outputs() * prepared_->r; }
-std::int64_t WinogradTiles::block() const { return prepared_->method.block; }
-std::int64_t WinogradTiles::step() const { return prepared_->method.step; }
 std::int64_t WinogradTiles::scratch_floats() const {
   return in_lines(prepared_->method.tile_floats) + in_lines(prepared_->method.scratch_floats);
 }
@@ -296,6 +299,7 @@ void winograd_undo(const WinogradShape&, bool, const void*, const void*, void*, 
 void winograd_dgrad(const WinogradShape&, const void*, const float*, void*, int, SimdLevel) {}
 void winograd_wgrad(const WinogradShape&, const void*, const void*, float*, int, SimdLevel) {}
 
+WinogradBlock winograd_block(const WinogradShape&, SimdLevel) { return {1, 1}; }
 struct WinogradTiles::Prepared {};
 WinogradTiles::WinogradTiles(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,
                              SimdLevel) {}
@@ -304,8 +308,6 @@ WinogradTiles::WinogradTiles(WinogradTiles&&) noexcept = default;
 std::int64_t WinogradTiles::rows() const { return 0; }
 std::int64_t WinogradTiles::columns() const { return 0; }
 std::int64_t WinogradTiles::size() const { return 0; }
-std::int64_t WinogradTiles::block() const { return 0; }
-std::int64_t WinogradTiles::step() const { return 0; }
 std::int64_t WinogradTiles::scratch_floats() const { return 0; }
 void WinogradTiles::run(std::int64_t, std::int64_t, std::int64_t, float*, float*) const {}
 

@@ -46,6 +46,12 @@ enum class WinogradActivation { identity, gelu, gelu_tanh };
 void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
                   void* y, void* z, int threads, SimdLevel level);
 
+// Tiles that are run at once: at most, and a number of which they are best a multiple.
+struct WinogradBlock {
+  std::int64_t most, step;
+};
+WinogradBlock winograd_block(const WinogradShape& shape, SimdLevel level);
+
 // The forward pass of one image of floats tile by tile: what y is made of is made when it is wanted.
 class WinogradTiles {
  public:
@@ -58,11 +64,8 @@ class WinogradTiles {
   std::int64_t rows() const;     // of tiles
   std::int64_t columns() const;
   std::int64_t size() const;     // of a tile on each axis of y; those at the end may be smaller
-  // Tiles of a row that are run at once: at most, and a number of which they are best a multiple.
-  std::int64_t block() const;
-  std::int64_t step() const;
   std::int64_t scratch_floats() const;
-  // Tiles [begin, end) of a row of tiles, at most block() of them. y is the first pixel of the first one; `scratch` is aligned
+  // Tiles [begin, end) of a row of tiles, at most winograd_block() of them. y is the first pixel of the first one; `scratch` is aligned
   // to cache lines.
   void run(std::int64_t row, std::int64_t begin, std::int64_t end, float* y, float* scratch) const;
 

@@ -12,35 +12,48 @@ using F = Simd::F;
 constexpr int kLanes = Simd::kLanes;
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // of a product in registers: 24 or 12 sums
 
+// What is multiplied: elements of a, and of b and c.
+struct Floats {
+  using A = float;
+  using C = float;
+  using Vector = F;
+  static Vector zero() { return Simd::zero(); }
+  static Vector set(const A* p) { return Simd::set(*p); }
+  static Vector load(const C* p) { return Simd::load(p); }
+  static void store(C* p, Vector v) { Simd::store(p, v); }
+  static Vector add_product(Vector sum, Vector a, Vector b) { return Simd::fma(a, b, sum); }
+};
+
 // c = a b, or c += a b: kCount rows, kVectors vectors of columns. The strides of a are those of its rows and of the inner
 // dimension.
-template <int kCount, int kVectors, bool kAccumulate>
-inline __attribute__((always_inline)) void multiply(const float* a, std::int64_t a_row, std::int64_t a_inner, const float* b, std::int64_t b_inner,
-                     std::int64_t inner, float* c, std::int64_t c_row) {
-  F sums[kCount][kVectors];
+template <int kCount, int kVectors, bool kAccumulate, class Of = Floats>
+inline __attribute__((always_inline)) void multiply(const typename Of::A* a, std::int64_t a_row, std::int64_t a_inner,
+                                                    const typename Of::C* b, std::int64_t b_inner, std::int64_t inner,
+                                                    typename Of::C* c, std::int64_t c_row) {
+  using Vector = typename Of::Vector;
+  Vector sums[kCount][kVectors];
   for (int i = 0; i < kCount; ++i) {
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = kAccumulate ? Simd::load(c + i * c_row + v * kLanes) : Simd::zero();
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = kAccumulate ? Of::load(c + i * c_row + v * kLanes) : Of::zero();
   }
   constexpr int kGroup = 3;  // rows that share an address: there are fewer registers for these than rows
-  const float* rows[(kCount + kGroup - 1) / kGroup];
+  const typename Of::A* rows[(kCount + kGroup - 1) / kGroup];
   for (int i = 0; i < kCount; i += kGroup) rows[i / kGroup] = a + i * a_row;
   for (std::int64_t k = 0; k < inner; ++k, b += b_inner) {
-    F columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = Simd::load(b + v * kLanes);
+    Vector columns[kVectors];
+    for (int v = 0; v < kVectors; ++v) columns[v] = Of::load(b + v * kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) {
-      const float*& group = rows[i / kGroup];
-      const F row = Simd::set(group[i % kGroup * a_row]);
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = Simd::fma(row, columns[v], sums[i][v]);
+      const Vector row = Of::set(rows[i / kGroup] + i % kGroup * a_row);
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = Of::add_product(sums[i][v], row, columns[v]);
     }
 #pragma GCC unroll 12
-    for (const float*& group : rows) {
+    for (const typename Of::A*& group : rows) {
       group += a_inner;
       hide(group);
     }
   }
   for (int i = 0; i < kCount; ++i) {
-    for (int v = 0; v < kVectors; ++v) Simd::store(c + i * c_row + v * kLanes, sums[i][v]);
+    for (int v = 0; v < kVectors; ++v) Of::store(c + i * c_row + v * kLanes, sums[i][v]);
   }
 }
 

@@ -36,9 +36,9 @@ class Strips {
     size_ = tile_size(streams[0].shape);
     std::int64_t block = INT64_MAX, widest = 0;
     for (const WinogradStream* s = streams; s != streams + count; ++s) {
-      const WinogradTiles probe(s->shape, s->activation, s->x, s->points, s->bias, 0, level);
-      block = std::min(block, probe.block());
-      step_ = std::max(step_, probe.step());
+      const WinogradBlock of_shape = winograd_block(s->shape, level);
+      block = std::min(block, of_shape.most);
+      step_ = std::max(step_, of_shape.step);
       widest = std::max(widest, s->shape.width * s->shape.r);
     }
     block = std::max(step_, block / step_ * step_);
@@ -47,34 +47,24 @@ class Strips {
     // As many strips for each thread, of about the same width.
     count_ = std::min(whole((columns_ + block - 1) / block, threads), whole(columns_, step_) / step_);
     threads_ = threads_for(count_, threads);
-    std::int64_t floats = 0, scratch_floats = 0;
+    std::int64_t floats = 0, scratch_floats = 0, zeros = 0;
     for (const WinogradStream* s = streams; s != streams + count; ++s) {
-      Stream stream;
-      stream.pixel = s->shape.channels;
-      stream.height = s->shape.height * s->shape.r;
-      stream.width = s->shape.width * s->shape.r;
-      // Vectors that end behind a pixel's window read zeros.
-      const std::int64_t beyond = (lanes + stream.pixel - 1) / stream.pixel;
-      stream.row = (kKept + block * size_ + beyond) * stream.pixel;
-      stream.edge_row = (2 * kKept + beyond) * stream.pixel;
-      stream.offset = floats;
-      // Blocks of pixels that end behind a row read on.
-      const std::int64_t behind = output_vector_margin(lanes) * stream.pixel;
-      floats += in_lines((kKept + size_) * stream.row + behind);
-      zeros_ = std::max(zeros_, stream.row + behind);
-      stream.edge = stream.height * stream.edge_row + behind;
-      stream.edges = new_aligned<float>(std::max<std::int64_t>(1, count_ - 1) * stream.edge);
-      stream.weights = output_vectors(s->head, stream.pixel, lanes);
-      stream.steps = output_vector_steps(stream.pixel, lanes);
-      stream.group = s->group;
-      stream.tiles.emplace_back(s->shape, s->activation, s->x, s->points, s->bias, stream.row, level);
-      scratch_floats = std::max(scratch_floats, stream.tiles[0].scratch_floats());
-      streams_.push_back(std::move(stream));
+      const std::int64_t pixel = s->shape.channels, height = s->shape.height * s->shape.r, width = s->shape.width * s->shape.r;
+      // Vectors that end behind a pixel's window read zeros, and blocks of pixels that end behind a row read on.
+      const std::int64_t beyond = (lanes + pixel - 1) / pixel, behind = output_vector_margin(lanes) * pixel;
+      const std::int64_t row = (kKept + block * size_ + beyond) * pixel, edge_row = (2 * kKept + beyond) * pixel;
+      const std::int64_t edge = height * edge_row + behind;
+      streams_.push_back({WinogradTiles(s->shape, s->activation, s->x, s->points, s->bias, row, level), pixel, height, width, row,
+                          floats, edge_row, edge, new_aligned<float>(std::max<std::int64_t>(1, count_ - 1) * edge),
+                          output_vectors(s->head, pixel, lanes), output_vector_steps(pixel, lanes), s->group});
+      floats += in_lines((kKept + size_) * row + behind);
+      scratch_floats = std::max(scratch_floats, streams_.back().tiles.scratch_floats());
+      zeros = std::max(zeros, row + behind);
     }
     features_floats_ = floats;
     own_floats_ = floats + scratch_floats;
     memory_ = new_aligned<float>(own_floats_ * threads_);
-    no_row_ = new_zeros<float>(zeros_);
+    no_row_ = new_zeros<float>(zeros);
     inputs_.resize(streams_.size() * static_cast<std::size_t>(threads_));
     last_.assign(static_cast<std::size_t>(threads_), -1);
     seams_.assign(static_cast<std::size_t>(count_), 0);
@@ -95,13 +85,13 @@ class Strips {
 
  private:
   struct Stream {
+    WinogradTiles tiles;
     std::int64_t pixel, height, width;  // floats of a pixel; pixels of the features
     std::int64_t row, offset;           // in a thread's memory
     std::int64_t edge_row, edge;        // floats of a row at an edge, and of one between two strips
     Aligned<float> edges, weights;      // at an edge: the last columns of a strip, the first of the next, zeros
     std::int64_t steps;
     int group;
-    std::vector<WinogradTiles> tiles;  // one
     float* edge_at(std::int64_t strip) const { return edges.get() + (strip - 1) * edge; }
   };
 
@@ -122,10 +112,10 @@ class Strips {
       for (const Stream& s : streams_) {
         float* const at = own + s.offset;
         if (row > 0) std::memcpy(at, at + size_ * s.row, floats_size(kKept * s.row));
-        if (row < s.tiles[0].rows()) {
-          const std::int64_t end = std::min(last, s.tiles[0].columns());
+        if (row < s.tiles.rows()) {
+          const std::int64_t end = std::min(last, s.tiles.columns());
           float* const features = at + kKept * (s.row + s.pixel);
-          if (first < end) s.tiles[0].run(row, first, end, features, own + features_floats_);
+          if (first < end) s.tiles.run(row, first, end, features, own + features_floats_);
           keep_edges(s, strip, next, right - left, top, at + kKept * s.row);
         }
         // Rows are counted from the first one in memory.
@@ -141,7 +131,7 @@ class Strips {
   // Clears what no tile of a strip writes: left of the frame, and behind its `width` pixels, which may be less than none.
   static void clear(const Stream& s, std::int64_t strip, std::int64_t width, float* at) {
     const std::int64_t used = (kKept + std::max<std::int64_t>(0, width)) * s.pixel;
-    const std::int64_t rows = kKept + s.tiles[0].size();
+    const std::int64_t rows = kKept + s.tiles.size();
     for (std::int64_t row = 0; row < rows; ++row) {
       float* const to = at + row * s.row;
       if (strip == 0) std::fill(to, to + kKept * s.pixel, 0.0f);
@@ -202,7 +192,7 @@ class Strips {
   std::int64_t size_ = 0, step_ = 1, columns_ = 0, count_ = 0;  // of tiles; and strips
   int threads_ = 1;
   std::vector<Stream> streams_;
-  std::int64_t features_floats_ = 0, own_floats_ = 0, zeros_ = 0;
+  std::int64_t features_floats_ = 0, own_floats_ = 0;
   Aligned<float> memory_, no_row_;
   std::vector<OutputStream> inputs_;  // of each thread, of each stream
   std::vector<std::int64_t> last_;    // strip of each thread

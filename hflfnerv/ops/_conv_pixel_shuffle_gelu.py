@@ -17,8 +17,6 @@ from ._library import register, register_gradient
 
 __all__ = ["conv2d_gradients"]
 
-_WINOGRAD_TILES = {"winograd": "small", "winograd, large tiles": "large", "winograd, integer tiles": "integer"}
-
 
 def _shuffled_order(t: torch.Tensor, r: int) -> torch.Tensor:
     """Reorder the first axis from (c, i, j), that of PixelShuffle, to (i, j, c), in which y's rows are contiguous."""
@@ -52,8 +50,9 @@ def _forward(
     if impl == "cuda":
         y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z)
         return y, x.new_empty(0) if kept is None else kept
-    if impl.startswith("winograd"):
-        activation, tiles = "gelu_tanh" if approximate == "tanh" else "gelu", _WINOGRAD_TILES[impl]
+    tiles = _winograd.tiles_of(impl)
+    if tiles is not None:
+        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
         y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z, tiles=tiles)
         return y, x.new_empty(0) if kept is None else kept
     from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight

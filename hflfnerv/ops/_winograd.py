@@ -10,13 +10,14 @@ import torch
 from .._device import cpu_flags
 from . import _cpp
 from ._check import compute_dtype, half_padding, memory_format_of
-from .packed_weights import kept_weight, tiles_allowed
+from .packed_weights import TILES, kept_weight, tiles_allowed
 from .pixel_shuffle_gelu import image_is_small
 
 __all__ = [
     "LastBlock",
     "forward",
     "gradients",
+    "implementation",
     "in_layout_of",
     "kept",
     "last_blocks",
@@ -24,6 +25,7 @@ __all__ = [
     "pays",
     "rejects",
     "takes_integers",
+    "tiles_of",
     "undo",
 ]
 
@@ -85,6 +87,19 @@ def _multiplies(dtype: torch.dtype) -> str:
 def in_layout_of(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return y in the layout that PyTorch's convolution gives: channels-last where x or weight is, else contiguous."""
     return y if torch.channels_last in (memory_format_of(x), memory_format_of(weight)) else y.contiguous()
+
+
+def implementation(tiles: str) -> str:
+    """Return what the registered operation calls the method with such tiles."""
+    return "winograd" if tiles == "small" else f"winograd, {tiles} tiles"
+
+
+_TILES_OF = {implementation(tiles): tiles for tiles in TILES}
+
+
+def tiles_of(name: str) -> str | None:
+    """Undo :func:`implementation`; None for what is another method."""
+    return _TILES_OF.get(name)
 
 
 def takes_integers(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -200,7 +200,7 @@ def _run_winograd(call: Call) -> torch.Tensor:
     packed, impl = None, "winograd"
     if not keep_z:
         tiles = tiles_allowed()
-        impl = impl if tiles == "small" else f"winograd, {tiles} tiles"
+        impl = _winograd.implementation(tiles)
         packed = _winograd.kept(x, weight, call.weight, call.r, tiles)
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
         x, weight, bias, packed, call.r, call.approximate, keep_z, impl, "winograd", "winograd"

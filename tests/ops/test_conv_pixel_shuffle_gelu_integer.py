@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from winograd_method import LARGEST, channels_last, integer_sums
+from winograd_method import LARGEST, integer_sums, operands
 
 from hflfnerv import ops
 from hflfnerv.ops import PackedWeights, _cpp, _winograd
@@ -32,13 +32,6 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
     monkeypatch.setattr(_winograd, "_INTEGER_LEAST", {3: 1, 5: 1})
-
-
-def operands(shape, dtype=torch.float32):
-    batch, in_channels, channels, r, height, width, kernel = shape
-    x = make_tensor(batch, in_channels, height, width)
-    weight = make_tensor(channels * r * r, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5, seed=1)
-    return tuple(t.to(dtype) for t in (channels_last(x), channels_last(weight), make_tensor(channels * r * r, seed=2)))
 
 
 def block(x, weight, bias, r, tiles="integer", impl="winograd", approximate="none"):
@@ -90,7 +83,7 @@ def test_errors_are_a_tenth_of_those_of_bfloat16():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_those_of_float32_rounded(dtype):
-    tensors = operands(SHAPES[0], dtype)
+    tensors = operands(SHAPES[0], dtype=dtype)
     assert torch.equal(block(*tensors, 2), block(*(t.float() for t in tensors), 2).to(dtype))
 
 

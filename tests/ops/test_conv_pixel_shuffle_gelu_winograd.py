@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from winograd_method import channels_last, magnitudes, sums
+from winograd_method import channels_last, magnitudes, operands, sums
 
 from hflfnerv import ops
 from hflfnerv.errors import BackendUnavailable
@@ -42,15 +42,6 @@ SHAPES = [
 
 
 HALF = [torch.bfloat16, torch.float16]
-
-
-def operands(shape, with_bias=True, dtype=torch.float32):
-    batch, in_channels, channels, r, height, width, kernel = shape
-    x = make_tensor(batch, in_channels, height, width)
-    weight = make_tensor(channels * r * r, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5, seed=1)
-    bias = make_tensor(channels * r * r, seed=2) if with_bias else None
-    tensors = (channels_last(x), channels_last(weight), bias)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def run(tensors, shape, dy=None, dtype=None, impl="winograd", approximate="none"):
