@@ -27,6 +27,7 @@
 #include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv_pixel_shuffle_gelu.h"
+#include "cuda/orthogonalise.h"
 #include "cuda/output_stage.h"
 #endif
 
@@ -559,6 +560,36 @@ void output_stage_cuda_fwd(const std::array<int, 3>& size, int device, const std
   raise_unless_done(hflfnerv::output_stage_cuda_fwd(call, device, pointer<void>(stream)));
 }
 
+// Rows and columns of a contiguous matrix, and the addresses of it and of its result.
+using CudaMatrix = std::tuple<int, int, std::uintptr_t, std::uintptr_t>;
+
+hflfnerv::OrthogonaliseCuda orthogonalise_cuda_call(const std::vector<CudaMatrix>& matrices) {
+  if (matrices.empty() || matrices.size() > hflfnerv::kMostMatrices) throw py::value_error("matrices must be 1 to 64");
+  hflfnerv::OrthogonaliseCuda call{};
+  for (const auto& [rows, columns, x, y] : matrices) {
+    const bool tall = rows > columns;
+    const auto [smaller, larger] = std::minmax(rows, columns);
+    if (smaller < 1 || smaller > hflfnerv::kMostMatrixRows || std::int64_t{smaller} * larger > 1 << 22) {
+      throw py::value_error("matrices must have a side from 1 to 128, and at most 2^22 elements");
+    }
+    call.matrix[call.count++] = {pointer<float>(x), pointer<float>(y), smaller, larger, tall ? 1 : columns, tall ? columns : 1};
+  }
+  return call;
+}
+
+void orthogonalise_cuda(const std::vector<CudaMatrix>& matrices, const std::array<float, 3>& quintic, int steps,
+                        std::uintptr_t scratch, int device, std::uintptr_t stream) {
+  if (steps < 1) throw py::value_error("steps must be at least 1");
+  hflfnerv::OrthogonaliseCuda call = orthogonalise_cuda_call(matrices);
+  call.steps = steps;
+  call.a = quintic[0];
+  call.b = quintic[1];
+  call.c = quintic[2];
+  call.scratch = pointer<float>(scratch);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::orthogonalise_cuda(call, device, pointer<void>(stream)));
+}
+
 #endif
 
 // Address, channels, height and width of a feature map; address of its head's weight; its group.
@@ -738,6 +769,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("output_stage_cuda_fwd", &output_stage_cuda_fwd, py::arg("size"), py::arg("device"), py::arg("dtype"),
              py::arg("features"), py::arg("scales"), py::arg("offset"), py::arg("biases"), py::arg("y"),
              py::arg("as_bytes"), py::arg("stream"));
+  module.attr("orthogonalise_cuda_matrices") = hflfnerv::kMostMatrices;
+  module.def(
+      "orthogonalise_cuda_scratch",
+      [](const std::vector<CudaMatrix>& matrices) {
+        return hflfnerv::orthogonalise_cuda_scratch(orthogonalise_cuda_call(matrices));
+      },
+      py::arg("matrices"));
+  module.def("orthogonalise_cuda", &orthogonalise_cuda, py::arg("matrices"), py::arg("quintic"), py::arg("steps"),
+             py::arg("scratch"), py::arg("device"), py::arg("stream"));
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
              py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");

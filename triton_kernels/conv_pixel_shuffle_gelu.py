@@ -292,11 +292,9 @@ def tiles(pixels, n, dtype, limits, *, precision="ieee"):
     else:
         # Four warps have no registers left for a second accumulator.
         candidates = [Tile(128, 64, 8, 3), Tile(64, 64, 8 if wide else 4, 3), Tile(128, 64, 8, 4)]
-        # 256 rows read the weight half as often, where there is work for all multiprocessors and the registers hold
-        # 256 by 128 sums beside the operands.
+        # 256 rows read the weight half as often, and want the registers for 256 by 128 sums beside the operands.
         if limits.capability >= (9, 0) and not wide:
-            large = triton.cdiv(pixels, 256) * triton.cdiv(n, columns) >= 512
-            candidates.insert(0 if large else len(candidates), Tile(256, 64, 8, 3))
+            candidates.append(Tile(256, 64, 8, 3))
     if triton.cdiv(pixels, 128) * triton.cdiv(n, columns) < limits.multiprocessors / 2:
         candidates.sort(key=lambda tile: tile.block_m)
     return [tile for tile in candidates if shared_bytes(tile, n, element) <= limits.shared_bytes]
@@ -319,7 +317,7 @@ def wgrad_tiles(depth, n, dtype, limits, *, precision="ieee"):
     else:
         candidates = [Tile(64, 128, 8, 3), Tile(64, 64, 8 if columns > 128 else 4, 3), Tile(32, 64, 8, 2)]
         if limits.capability >= (9, 0) and columns <= 128 and depth > 128:
-            candidates.insert(0, Tile(32, 256, 8, 4))
+            candidates.insert(0 if n <= 128 else len(candidates), Tile(32, 256, 8, 4))
         candidates = [tile for tile in candidates if tile.block_k < 2 * depth or tile.block_k == 64]
     bytes_of = lambda tile: tile.num_stages * tile.block_m * (tile.block_k + columns) * dtype.itemsize  # noqa: E731
     return [tile for tile in candidates if bytes_of(tile) <= limits.shared_bytes]

@@ -35,7 +35,9 @@ def _measure(machine: Machine, name: str, stage: str, batch: int) -> Iterator[di
     image = ops.quantize_int8(x, of, ops.int8_image(batch, rows, columns, of, halo=padding))
 
     def output() -> torch.Tensor:
-        return torch.empty_like(y) if to is None else ops.int8_image(batch, rows * r, columns * r, to, halo=2)
+        if to is None:
+            return torch.empty_like(y, memory_format=torch.channels_last)
+        return ops.int8_image(batch, rows * r, columns * r, to, halo=2)
 
     out = output()
     runs: dict[str, Callable[[], torch.Tensor]] = {}

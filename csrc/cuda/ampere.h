@@ -30,5 +30,14 @@ HFLFNERV_MMA(__nv_bfloat16, "bf16")
 HFLFNERV_MMA(__half, "f16")
 #undef HFLFNERV_MMA
 
+// Adds the product of 16 x 8 by 8 x 8 elements of TF32, which are float32 whose last 13 bits do not count.
+// The sums are as above; a's register i + 2 h is row l / 4 + 8 i,
+// K l mod 4 + 4 h; b's register h is K as that, column l / 4.
+__device__ inline void multiply_add_tf32(float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 }  // namespace ampere
 }  // namespace hflfnerv

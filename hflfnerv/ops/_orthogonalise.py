@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._concurrent import concurrently
 from .._impl import Implementation, ImplementationTable
-from . import _cpp, _triton
+from . import _cpp, _cuda, _triton
 
 __all__ = ["ORTHOGONALISE", "SMALL_ROWS", "orthogonalise", "orthogonalise_all"]
 
@@ -23,8 +24,9 @@ __all__ = ["ORTHOGONALISE", "SMALL_ROWS", "orthogonalise", "orthogonalise_all"]
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 5
 _OVERHEAD_ROWS = 16  # below which a step is all overhead
+_ALIGNED = 8  # elements of 16 bits that a GPU's tensor cores read at once: rows of others are slow
 
-#: The smaller side of a matrix that ``"triton"`` takes has at most so many rows or columns.
+#: The smaller side of a matrix that ``"cuda"`` and ``"triton"`` take has at most so many rows or columns.
 SMALL_ROWS = 128
 _LARGEST = 2**22  # elements of a matrix: offsets have 32 bits, and there may be hundreds of matrices
 
@@ -37,8 +39,8 @@ def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
 
     Args:
         x: floating ``[M, N]``; computed in its own dtype.
-        impl: ``"auto"``, ``"triton"`` (float32 on a GPU, a side of at most 128), ``"cpp"`` (float32 on a CPU with AVX2
-            or AVX-512) or ``"reference"`` (PyTorch, anywhere).
+        impl: ``"auto"``, ``"cuda"`` (float32 on Hopper, a side of at most 128), ``"triton"`` (the same on any GPU),
+            ``"cpp"`` (float32 on a CPU with AVX2 or AVX-512) or ``"reference"`` (PyTorch, anywhere).
 
     Returns:
         ``[M, N]`` with singular values in about 0.7..1.2; those under 1e-3 of the norm stay smaller. Zero for zero.
@@ -49,10 +51,10 @@ def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
 
     Numerics:
         Every step multiplies by a polynomial of ``X X^T``, and these commute: their product is found from the first
-        ``X X^T`` alone, always by ``"triton"`` and by ``"cpp"``, which computes half of each product since all are
-        symmetric, and where it takes fewer products, and not in half precision, by ``"reference"``. An error of eps in
-        the small eigenvalues of ``X X^T`` grows to ``a^8 eps``: 2e-3 in float32. ``"triton"`` takes three products of
-        TF32 for one of float32.
+        ``X X^T`` alone, always by ``"triton"`` and by ``"cuda"`` and ``"cpp"``, which compute half of each product,
+        since all are symmetric, and where it takes fewer products, and not in half precision, by ``"reference"``. An
+        error of eps in the small eigenvalues of ``X X^T`` grows to ``a^8 eps``: 2e-3 in float32. ``"cuda"`` and
+        ``"triton"`` take three products of TF32 for one of float32.
     """
     (result,) = orthogonalise_all([x], impl=impl)
     return result
@@ -77,6 +79,14 @@ def _in_order(places: Sequence[Sequence[int]], results: Sequence[Sequence[Tensor
     return [at[i] for i in range(len(at))]
 
 
+def _run_cuda(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return _cuda.orthogonalise([x.contiguous() for x in matrices], (_A, _B, _C), _STEPS)
+
+
+def _cuda_rejects(x: Tensor) -> str | None:
+    return _cuda.rejects_float32(x.device, x.dtype) or _gpu_rejects(x)
+
+
 def _run_triton(matrices: Sequence[Tensor]) -> list[Tensor]:
     from ..triton_kernels import orthogonalise as kernels
 
@@ -85,9 +95,10 @@ def _run_triton(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _triton_rejects(x: Tensor) -> str | None:
-    reason = _triton.rejects_tensor(x.device, x.dtype)
-    if reason is not None:
-        return reason
+    return _triton.rejects_tensor(x.device, x.dtype) or _gpu_rejects(x)
+
+
+def _gpu_rejects(x: Tensor) -> str | None:
     if x.dtype != torch.float32:
         return f"dtype {x.dtype} is not torch.float32"
     if not 0 < min(x.shape) <= SMALL_ROWS:
@@ -141,6 +152,7 @@ def _run_reference(matrices: Sequence[Tensor]) -> list[Tensor]:
 ORTHOGONALISE = ImplementationTable(
     "orthogonalise",
     [
+        Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
         Implementation("triton", _run_triton, _triton.unavailable, _triton_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
         Implementation("reference", _run_reference),
@@ -151,9 +163,13 @@ ORTHOGONALISE = ImplementationTable(
 def _by_steps(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
     """Take the steps for matrices of one shape."""
     x = _stacked(matrices)
+    rows, columns = x.shape[-2:]
+    if x.is_cuda and x.dtype.itemsize == 2:
+        x = F.pad(x, (0, -columns % _ALIGNED, 0, -rows % _ALIGNED))
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = _add_product(x, _add_product(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    x = x[..., :rows, :columns]
     return x.unbind() if x.ndim == 3 else [x]
 
 

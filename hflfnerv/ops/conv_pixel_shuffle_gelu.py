@@ -247,27 +247,38 @@ def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return compute_dtype(x).itemsize == 2 and pixels >= 2048 and n >= 96 and channels * rows * columns >= 512
 
 
+def _is_wide(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether a result of many channels makes up for few pixels, in half precision."""
+    n, channels, rows, columns = weight.shape
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return compute_dtype(x).itemsize == 2 and pixels >= 128 and n >= 192 and channels * rows * columns >= 384
+
+
 def _triton_is_faster(call: Call) -> bool:
     """Return whether "triton" is faster than "conv2d+triton".
 
-    Where the matrix product is large, and x is channels-last already.
+    Where the matrix product is large, or wide and its weight kept or small, and x is channels-last already.
     """
-    return _is_large(call.x, call.weight) and call.x.is_contiguous(memory_format=torch.channels_last)
+    x, weight = call.x, call.weight
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    kept = is_kept(weight) and not _wants_gradient(x, weight, call.bias)
+    return _is_large(x, weight) or (_is_wide(x, weight) and (kept or weight.numel() < 2**17))
 
 
 def _cuda_is_faster(call: Call) -> bool:
     """Return whether "cuda" can run, and is faster than the others.
 
-    With a kept weight always. Else packing it has to pay, which takes the longer the more channels there are.
+    Where there are tiles for half of the multiprocessors. A weight that is not kept has to be packed as well, which
+    takes the longer the more channels there are.
     """
     x, weight = call.x, call.weight
     if not x.is_cuda or _cuda.unavailable() is not None or _cuda_rejects(call) is not None:
         return False
     n, channels, rows, columns = weight.shape
-    if is_kept(weight) and not _wants_gradient(x, weight, call.bias):
-        return True
+    kept = is_kept(weight) and not _wants_gradient(x, weight, call.bias)
     small = n < 96 or channels * rows * columns < 512
-    return _tiles(x, n) >= (8 if small else 132)
+    return _tiles(x, n) >= (66 if kept or small else 132)
 
 
 def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str]:

@@ -121,8 +121,8 @@ def _run_cpp(call: Call) -> torch.Tensor:
 OUTPUT_STAGE = ImplementationTable(
     "output_stage",
     [
-        Implementation("triton", _run_triton, unavailable, _triton_rejects),
         Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
+        Implementation("triton", _run_triton, unavailable, _triton_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
         Implementation("reference", _run_reference),
     ],

@@ -90,13 +90,14 @@ def test_resources_ahead_of_time():
     listing = subprocess.run(
         [cuobjdump, "-res-usage", _ext.load().__file__], capture_output=True, text=True, check=True
     ).stdout
-    found = re.findall(
-        r"Function (\S*conv_pixel_shuffle_gelu_kernel\S*):\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing
-    )
+    kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing)
+    for name, _, stack, local in kernels:
+        assert (int(stack), int(local)) == (0, 0), name
+    found = [(name, int(registers)) for name, registers, _, _ in kernels if "conv_pixel_shuffle_gelu_kernel" in name]
     assert len(found) == 18, "two types, nine widths"
-    for name, registers, stack, local in found:
+    for name, registers in found:
         # A block's 640 threads share these out by setmaxnreg, and wait for ever if they want more.
-        assert (int(registers), int(stack), int(local)) == (96, 0, 0), name
+        assert registers == 96, name
     disassembler = cuobjdump.with_name("nvdisasm")
     if not disassembler.exists():
         pytest.skip("the products' instructions are not looked at: this Triton has no nvdisasm")

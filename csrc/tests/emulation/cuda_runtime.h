@@ -14,6 +14,7 @@
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
 #define __global__
 #define __device__
+#define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -71,6 +72,17 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() { emulation::block_meeting->wait(); }
 void __syncwarp();
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // for values on which the warp agrees
+
+inline std::uint32_t __float_as_uint(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess };

@@ -14,14 +14,20 @@ namespace ampere {
 
 inline char* shared_memory() { return emulation::shared; }
 
+// What a lane's registers of the operands a and b hold is held here while the warp multiplies.
+inline std::uint32_t held[640][6];
+
+inline void hold(const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  std::memcpy(held[threadIdx.x], a, sizeof(a));
+  held[threadIdx.x][4] = b0;
+  held[threadIdx.x][5] = b1;
+  emulation::warps[threadIdx.x / 32]->wait();
+}
+
 template <class T>
 void multiply_add(T, float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  static std::uint32_t held[640][6];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 * 32, lane = thread % 32;
-  std::memcpy(held[thread], a, sizeof(a));
-  held[thread][4] = b0;
-  held[thread][5] = b1;
-  emulation::warps[thread / 32]->wait();
+  hold(a, b0, b1);
   const auto half = [](std::uint32_t bits, int k) {
     T value;
     value.bits = static_cast<std::uint16_t>(bits >> k % 2 * 16);
@@ -33,6 +39,27 @@ void multiply_add(T, float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_
       for (int k = 0; k < 16; ++k) {
         sums[2 * i + e] += half(held[warp + lane / 4 * 4 + k % 8 / 2][i + k / 8 * 2], k) *
                            half(held[warp + column * 4 + k % 8 / 2][4 + k / 8], k);
+      }
+    }
+  }
+  emulation::warps[thread / 32]->wait();
+}
+
+inline void multiply_add_tf32(float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 * 32, lane = thread % 32;
+  hold(a, b0, b1);
+  const auto value = [](std::uint32_t bits) {
+    bits &= 0xffffe000;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  };
+  for (int i = 0; i < 2; ++i) {
+    for (int e = 0; e < 2; ++e) {
+      const int column = lane % 4 * 2 + e;
+      for (int k = 0; k < 8; ++k) {
+        sums[2 * i + e] += value(held[warp + lane / 4 * 4 + k % 4][i + k / 4 * 2]) *
+                           value(held[warp + column * 4 + k % 4][4 + k / 4]);
       }
     }
   }
