@@ -285,7 +285,7 @@ def _cuda_prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r:
     """Return a run as between two blocks of a network: the weight was packed before, and x is read in place."""
     from hflfnerv.ops import _cuda
 
-    packed = _cuda.pack_weight(x, weight, r)
+    packed = _cuda.pack_weight(x, weight, r, False)
     batch, channels, height, width = x.shape
     memory = x.new_empty((batch, height, width, channels + -channels % 8))
     pixels = memory[..., :channels].permute(0, 3, 1, 2).copy_(x)

@@ -109,9 +109,9 @@ class DecoderStream(nn.Module):
         self.spec = spec
         self.stem = stem
         self.blocks = nn.ModuleList(
-            UpsampleBlock(c_in, c_out, stride, kernel)
-            for c_in, c_out, stride, kernel in zip(
-                spec.widths[:-1], spec.widths[1:], spec.strides, spec.kernels, strict=True
+            UpsampleBlock(c_in, c_out, stride, kernel, pixels_apart=number < len(spec.strides))
+            for number, (c_in, c_out, stride, kernel) in enumerate(
+                zip(spec.widths[:-1], spec.widths[1:], spec.strides, spec.kernels, strict=True), 1
             )
         )
         self.head = Head(spec.widths[-1])

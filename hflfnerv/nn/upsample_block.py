@@ -39,6 +39,7 @@ class UpsampleBlock(nn.Module):
         bias: whether the convolution has a bias.
         approximate: ``"none"`` for the exact GELU (erf), ``"tanh"`` for its tanh form.
         impl: implementation of :func:`hflfnerv.ops.conv_pixel_shuffle_gelu`.
+        pixels_apart: whether the pixels of the output may lie apart in memory, for a block that follows; see there.
 
     Raises:
         TypeError: kernel_size or upscale_factor is not an integer.
@@ -61,6 +62,7 @@ class UpsampleBlock(nn.Module):
         bias: bool = True,
         approximate: str = "none",
         impl: str = "auto",
+        pixels_apart: bool = False,
     ) -> None:
         super().__init__()
         kernel_size, upscale_factor = operator.index(kernel_size), operator.index(upscale_factor)
@@ -71,6 +73,7 @@ class UpsampleBlock(nn.Module):
         self.upscale_factor = upscale_factor
         self.approximate = approximate
         self.impl = impl
+        self.pixels_apart = pixels_apart
         self.conv = nn.Conv2d(
             in_channels, out_channels * upscale_factor**2, kernel_size, padding=(kernel_size - 1) // 2, bias=bias
         )
@@ -95,6 +98,7 @@ class UpsampleBlock(nn.Module):
             padding=(self.conv.kernel_size[0] - 1) // 2,
             approximate=self.approximate,
             impl=self.impl,
+            pixels_apart=self.pixels_apart,
         )
 
     def extra_repr(self) -> str:

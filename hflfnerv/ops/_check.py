@@ -11,6 +11,7 @@ __all__ = [
     "check_upscale_factor",
     "compute_dtype",
     "half_padding",
+    "has_channels_last_pixels",
     "memory_format_of",
 ]
 
@@ -63,21 +64,24 @@ def half_padding(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[2] // 2, weight.shape[3] // 2
 
 
+def _strides_of_pixels(x: torch.Tensor, pixel: int) -> tuple[int, int, int, int]:
+    height, width = x.shape[2:]
+    return height * width * pixel, 1, width * pixel, pixel
+
+
+def has_channels_last_pixels(x: torch.Tensor) -> bool:
+    """Return whether x is channels-last, also if there are gaps between its pixels, as the CUDA kernels leave them."""
+    apart = x.stride(3) >= x.shape[1] and x.stride() == _strides_of_pixels(x, x.stride(3))
+    return apart or x.is_contiguous(memory_format=torch.channels_last)
+
+
 def channels_last_pixels(x: torch.Tensor) -> torch.Tensor:
-    """Return x channels-last, its pixels ``x.stride(3)`` elements apart.
-
-    That is x itself also if there are gaps between them, as the CUDA kernels leave them.
-    """
-    _, channels, height, width = x.shape
-
-    def strides(pixel: int) -> tuple[int, int, int, int]:
-        return height * width * pixel, 1, width * pixel, pixel
-
-    if x.stride(3) >= channels and x.stride() == strides(x.stride(3)):
+    """Return x channels-last, its pixels ``x.stride(3)`` elements apart: x itself where it is that already."""
+    if x.stride(3) >= x.shape[1] and x.stride() == _strides_of_pixels(x, x.stride(3)):
         return x
     x = x.contiguous(memory_format=torch.channels_last)
     # PyTorch does not look at the strides of axes of size 1, which may be anything.
-    return x.as_strided(x.shape, strides(channels))
+    return x.as_strided(x.shape, _strides_of_pixels(x, x.shape[1]))
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:

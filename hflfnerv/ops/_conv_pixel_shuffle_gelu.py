@@ -47,8 +47,9 @@ def _forward(
         z = _shuffled_order(y.transpose(0, 1), r).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         y = F.gelu(F.pixel_shuffle(y, r), approximate=approximate).contiguous(memory_format=torch.channels_last)
         return y, z if keep_z else x.new_empty(0)
-    if impl == "cuda":
-        y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z)
+    apart = _cuda.apart_of(impl)
+    if apart is not None:
+        y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z, apart=apart)
         return y, x.new_empty(0) if kept is None else kept
     tiles = _winograd.tiles_of(impl)
     if tiles is not None:
@@ -79,8 +80,9 @@ def _forward_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, height, width = x.shape
     n = weight.shape[0]
-    if impl == "cuda":
-        y = _cuda.empty_result(x, n, r)
+    apart = _cuda.apart_of(impl)
+    if apart is not None:
+        y = _cuda.empty_result(x, n, r, apart)
     else:
         y = x.new_empty((batch, n // (r * r), height * r, width * r)).contiguous(memory_format=torch.channels_last)
     if not keep_z:
@@ -222,9 +224,9 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _dz: torch.Tensor | None) -> tu
 
 
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
-# the forward pass and undoes GELU and shuffle (after "cuda" Triton's kernel does), ``dgrad`` and ``wgrad`` what makes
-# the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda"; "winograd" makes all of
-# them, "winograd, large tiles" and "winograd, integer tiles" none.
+# the forward pass and undoes GELU and shuffle (after "cuda" and "cuda, pixels apart" Triton's kernel does), ``dgrad``
+# and ``wgrad`` what makes the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda";
+# "winograd" makes all of them, "winograd, large tiles" and "winograd, integer tiles" none.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",

@@ -12,11 +12,13 @@ from .. import _ext
 from ._device_checks import device_checks
 
 __all__ = [
+    "apart_of",
     "columns",
     "conv_pixel_shuffle_gelu_dgrad",
     "conv_pixel_shuffle_gelu_fwd",
     "empty_gradient",
     "empty_result",
+    "implementation",
     "orthogonalise",
     "output_stage_fwd",
     "pack_head",
@@ -59,20 +61,34 @@ def _padded(channels: int) -> int:
     return -(-channels // _GROUP) * _GROUP
 
 
-def _result_pixel(n: int, r: int) -> int:
+def _result_pixel(n: int, r: int, apart: bool) -> int:
     """Return the elements from one pixel of y to the next.
 
     Where the r pixels from one of x are no multiple of 16 bytes, each is padded to one: the kernel then stores 16 bytes
-    at a time, and reads such a tensor as it is where it is the next block's x.
+    at a time, and reads such a tensor as it is where it is the next block's x. Where pixels may lie apart, all are.
     """
     channels = n // (r * r)
-    return channels if r * channels % _GROUP == 0 else _padded(channels)
+    return channels if not apart and r * channels % _GROUP == 0 else _padded(channels)
 
 
-def empty_result(x: torch.Tensor, n: int, r: int) -> torch.Tensor:
+# What the registered operation calls the implementation, and whether its result's pixels may lie apart.
+_APART_BY_NAME = {"cuda": False, "cuda, pixels apart": True}
+
+
+def implementation(apart: bool) -> str:
+    """Return what the registered operation calls it."""
+    return next(name for name, value in _APART_BY_NAME.items() if value == apart)
+
+
+def apart_of(name: str) -> bool | None:
+    """Undo :func:`implementation`; None for what is another implementation."""
+    return _APART_BY_NAME.get(name)
+
+
+def empty_result(x: torch.Tensor, n: int, r: int, apart: bool) -> torch.Tensor:
     """Return memory for y ``[B, n / r², H r, W r]``, channels-last, its pixels padded as the kernel wants them."""
     batch, _, height, width = x.shape
-    memory = x.new_empty((batch, height * r, width * r, _result_pixel(n, r)))
+    memory = x.new_empty((batch, height * r, width * r, _result_pixel(n, r, apart)))
     return memory[..., : n // (r * r)].permute(0, 3, 1, 2)
 
 
@@ -113,9 +129,10 @@ def _prepare(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     return _padded_pixels(x, *x.shape).copy_(x), _default_strides(x)
 
 
-def _sizes(x: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int) -> list[int]:
+def _sizes(x: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int, apart: bool) -> list[int]:
     n, _, rows, columns = weight.shape
-    return [*x.shape, n // (r * r), r, rows, columns, rows // 2, columns // 2, *strides, _result_pixel(n, r), 0]
+    pixel = _result_pixel(n, r, apart)
+    return [*x.shape, n // (r * r), r, rows, columns, rows // 2, columns // 2, *strides, pixel, 0]
 
 
 def _gradient_sizes(dz: torch.Tensor, strides: list[int], weight: torch.Tensor, r: int, pixel: int) -> list[int]:
@@ -124,20 +141,20 @@ def _gradient_sizes(dz: torch.Tensor, strides: list[int], weight: torch.Tensor, 
     return [batch, n, height, width, channels, 1, rows, columns, rows // 2, columns // 2, *strides, pixel, r]
 
 
-def columns(x: torch.Tensor, weight: torch.Tensor, r: int) -> int:
+def columns(x: torch.Tensor, weight: torch.Tensor, r: int, apart: bool) -> int:
     """Return the width of the kernel's tiles where its input has the shape of ``x``, one of a few."""
-    sizes = _sizes(x, _default_strides(x), weight, r)
+    sizes = _sizes(x, _default_strides(x), weight, r, apart)
     with torch.cuda.device_of(weight):
         width: int = _ext.load().conv_pixel_shuffle_gelu_cuda_columns(sizes, weight.device.index)
     return width
 
 
-def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int) -> torch.Tensor:
+def pack_weight(x: torch.Tensor, weight: torch.Tensor, r: int, apart: bool) -> torch.Tensor:
     """Return the weight as the kernel reads it where its input has the shape of ``x``.
 
-    Depends on the weight and on :func:`columns` alone, so a caller whose weights stay as they are can keep it.
+    Depends on the weight, ``apart`` and :func:`columns` alone, so a caller whose weights stay as they are can keep it.
     """
-    return _pack(_sizes(x, _default_strides(x), weight, r), weight)
+    return _pack(_sizes(x, _default_strides(x), weight, r, apart), weight)
 
 
 def _pack(sizes: list[int], weight: torch.Tensor) -> torch.Tensor:
@@ -171,6 +188,7 @@ def conv_pixel_shuffle_gelu_fwd(
     approximate: str,
     *,
     keep_z: bool,
+    apart: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return ``(y, z)``: y as from :func:`empty_result`, z ``[B, n, H, W]``, channels-last, in the order (i, j, c).
 
@@ -182,20 +200,21 @@ def conv_pixel_shuffle_gelu_fwd(
         r: upscale factor.
         approximate: ``"none"`` (GELU by erf) or ``"tanh"`` (its tanh form).
         keep_z: whether to write z; it is None otherwise.
+        apart: whether pixels of y may lie apart for the next block's sake.
     """
     module: Any = _ext.load()
     batch, _, height, width = x.shape
     n = weight.shape[0]
     with torch.cuda.device_of(x):
-        y = empty_result(x, n, r)
+        y = empty_result(x, n, r, apart)
         options: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
         z = torch.empty((batch, n, height, width), **options) if keep_z else None
         x, strides = _prepare(x)
-        packed = pack_weight(x, weight, r) if packed is None else packed
+        packed = pack_weight(x, weight, r, apart) if packed is None else packed
         bias = None if bias is None else bias.contiguous()
         addresses = [0 if t is None else t.data_ptr() for t in (x, packed, bias, y, z)]
         module.conv_pixel_shuffle_gelu_cuda_fwd(
-            _sizes(x, strides, weight, r),
+            _sizes(x, strides, weight, r, apart),
             x.device.index,
             _DTYPES[x.dtype],
             "gelu_tanh" if approximate == "tanh" else "gelu",

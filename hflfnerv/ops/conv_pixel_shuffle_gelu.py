@@ -15,7 +15,15 @@ from . import (
     _cuda,
     _winograd,
 )
-from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, compute_dtype, memory_format_of
+from ._check import (
+    check_approximate,
+    check_like,
+    check_tensor,
+    check_upscale_factor,
+    compute_dtype,
+    has_channels_last_pixels,
+    memory_format_of,
+)
 from ._triton import rejects_tensor, unavailable
 from .packed_weights import is_kept, kept_weight, tiles_allowed
 from .pixel_shuffle_gelu import image_is_small, pixel_shuffle_gelu, rejects_shape
@@ -35,6 +43,7 @@ class Call(NamedTuple):
     r: int
     padding: tuple[int, int]
     approximate: str
+    pixels_apart: bool = False
 
 
 def _tensors(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -54,13 +63,13 @@ def _convolved_size(call: Call) -> tuple[int, int]:
 
 
 def _run_reference(call: Call) -> torch.Tensor:
-    x, weight, bias, r, padding, approximate = call
+    x, weight, bias, r, padding, approximate = call[:6]
     return reference.conv_pixel_shuffle_gelu(x, weight, bias, r, padding=padding, approximate=approximate)
 
 
 def _run_composed(call: Call, impl: str, *, bias_in_convolution: bool) -> torch.Tensor:
     """Run PyTorch's convolution and the kernel of :func:`pixel_shuffle_gelu`, one of which adds the bias."""
-    x, weight, bias, r, padding, approximate = call
+    x, weight, bias, r, padding, approximate = call[:6]
     first, second = (bias, None) if bias_in_convolution else (None, bias)
     return pixel_shuffle_gelu(
         F.conv2d(x, weight, first, padding=padding), r, second, approximate=approximate, impl=impl
@@ -153,15 +162,15 @@ def _cuda_rejects(call: Call) -> str | None:
 def _run_cuda(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    packed = None
+    packed, impl = None, _cuda.implementation(call.pixels_apart)
     if not keep_z:
         packed = kept_weight(
             call.weight,
-            lambda: ("cuda", call.r, x.dtype, _cuda.columns(x, weight, call.r)),
-            lambda: _cuda.pack_weight(x, weight, call.r),
+            lambda: (impl, call.r, x.dtype, _cuda.columns(x, weight, call.r, call.pixels_apart)),
+            lambda: _cuda.pack_weight(x, weight, call.r, call.pixels_apart),
         )
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
-        x, weight, bias, packed, call.r, call.approximate, keep_z, "cuda", *_gradients_by_shape(x, weight)
+        x, weight, bias, packed, call.r, call.approximate, keep_z, impl, *_gradients_by_shape(x, weight)
     )[0]
     return out
 
@@ -260,7 +269,7 @@ def _triton_is_faster(call: Call) -> bool:
     Where the matrix product is large, or wide and its weight kept or small, and x is channels-last already.
     """
     x, weight = call.x, call.weight
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not has_channels_last_pixels(x):
         return False
     kept = is_kept(weight) and not _wants_gradient(x, weight, call.bias)
     return _is_large(x, weight) or (_is_wide(x, weight) and (kept or weight.numel() < 2**17))
@@ -340,6 +349,7 @@ def conv_pixel_shuffle_gelu(
     padding: int | tuple[int, int],
     approximate: str = "none",
     impl: str = "auto",
+    pixels_apart: bool = False,
 ) -> torch.Tensor:
     """Convolve (stride 1), add a bias, shuffle channels into space, apply GELU.
 
@@ -366,6 +376,8 @@ def conv_pixel_shuffle_gelu(
             whatever is read and written; channels-last is read and written as it is, any other layout through copies),
             ``"conv2d+cpp"`` (CPU: PyTorch's convolution, then the kernel of :func:`pixel_shuffle_gelu`) or
             ``"reference"`` (PyTorch, anywhere).
+        pixels_apart: whether the pixels of a channels-last result may lie apart in memory, as the next block reads
+            them: for a result that nothing else reads. Other operations of PyTorch copy it first.
 
     Returns:
         ``[B, C_out, H' r, W' r]``, with ``H' = H + 2 padding - K_h + 1`` and W' likewise; x's dtype, or autocast's.
@@ -383,9 +395,9 @@ def conv_pixel_shuffle_gelu(
         result is channels-last, and so is what it keeps for the backward pass. The gradients that kernels make are
         summed in float32, in an order that depends on shapes and the device alone. ``"cuda"`` does likewise, in the
         same order in every run. In half precision the GELU of both is within 3e-5 of the exact one plus the error of
-        the hardware's tanh, 5e-4 of its value. Where C_out or r C_out is no multiple of 8, ``"cuda"`` pads the pixels
-        of its result and of the gradient of x in memory to a multiple of 8 channels, as which the next block reads them
-        without a copy. ``"cpp"`` sums in float32 in an order that
+        the hardware's tanh, 5e-4 of its value. Where r C_out is no multiple of 8, and with ``pixels_apart`` where
+        C_out is none, ``"cuda"`` pads the pixels of its result in memory to a multiple of 8 channels, as which the next
+        block reads them without a copy; those of the gradient of x likewise. ``"cpp"`` sums in float32 in an order that
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
         result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
@@ -430,7 +442,7 @@ def conv_pixel_shuffle_gelu(
             raise ValueError(
                 f"bias must have shape ({weight.shape[0]},), one value per output channel, got {tuple(bias.shape)}"
             )
-    call = Call(x, weight, bias, r, pair, approximate)
+    call = Call(x, weight, bias, r, pair, approximate, pixels_apart)
     entry = CONV_PIXEL_SHUFFLE_GELU.select(_by_shape(call) if impl == "auto" else impl, call)
     out: torch.Tensor = entry.run(call)
     return out

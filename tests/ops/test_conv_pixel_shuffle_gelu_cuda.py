@@ -158,11 +158,16 @@ def test_compute_capability(monkeypatch):
     _cuda._capability.cache_clear()
 
 
-@pytest.mark.parametrize(("channels", "r", "pixel"), [(28, 2, 28), (33, 2, 40), (40, 4, 40), (3, 1, 8), (1, 8, 1)])
-def test_result_in_memory(channels, r, pixel):
-    y = _cuda.empty_result(torch.empty(2, 5, 3, 4), channels * r * r, r)
-    assert y.shape == (2, channels, 3 * r, 4 * r)
-    assert y.stride() == (12 * r * r * pixel, 1, 4 * r * pixel, pixel)
+@pytest.mark.parametrize(
+    ("channels", "r", "pixel", "apart"), [(28, 2, 28, 32), (33, 2, 40, 40), (40, 4, 40, 40), (3, 1, 8, 8), (1, 8, 1, 8)]
+)
+def test_result_in_memory(channels, r, pixel, apart):
+    for may, expected in ((False, pixel), (True, apart)):
+        y = _cuda.empty_result(torch.empty(2, 5, 3, 4), channels * r * r, r, may)
+        assert y.shape == (2, channels, 3 * r, 4 * r)
+        assert y.stride() == (12 * r * r * expected, 1, 4 * r * expected, expected)
+        assert _cuda.apart_of(_cuda.implementation(may)) == may
+    assert _cuda.apart_of("triton") is None
 
 
 def test_reads_aligned_pixels_as_they_are():
@@ -197,10 +202,10 @@ def test_what_the_kernel_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     x, weight = torch.zeros(2, 9, 4, 6).half(), torch.zeros(20, 9, 3, 5).half()
-    y, z = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, None, None, 2, "tanh", keep_z=True)
+    y, z = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, None, None, 2, "tanh", keep_z=True, apart=False)
     sizes = [2, 9, 4, 6, 5, 2, 3, 5, 1, 2, 4 * 6 * 16, 6 * 16, 16, 8, 0]
     assert calls["elements"] == (sizes, None)
-    assert _cuda.columns(x, weight, 2) == 32
+    assert _cuda.columns(x, weight, 2, False) == 32
     assert calls["columns"] == (sizes, None)
     assert calls["pack"][:4] == (sizes, None, weight.data_ptr(), [9 * 15, 15, 1])
     assert calls["pack"][5] == 77
@@ -267,6 +272,17 @@ def test_fake(keep_z):
     assert z.shape == ((2, 132, 3, 4) if keep_z else (0,))
 
 
+@pytest.mark.parametrize(("impl", "pixel"), [("cuda", 12), ("cuda, pixels apart", 16), ("triton", 12)])
+def test_fake_of_pixels_that_may_lie_apart(impl, pixel):
+    x, weight = torch.empty(2, 5, 3, 4, device="meta"), torch.empty(192, 5, 3, 3, device="meta")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        y, _ = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+            x, weight, None, None, 4, "none", False, impl, "conv2d", "conv2d"
+        )
+    assert y.shape == (2, 12, 12, 16)
+    assert y.stride() == (12 * 16 * pixel, 1, 16 * pixel, pixel)
+
+
 # ---- With one ----
 
 
@@ -279,11 +295,11 @@ def operands(shape, dtype, *, with_bias=True, requires_grad=False):
     return x, weight, make_tensor(channels * r * r, seed=2, **options) if with_bias else None
 
 
-def run(tensors, shape, *, impl="cuda", dtype=None, approximate="none"):
+def run(tensors, shape, *, impl="cuda", dtype=None, approximate="none", **options):
     x, weight, bias = (None if t is None else t.to(dtype or t.dtype) for t in tensors)
     padding = tuple(size // 2 for size in shape[6])
     function = reference.conv_pixel_shuffle_gelu if impl is None else ops.conv_pixel_shuffle_gelu
-    options = {} if impl is None else {"impl": impl}
+    options = {} if impl is None else {"impl": impl, **options}
     return function(x, weight, bias, shape[3], padding=padding, approximate=approximate, **options)
 
 
@@ -300,7 +316,10 @@ def test_forward(shape, dtype):
         tensors = operands(shape, dtype, with_bias=with_bias)
         with poisoned_empty():
             y = run(tensors, shape, approximate=approximate)
+            apart = run(tensors, shape, approximate=approximate, pixels_apart=True)
         compare(y, tensors, shape, approximate)
+        assert torch.equal(apart, y)
+        assert apart.stride(3) % 8 == 0
 
 
 @needs_gpu
@@ -314,15 +333,16 @@ def test_forward_sees_a_wrong_tap():
 
 
 @needs_gpu
-def test_chain_of_blocks():
+@pytest.mark.parametrize(("channels", "pixel"), [(33, 40), (12, 16)])
+def test_chain_of_blocks(channels, pixel):
     # The first result's pixels are padded, so that the second block reads it in place; what is behind is never read.
-    first, second = SHAPES[1], (1, 33, 28, 2, 32, 64, (5, 5))
+    first, second = (1, 40, channels, 2, 16, 32, (5, 5)), (1, channels, 28, 2, 32, 64, (5, 5))
     tensors = operands(first, torch.float16)
     with poisoned_empty():
-        y = run(tensors, first)
-    assert y.stride(3) == 40
-    x, (*_, pixel) = _cuda._prepare(y)
-    assert (x.data_ptr(), pixel) == (y.data_ptr(), 40)
+        y = run(tensors, first, pixels_apart=True)
+    assert y.stride(3) == pixel
+    x, (*_, read) = _cuda._prepare(y)
+    assert (x.data_ptr(), read) == (y.data_ptr(), pixel)
     following = (y, *operands(second, torch.float16)[1:])
     compare(run(following, second), following, second)
 
@@ -389,7 +409,7 @@ def test_streams_graphs_and_kept_weights():
     shape = SHAPES[0]
     tensors = operands(shape, torch.float16)
     with torch.inference_mode():
-        packed = _cuda.pack_weight(tensors[0], tensors[1], 2)
+        packed = _cuda.pack_weight(tensors[0], tensors[1], 2, False)
         operation = torch.ops.hflfnerv.conv_pixel_shuffle_gelu
         arguments = (*tensors, packed, 2, "none", False, "cuda", "conv2d", "conv2d")
         y = operation(*arguments)[0]
