@@ -292,13 +292,13 @@ def _cuda_is_faster(call: Call) -> bool:
 
 def _gradients_by_shape(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str]:
     """Return what makes the gradients of x and weight where the forward pass is "triton" or "cuda"."""
-    large = _is_large(x, weight)
-    wgrad = "triton" if large else "conv2d"
+    half, pixels = compute_dtype(x).itemsize == 2, x.shape[0] * x.shape[2] * x.shape[3]
+    wgrad = "triton" if half and pixels >= 128 else "conv2d"
     hopper = x.is_cuda and _cuda.unavailable() is None and _cuda.rejects_tensor(x.device, compute_dtype(x)) is None
     fits = max(weight.shape[2:]) <= _CUDA_MAX_KERNEL and weight.shape[1] <= _CUDA_MAX_N
-    if hopper and fits and _tiles(x, weight.shape[1]) >= 66:
+    if hopper and fits and _tiles(x, weight.shape[1]) >= 48:
         return "cuda", wgrad
-    return ("triton" if large and weight.shape[1] % 8 != 0 else "conv2d"), wgrad
+    return ("triton" if _is_large(x, weight) and weight.shape[1] % 8 != 0 else "conv2d"), wgrad
 
 
 def _winograd_is_faster(call: Call) -> bool:

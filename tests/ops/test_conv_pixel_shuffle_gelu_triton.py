@@ -362,7 +362,8 @@ def test_columns_are_padded_little(n, blocks):
         ((33, 28, 2, 5, 320, 640), torch.bfloat16, ("triton", "triton")),
         ((40, 33, 2, 5, 160, 320), torch.bfloat16, ("conv2d", "triton")),
         ((33, 28, 2, 5, 320, 640), torch.float32, ("conv2d", "conv2d")),
-        ((57, 48, 4, 3, 10, 20), torch.float16, ("conv2d", "conv2d")),
+        ((57, 48, 4, 3, 10, 20), torch.float16, ("conv2d", "triton")),
+        ((68, 57, 5, 1, 2, 4), torch.float16, ("conv2d", "conv2d")),
     ],
 )
 def test_which_gradients_are_faster(stage, dtype, expected):
