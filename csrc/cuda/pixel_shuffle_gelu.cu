@@ -11,16 +11,20 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <climits>
 #include <numeric>
 
 #include "cuda/ampere.h"
 #include "cuda/gelu.h"
 
-// What can be chosen at compile time: bytes of a tile of x, tiles that a block holds or has on their way, threads of a block
-// and of a multiprocessor.
+// What can be chosen at compile time: bytes of a tile of x, vectors of 16 bytes that a thread takes of it, tiles that a block
+// holds or has on their way, threads of a block and of a multiprocessor.
 #ifndef HFLFNERV_SHUFFLE_TILE_BYTES
 #define HFLFNERV_SHUFFLE_TILE_BYTES 9216
+#endif
+#ifndef HFLFNERV_SHUFFLE_STEPS
+#define HFLFNERV_SHUFFLE_STEPS 2
 #endif
 #ifndef HFLFNERV_SHUFFLE_FWD_STAGES
 #define HFLFNERV_SHUFFLE_FWD_STAGES 3
@@ -42,7 +46,7 @@ namespace hflfnerv {
 
 namespace {
 
-constexpr int kTileBytes = HFLFNERV_SHUFFLE_TILE_BYTES;
+constexpr int kTileBytes = HFLFNERV_SHUFFLE_TILE_BYTES, kSteps = HFLFNERV_SHUFFLE_STEPS;
 constexpr int kFewThreads = 96, kThreads = HFLFNERV_SHUFFLE_THREADS, kMostThreads = 1024;
 constexpr int kMultiprocessorBytes = 227 * 1024, kBlockBytes = 1024;  // shared memory, and what a block takes beyond its own
 constexpr int kElementBytes = 2;
@@ -299,6 +303,7 @@ __global__ void __launch_bounds__(kMost, kMost == kThreads ? kForward.resident /
     if (n < count) fetch_next();
     ampere::copies_commit();
   }
+  const int stride = plan.columns * kWidth;  // of a step
   const Elements<kWidth> of = elements_of_thread<T, kWidth>(plan, static_cast<const T*>(call.bias));
   const int first = static_cast<int>(threadIdx.x) < plan.columns ? static_cast<int>(threadIdx.x) * kWidth : INT_MAX / 2;
   for (int n = 0; n < count; ++n) {
@@ -307,13 +312,12 @@ __global__ void __launch_bounds__(kMost, kMost == kThreads ? kForward.resident /
     ampere::copies_commit();
     ampere::copies_wait<kStages - 1>();
     const int valid = now.pixels(plan) * plan.pixel;
-    const std::uint16_t* const x = ring + stage * elements;
     std::uint16_t* const y = tiles + n % 2 * shuffled;
-    for (int step = 0; step < plan.steps; ++step) {
-      const int at = first + step * plan.columns * kWidth;
-      if (at >= valid) continue;
+    const std::uint16_t* x = ring + stage * elements + first;
+    for (int step = 0; step < plan.steps; ++step, x += stride) {
+      if (first + step * stride >= valid) continue;
       float values[kWidth];
-      unpack<T>(read<kWidth>(x + at), values);
+      unpack<T>(read<kWidth>(x), values);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) values[k] = activate(call.gelu, values[k] + of.biases[k]);
       scatter<T, kWidth, kPairs>(of, values, y + step * plan.step * plan.run);
@@ -347,6 +351,7 @@ __global__ void __launch_bounds__(kMost, kMost == kThreads ? kBackward.resident 
     if (n < count) fetch_next();
     ampere::copies_commit();
   }
+  const int stride = plan.columns * kWidth;  // of a step
   const Elements<kWidth> of = elements_of_thread<T, kWidth>(plan, static_cast<const T*>(call.bias));
   const int first = static_cast<int>(threadIdx.x) < plan.columns ? static_cast<int>(threadIdx.x) * kWidth : INT_MAX / 2;
   float sums[kWidth] = {};
@@ -356,20 +361,20 @@ __global__ void __launch_bounds__(kMost, kMost == kThreads ? kBackward.resident 
     if (n + kStages - 1 < count) fetch_next();
     ampere::copies_commit();
     const int valid = now.pixels(plan) * plan.pixel;
-    const std::uint16_t* const x = ring + stage * both_elements;
-    std::uint16_t* const dx = call.dx + now.first_of_row(plan) + now.first_pixel(plan) * plan.pixel;
-    for (int step = 0; step < plan.steps; ++step) {
-      const int at = first + step * plan.columns * kWidth;
-      if (at >= valid) continue;
+    const std::uint16_t* const tile = ring + stage * both_elements;
+    const std::uint16_t* x = tile + first;
+    std::uint16_t* dx = call.dx + now.first_of_row(plan) + now.first_pixel(plan) * plan.pixel + first;
+    for (int step = 0; step < plan.steps; ++step, x += stride, dx += stride) {
+      if (first + step * stride >= valid) continue;
       float values[kWidth], slopes[kWidth];
-      unpack<T>(read<kWidth>(x + at), values);
-      gather<T, kWidth, kPairs>(of, x + elements + step * plan.step * plan.run, slopes);
+      unpack<T>(read<kWidth>(x), values);
+      gather<T, kWidth, kPairs>(of, tile + elements + step * plan.step * plan.run, slopes);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         values[k] = slopes[k] * gelu_slope<kTanhForm>(values[k] + of.biases[k]);
         sums[k] += values[k];
       }
-      write(dx + at, pack<T>(values));
+      write(dx, pack<T>(values));
     }
     now.next(plan);
     if (++stage == kStages) stage = 0;
@@ -438,7 +443,8 @@ void cut_rows(Plan& plan) {
   for (int periods = least; periods <= most; ++periods) {
     const int columns = periods * period, threads = divide_up(columns, 32) * 32, step = periods * pixels;
     if (threads > kThreads && periods > 1) break;
-    const int most_steps = std::max(1, kTileBytes / (columns * plan.vector * kElementBytes));
+    const int fit = kTileBytes / (columns * plan.vector * kElementBytes);
+    const int most_steps = std::max(1, std::min(fit, kSteps * 8 / plan.vector));
     for (int steps = 1; steps <= most_steps; ++steps) {
       const int across = divide_up(plan.width, std::int64_t(step) * steps);
       const std::int64_t taken = std::int64_t(threads) * (2 * divide_up(plan.width, step) + across);
@@ -510,7 +516,9 @@ const char* backward(const Backward& call, cudaStream_t stream) {
   if (plan.pairs) return launch(pixel_shuffle_gelu_bwd_kernel<T, 8, true, kTanhForm, kThreads>, call, stream);
   if (plan.vector == 2) return launch(pixel_shuffle_gelu_bwd_kernel<T, 2, false, kTanhForm, kMostThreads>, call, stream);
   if (plan.vector == 1) return launch(pixel_shuffle_gelu_bwd_kernel<T, 1, false, kTanhForm, kMostThreads>, call, stream);
-  if (plan.threads > kThreads) return launch(pixel_shuffle_gelu_bwd_kernel<T, 8, false, kTanhForm, kMostThreads>, call, stream);
+  if (plan.threads > kThreads) {
+    return launch(pixel_shuffle_gelu_bwd_kernel<T, 8, false, kTanhForm, kMostThreads>, call, stream);
+  }
   return launch(pixel_shuffle_gelu_bwd_kernel<T, 8, false, kTanhForm, kThreads>, call, stream);
 }
 

@@ -40,7 +40,11 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {__nv_bfloat16::round(a), __nv_bfloat16::round(b)};
 }
 inline __half2 __floats2half2_rn(float a, float b) { return {__half::round(a), __half::round(b)}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {pair.x, pair.y}; }
+inline float __uint_as_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float2 __half22float2(__half2 pair) { return {pair.x, pair.y}; }
 
 namespace emulation {
