@@ -29,6 +29,7 @@
 #include "cuda/conv_pixel_shuffle_gelu.h"
 #include "cuda/orthogonalise.h"
 #include "cuda/output_stage.h"
+#include "cuda/pixel_shuffle_gelu.h"
 #endif
 
 namespace py = pybind11;
@@ -590,6 +591,49 @@ void orthogonalise_cuda(const std::vector<CudaMatrix>& matrices, const std::arra
   raise_unless_done(hflfnerv::orthogonalise_cuda(call, device, pointer<void>(stream)));
 }
 
+// Batch, channels of y, r, height and width of x; addresses of x and of the bias, and of y where it is known.
+hflfnerv::PixelShuffleGeluCuda pixel_shuffle_gelu_cuda(const std::array<std::int64_t, 5>& sizes, const std::string& dtype,
+                                                       bool tanh_form, std::uintptr_t x, std::uintptr_t bias,
+                                                       std::uintptr_t y) {
+  const hflfnerv::FloatType type = float_type_of(dtype);
+  if (type == hflfnerv::FloatType::f32) throw py::value_error("dtype must be 'float16' or 'bfloat16', got 'float32'");
+  const auto fits = [](std::int64_t size, std::int64_t times) { return size > 0 && size <= INT32_MAX / times; };
+  const auto [batch, channels, r, height, width] = sizes;
+  if (r < 1 || r > 32 || !fits(channels, r * r) || !fits(height, channels * r * r) ||
+      !fits(width, height * channels * r * r) || !fits(batch, height)) {
+    throw py::value_error("sizes must be positive, r at most 32, the elements of an image and the rows of all below 2^31");
+  }
+  const auto n = [&](std::size_t i) { return static_cast<int>(sizes[i]); };
+  return {type == hflfnerv::FloatType::bf16, tanh_form, n(0), n(1), n(2), n(3), n(4), pointer<void>(x), pointer<void>(bias),
+          pointer<void>(y)};
+}
+
+void pixel_shuffle_gelu_cuda_fwd(const std::array<std::int64_t, 5>& sizes, int device, const std::string& dtype,
+                                 bool tanh_form, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y,
+                                 std::uintptr_t stream) {
+  const auto call = pixel_shuffle_gelu_cuda(sizes, dtype, tanh_form, x, bias, y);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::pixel_shuffle_gelu_cuda_fwd(call, device, pointer<void>(stream)));
+}
+
+std::int64_t pixel_shuffle_gelu_cuda_sums(const std::array<std::int64_t, 5>& sizes, int device, const std::string& dtype,
+                                          std::uintptr_t dy, std::uintptr_t x, std::uintptr_t dx) {
+  const auto call = pixel_shuffle_gelu_cuda(sizes, dtype, false, x, 0, 0);
+  std::int64_t count = 0;
+  raise_unless_done(
+      hflfnerv::pixel_shuffle_gelu_cuda_sums({call, pointer<void>(dy), pointer<void>(dx), nullptr, nullptr}, device, count));
+  return count;
+}
+
+void pixel_shuffle_gelu_cuda_bwd(const std::array<std::int64_t, 5>& sizes, int device, const std::string& dtype,
+                                 bool tanh_form, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t dx,
+                                 std::uintptr_t sums, std::uintptr_t dbias, std::uintptr_t stream) {
+  const auto call = pixel_shuffle_gelu_cuda(sizes, dtype, tanh_form, x, bias, 0);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::pixel_shuffle_gelu_cuda_bwd(
+      {call, pointer<void>(dy), pointer<void>(dx), pointer<float>(sums), pointer<void>(dbias)}, device, pointer<void>(stream)));
+}
+
 #endif
 
 // Address, channels, height and width of a feature map; address of its head's weight; its group.
@@ -778,6 +822,13 @@ PYBIND11_MODULE(_C, module) {
       py::arg("matrices"));
   module.def("orthogonalise_cuda", &orthogonalise_cuda, py::arg("matrices"), py::arg("quintic"), py::arg("steps"),
              py::arg("scratch"), py::arg("device"), py::arg("stream"));
+  module.def("pixel_shuffle_gelu_cuda_fwd", &pixel_shuffle_gelu_cuda_fwd, py::arg("sizes"), py::arg("device"),
+             py::arg("dtype"), py::arg("tanh_form"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("stream"));
+  module.def("pixel_shuffle_gelu_cuda_sums", &pixel_shuffle_gelu_cuda_sums, py::arg("sizes"), py::arg("device"),
+             py::arg("dtype"), py::arg("dy"), py::arg("x"), py::arg("dx"));
+  module.def("pixel_shuffle_gelu_cuda_bwd", &pixel_shuffle_gelu_cuda_bwd, py::arg("sizes"), py::arg("device"),
+             py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"),
+             py::arg("sums"), py::arg("dbias"), py::arg("stream"));
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
              py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");

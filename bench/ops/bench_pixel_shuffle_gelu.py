@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hflfnerv import ops
 from hflfnerv.reference import pixel_shuffle_gelu as reference
 
-from ..device import Machine, require_close
+from ..device import Machine, cuda_kernels, require_close
 from ..registry import Contender, Point
 
 # Output channels, r, height and width of the input: the three large blocks of the 1.5 M network at 640x1280.
@@ -51,7 +52,8 @@ def _measure(
     machine: Machine, name: str, stage: str, batch: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> Iterator[dict[str, Any]]:
     x, bias, dy, r = operands(machine, stage, batch, dtype, layout)
-    impl = machine.implementation
+    channels_last = layout == torch.channels_last
+    impls = [machine.implementation, *(cuda_kernels() if channels_last and not machine.dry else ())]
 
     def eager() -> torch.Tensor:
         return reference.pixel_shuffle_gelu(x, r, bias)
@@ -61,23 +63,25 @@ def _measure(
         assert dbias is not None
         return dx, dbias
 
-    def ours() -> torch.Tensor:
+    def ours(impl: str) -> torch.Tensor:
         return ops.pixel_shuffle_gelu(x, r, bias, impl=impl)
 
-    def ours_backward() -> Any:
+    def ours_backward(impl: str) -> Any:
         return torch.ops.hflfnerv.pixel_shuffle_gelu_backward(dy, x, r, bias, "none", impl)
 
+    forward = {impl: functools.partial(ours, impl) for impl in impls}
+    backward = {impl: functools.partial(ours_backward, impl) for impl in impls}
     compiled, compiled_backward = machine.compile(eager), machine.compile(eager_backward)
 
     def check() -> None:
         expected = reference.pixel_shuffle_gelu(x.double(), r, bias.double())
-        for run_name, run in ((impl, ours), (COMPILED, compiled)):
+        for run_name, run in {**forward, COMPILED: compiled}.items():
             with machine.trying(run_name):
                 require_close(name, run(), expected, eager())
 
     def check_backward() -> None:
         expected = reference.pixel_shuffle_gelu_backward(dy.double(), x.double(), r, bias.double())
-        for run_name, run in ((impl, ours_backward), (COMPILED, compiled_backward)):
+        for run_name, run in {**backward, COMPILED: compiled_backward}.items():
             with machine.trying(run_name):
                 for actual, true, same in zip(run(), expected, eager_backward(), strict=True):
                     assert true is not None
@@ -85,10 +89,10 @@ def _measure(
 
     size = x.numel() * x.element_size()
     parts = (
-        ("forward", 2 * size, check, ours, eager, compiled),
-        ("backward", 3 * size, check_backward, ours_backward, eager_backward, compiled_backward),
+        ("forward", 2 * size, check, forward, eager, compiled),
+        ("backward", 3 * size, check_backward, backward, eager_backward, compiled_backward),
     )
-    for what, moved, verify, our_run, eager_run, compiled_run in parts:
+    for what, moved, verify, our_runs, eager_run, compiled_run in parts:
         point = Point(
             what=f"pixel_shuffle_gelu.{what}",
             data=name,
@@ -97,7 +101,7 @@ def _measure(
             unit="GB/s",
             scale=1e9,
             contenders=[
-                Contender(impl, our_run, moved),
+                *(Contender(impl, run, moved) for impl, run in our_runs.items()),
                 Contender("eager", eager_run, moved, "GB/s of the fused kernel's bytes"),
                 Contender(COMPILED, compiled_run, moved, "GB/s of the fused kernel's bytes"),
             ],

@@ -1,4 +1,4 @@
-// Instructions of tensor cores since Ampere (sm_80) as functions.
+// Instructions since Ampere (sm_80) as functions: asynchronous copies, products of tensor cores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +14,39 @@ __device__ inline char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
 }
+
+// ---- Copies to shared memory, of 4 or 16 bytes, in groups that end in the order in which they were committed ----
+
+template <int kBytes>
+__device__ inline void copy_async(void* to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+  }
+}
+
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 16 bytes of shared memory at once, which the compiler would take apart where it uses them one by one.
+__device__ inline uint4 load_16_bytes(const void* from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(from)))
+               : "memory");
+  return v;
+}
+
+// ---- Products ----
 
 // Adds the product of 16 x 16 by 16 x 8 elements, sums in float32. Of lane l: sums 2 i + e are row l / 4 + 8 i, column
 // 2 (l mod 4) + e; a's register i + 2 h is row l / 4 + 8 i, K 8 h + 2 (l mod 4) and the next; b's register h is K as that,

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/gelu.h"
 #include "cuda/hopper.h"
 
 namespace hflfnerv {
@@ -56,24 +57,6 @@ struct Ring {
 
 __device__ std::uint64_t join(std::uint32_t low, std::uint32_t high) {
   return static_cast<std::uint64_t>(high) << 32 | low;
-}
-
-__device__ std::uint32_t two(__nv_bfloat16, float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  std::uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
-}
-__device__ std::uint32_t two(__half, float a, float b) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  std::uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
-}
-
-__device__ float activate(const Gelu& gelu, float x) {
-  const float half = 0.5f * x;
-  return fmaf(half, tanh_approximately(gelu.argument(x)), half);
 }
 
 // A value of which the compiler does not know where it comes from, so that it keeps it in a register.

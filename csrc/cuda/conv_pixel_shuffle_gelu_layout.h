@@ -209,20 +209,6 @@ HFLFNERV_HOST_DEVICE inline int patch_column(int row) { return row % kPatch; }
 HFLFNERV_HOST_DEVICE inline int fragment_row(int warp, int lane) { return warp * 16 + lane / 4; }
 HFLFNERV_HOST_DEVICE inline int fragment_column(int lane) { return lane % 4 * 2; }
 
-// ---- GELU ----
-
-// GELU is h + h tanh(u) with h = x / 2 and u = x (c0 + c1 x² + c2 x⁴), where x² counts as 50 at most, since tanh is 1 there.
-// The tanh form is that by definition; for the exact one c is fitted, to within 2.6e-5.
-struct Gelu {
-  float c0, c1, c2;
-
-  HFLFNERV_HOST_DEVICE float argument(float x) const {
-    const float square = x * x < 50.0f ? x * x : 50.0f;
-    return x * ((c2 * square + c1) * square + c0);
-  }
-};
-constexpr Gelu kGelu{0.79750756f, 0.03700594f, -3.5156457e-4f}, kGeluTanh{0.79788456f, 0.035677408f, 0.0f};
-
 // ---- What a launch is made of ----
 
 // A descriptor of an operand in shared memory without swizzle: `leading` bytes between its two halves of K, `stride` bytes

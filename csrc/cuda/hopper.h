@@ -77,6 +77,37 @@ __device__ inline float tanh_approximately(float x) {
   return t;
 }
 
+__device__ inline float exp2_approximately(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// x, or the nearer of -bound and bound; NaN stays NaN.
+__device__ inline float clamp(float x, float bound) {
+  float clamped;
+  asm("{\n.reg .f32 least;\nmax.NaN.f32 least, %1, %2;\nmin.NaN.f32 %0, least, %3;\n}\n"
+      : "=f"(clamped)
+      : "f"(x), "f"(-bound), "f"(bound));
+  return clamped;
+}
+
+// ---- A kernel that is launched before the one ahead of it in the stream has ended ----
+
+// By the one ahead: that the other may begin to run.
+__device__ inline void launch_dependents() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// By the other: waits until the one ahead has ended and what it wrote can be read.
+__device__ inline void wait_for_predecessors() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Registers of a warpgroup ----
 
 template <int kRegisters>

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from .._impl import Implementation, ImplementationTable
+from ..errors import BackendUnavailable
 from ..reference import pixel_shuffle_gelu as reference
-from . import _cpp
+from . import _cpp, _cuda
 from ._check import check_approximate, check_like, check_tensor, check_upscale_factor, memory_format_of
 from ._library import register, register_gradient
 from ._triton import rejects_tensor, unavailable
@@ -21,7 +22,7 @@ _SMALL_IMAGE = 2**15
 
 
 def rejects_shape(r: int, channels: int, height: int, width: int) -> str | None:
-    """Return why the Triton kernels cannot shuffle ``channels`` by ``height`` by ``width``, or None."""
+    """Return why the kernels for GPUs cannot shuffle ``channels`` by ``height`` by ``width``, or None."""
     if r > _MAX_UPSCALE_FACTOR:
         return f"r = {r} is more than {_MAX_UPSCALE_FACTOR}, so that one pixel does not fit a tile"
     if channels * height * width > _INT32_MAX:
@@ -39,6 +40,27 @@ def _run_reference(x: torch.Tensor, r: int, bias: torch.Tensor | None, approxima
 
 def _run_triton(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
     out: torch.Tensor = torch.ops.hflfnerv.pixel_shuffle_gelu(x, r, bias, approximate, "triton")
+    return out
+
+
+def _cuda_rejects(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> str | None:
+    batch, channels, height, width = x.shape
+    return (
+        _cuda.rejects_tensor(x.device, x.dtype)
+        or _rejects_layout(x)
+        or rejects_shape(r, channels, height, width)
+        or _cuda.rejects_shuffle(batch, channels // (r * r), r, height, width)
+    )
+
+
+def _rejects_layout(x: torch.Tensor) -> str | None:
+    if x.numel() == 0 or memory_format_of(x) == torch.channels_last:
+        return None
+    return "x is not channels-last"  # no more than that: torch.compile comes through here, and formats no shapes
+
+
+def _run_cuda(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hflfnerv.pixel_shuffle_gelu(x, r, bias, approximate, "cuda")
     return out
 
 
@@ -62,6 +84,7 @@ def _run_cpp(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: st
 PIXEL_SHUFFLE_GELU = ImplementationTable(
     "pixel_shuffle_gelu",
     [
+        Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
         Implementation("triton", _run_triton, unavailable, _triton_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
         Implementation("reference", _run_reference),
@@ -110,6 +133,32 @@ def _cpp_backward(
     return dx, None if dbias is None else dbias.to(x.dtype)
 
 
+def _require_layout(x: torch.Tensor) -> None:
+    reason = _rejects_layout(x)
+    if reason is not None:
+        raise BackendUnavailable(f"pixel_shuffle_gelu: impl='cuda' cannot run: {reason}")
+
+
+def _cuda_forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+    _require_layout(x)
+    y = _forward_fake(x, r, bias, approximate, "cuda")
+    if y.numel() > 0:
+        _cuda.pixel_shuffle_gelu_fwd(x, r, bias, approximate, y)
+    return y
+
+
+def _cuda_backward(
+    dy: torch.Tensor, x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    _require_layout(x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    if dx.numel() == 0:
+        return dx, None if bias is None else torch.zeros_like(bias)
+    dbias = None if bias is None else torch.empty_like(bias)
+    _cuda.pixel_shuffle_gelu_bwd(dy, x, r, bias, approximate, dx, dbias)
+    return dx, dbias
+
+
 def _forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: str, impl: str) -> torch.Tensor:
     layout = memory_format_of(x)
     x, bias = x.contiguous(memory_format=layout), None if bias is None else bias.contiguous()
@@ -117,6 +166,8 @@ def _forward(x: torch.Tensor, r: int, bias: torch.Tensor | None, approximate: st
         return reference.pixel_shuffle_gelu(x, r, bias, approximate=approximate).contiguous(memory_format=layout)
     if impl == "cpp":
         return _cpp_forward(x, r, bias, approximate)
+    if impl == "cuda":
+        return _cuda_forward(x, r, bias, approximate)
     from ..triton_kernels.pixel_shuffle_gelu import pixel_shuffle_gelu_fwd
 
     y: torch.Tensor = pixel_shuffle_gelu_fwd(x, r, bias, approximate)
@@ -144,6 +195,8 @@ def _backward(
         dx = dx.contiguous(memory_format=layout)
     elif impl == "cpp":
         dx, dbias = _cpp_backward(dy, x, r, bias, approximate)
+    elif impl == "cuda":
+        dx, dbias = _cuda_backward(dy, x, r, bias, approximate)
     else:
         from ..triton_kernels.pixel_shuffle_gelu import pixel_shuffle_gelu_bwd
 
@@ -199,9 +252,10 @@ def pixel_shuffle_gelu(
         r: upscale factor, at least 1.
         bias: ``[C r²]`` in x's dtype (under autocast it is cast to it), or None.
         approximate: ``"none"`` for the exact GELU (erf), ``"tanh"`` for its tanh form.
-        impl: ``"auto"``, ``"triton"`` (CUDA; float32, float16, bfloat16), ``"cpp"`` (CPU with AVX2 or AVX-512; the
-            same dtypes, on as many threads as PyTorch uses) or ``"reference"`` (PyTorch, anywhere; on the CPU also
-            what ``"auto"`` means for images of less than 2**15 values).
+        impl: ``"auto"``, ``"cuda"`` (Hopper; float16 and bfloat16, channels-last), ``"triton"`` (CUDA; float32,
+            float16, bfloat16), ``"cpp"`` (CPU with AVX2 or AVX-512; the same dtypes, on as many threads as PyTorch
+            uses) or ``"reference"`` (PyTorch, anywhere; on the CPU also what ``"auto"`` means for images of less than
+            2**15 values).
 
     Returns:
         ``[B, C, H r, W r]`` in x's dtype.
@@ -215,9 +269,9 @@ def pixel_shuffle_gelu(
         The kernels compute in float32 and round once; the reference rounds after each operation. The gradient of the
         bias is summed in float32 in a fixed order: every implementation is deterministic, and ``"cpp"`` gives the same
         bits on any number of threads. Its GELU is within ``1e-7 + 1.2e-7 |y|`` of the exact value before it is rounded,
-        its derivative within ``2e-7``. ``"triton"``'s in float16 and bfloat16 is ``x (1 + tanh(u)) / 2`` with a fitted
-        u and the hardware's tanh: within 3e-5 of the exact one, its derivative within 6e-5, plus the error of that
-        tanh, 5e-4 of its value. ``impl="reference"`` alone has second derivatives.
+        its derivative within ``2e-7``. In float16 and bfloat16 that of ``"triton"`` and ``"cuda"`` is
+        ``x (1 + tanh(u)) / 2`` with a fitted u and the hardware's tanh: within 3e-5 of the exact one, its derivative
+        within 6e-5, plus the error of that tanh, 5e-4 of its value. ``impl="reference"`` alone has second derivatives.
 
     Example:
         >>> x = torch.zeros(1, 12, 2, 2)

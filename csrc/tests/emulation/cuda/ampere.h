@@ -24,6 +24,30 @@ inline void hold(const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1
   emulation::warps[threadIdx.x / 32]->wait();
 }
 
+// A copy is made when its group is waited for, as late as the hardware might.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+inline thread_local std::vector<std::vector<Copy>> groups(1);
+
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kBytes == 0; };
+  emulation::require(aligned(to) && aligned(from), "an asynchronous copy is not aligned");
+  groups.back().push_back({to, from, kBytes});
+}
+inline void copies_commit() { groups.emplace_back(); }
+template <int kPending>
+void copies_wait() {
+  while (groups.size() - 1 > kPending) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
+    groups.erase(groups.begin());
+  }
+}
+inline uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
+
 template <class T>
 void multiply_add(T, float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 * 32, lane = thread % 32;

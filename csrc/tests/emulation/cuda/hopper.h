@@ -40,6 +40,12 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {__nv_bfloat16::round(a), __nv_bfloat16::round(b)};
 }
 inline __half2 __floats2half2_rn(float a, float b) { return {__half::round(a), __half::round(b)}; }
+inline float __uint_as_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float2 __half22float2(__half2 pair) { return {pair.x, pair.y}; }
 
 namespace emulation {
 
@@ -175,6 +181,10 @@ inline void copy_box(std::uint32_t to, const CUtensorMap* map, int c0, int c1, i
 }
 
 inline float tanh_approximately(float x) { return std::tanh(x); }
+inline float exp2_approximately(float x) { return std::exp2(x); }
+inline float clamp(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }
+inline void launch_dependents() {}  // a kernel has ended before the next one begins
+inline void wait_for_predecessors() {}
 
 template <int>
 void registers_grow() {}
