@@ -78,11 +78,6 @@ inline std::uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-inline float __uint_as_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess };
