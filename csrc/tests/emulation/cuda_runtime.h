@@ -73,12 +73,6 @@ inline void __syncthreads() { emulation::block_meeting->wait(); }
 void __syncwarp();
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // for values on which the warp agrees
 
-inline std::uint32_t __float_as_uint(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess };
 enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaEnableDefault };

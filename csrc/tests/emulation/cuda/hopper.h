@@ -40,6 +40,11 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {__nv_bfloat16::round(a), __nv_bfloat16::round(b)};
 }
 inline __half2 __floats2half2_rn(float a, float b) { return {__half::round(a), __half::round(b)}; }
+inline std::uint32_t __float_as_uint(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
 inline float __uint_as_float(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
