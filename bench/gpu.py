@@ -224,6 +224,11 @@ def table(rows: list[Row]) -> Iterator[str]:
                 )
 
 
+def is_limit(row: Row) -> bool:
+    """Return whether a row is no contender but what none can surpass: a copy of the bytes that they move."""
+    return str(row["implementation"]).startswith("copy")
+
+
 def best(rows: list[Row]) -> Row | None:
     """Return the fastest, None of none."""
     return max(rows, key=lambda row: float(row["p50"]), default=None)
@@ -239,7 +244,7 @@ def summary(rows: list[Row]) -> Iterator[str]:
             points.setdefault((row["what"], row["data"]), []).append(row)
     for (what, data), contenders in points.items():
         rivals = [row for row in contenders if row["implementation"].startswith(("eager", "torch.compile"))]
-        ours = [row for row in contenders if row not in rivals]
+        ours = [row for row in contenders if row not in rivals and not is_limit(row)]
         # What computes in int8 is no match for what computes in half precision, and has a line of its own.
         in_int8 = [row for row in ours if "int8" in row["implementation"]]
         in_float = [row for row in ours if row not in in_int8]

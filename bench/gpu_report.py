@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .gpu import Row, best, read
+from .gpu import Row, best, is_limit, read
 from .run import RESULTS
 
 # Parts, in the order of the page, with the title of their table and the name of its figures.
@@ -58,7 +58,8 @@ def part_table(part: str, title: str) -> str:
         f"| {title}, {unit} | eager | torch.compile | ours | ours / the faster of them{share} | commit |",
         "|---|---|---|---|---|---|" + "---|" * bool(limit),
     ]
-    for what, data, contenders in points(rows):
+    for what, data, every in points(rows):
+        contenders = [row for row in every if not is_limit(row)]
         library = [row for row in contenders if is_library(row)]
         compiled = best([row for row in library if row["implementation"].startswith("torch.compile")])
         eager = best([row for row in library if row is not compiled])

@@ -93,6 +93,8 @@ def _measure(
         ("backward", 3 * size, check_backward, backward, eager_backward, compiled_backward),
     )
     for what, moved, verify, our_runs, eager_run, compiled_run in parts:
+        source, target = (torch.empty(moved // 2, dtype=torch.uint8, device=x.device) for _ in range(2))
+        source.random_()
         point = Point(
             what=f"pixel_shuffle_gelu.{what}",
             data=name,
@@ -104,6 +106,7 @@ def _measure(
                 *(Contender(impl, run, moved) for impl, run in our_runs.items()),
                 Contender("eager", eager_run, moved, "GB/s of the fused kernel's bytes"),
                 Contender(COMPILED, compiled_run, moved, "GB/s of the fused kernel's bytes"),
+                Contender("copy of as many bytes", functools.partial(target.copy_, source), moved, "what is to be had"),
             ],
             baseline=COMPILED,
             check=verify,

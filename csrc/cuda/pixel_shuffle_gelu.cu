@@ -18,36 +18,12 @@
 #include "cuda/ampere.h"
 #include "cuda/gelu.h"
 
-// What can be chosen at compile time: bytes of a tile of x, vectors of 16 bytes that a thread takes of it, tiles that a block
-// holds or has on their way, threads of a block and of a multiprocessor.
-#ifndef HFLFNERV_SHUFFLE_TILE_BYTES
-#define HFLFNERV_SHUFFLE_TILE_BYTES 9216
-#endif
-#ifndef HFLFNERV_SHUFFLE_STEPS
-#define HFLFNERV_SHUFFLE_STEPS 2
-#endif
-#ifndef HFLFNERV_SHUFFLE_FWD_STAGES
-#define HFLFNERV_SHUFFLE_FWD_STAGES 3
-#endif
-#ifndef HFLFNERV_SHUFFLE_BWD_STAGES
-#define HFLFNERV_SHUFFLE_BWD_STAGES 3
-#endif
-#ifndef HFLFNERV_SHUFFLE_THREADS
-#define HFLFNERV_SHUFFLE_THREADS 320
-#endif
-#ifndef HFLFNERV_SHUFFLE_FWD_RESIDENT
-#define HFLFNERV_SHUFFLE_FWD_RESIDENT 1280
-#endif
-#ifndef HFLFNERV_SHUFFLE_BWD_RESIDENT
-#define HFLFNERV_SHUFFLE_BWD_RESIDENT 960
-#endif
-
 namespace hflfnerv {
 
 namespace {
 
-constexpr int kTileBytes = HFLFNERV_SHUFFLE_TILE_BYTES, kSteps = HFLFNERV_SHUFFLE_STEPS;
-constexpr int kFewThreads = 96, kThreads = HFLFNERV_SHUFFLE_THREADS, kMostThreads = 1024;
+constexpr int kTileBytes = 9216, kSteps = 2;  // of a tile of x; vectors that a thread takes of it
+constexpr int kFewThreads = 96, kThreads = 320, kMostThreads = 1024;
 constexpr int kMultiprocessorBytes = 227 * 1024, kBlockBytes = 1024;  // shared memory, and what a block takes beyond its own
 constexpr int kElementBytes = 2;
 
@@ -56,8 +32,8 @@ struct Kind {
   int stages, resident, tensors;
   bool stores_tiles;  // shuffled ones go through shared memory on their way out
 };
-constexpr Kind kForward{HFLFNERV_SHUFFLE_FWD_STAGES, HFLFNERV_SHUFFLE_FWD_RESIDENT, 1, true};
-constexpr Kind kBackward{HFLFNERV_SHUFFLE_BWD_STAGES, HFLFNERV_SHUFFLE_BWD_RESIDENT, 2, false};
+constexpr Kind kForward{2, 1280, 1, true};
+constexpr Kind kBackward{2, 960, 2, false};
 static_assert(kForward.stages >= 2 && kBackward.stages >= 2, "one tile is waited for while another one is on its way");
 
 struct Plan {
