@@ -1,10 +1,11 @@
-// Instructions of tensor cores since Ampere (sm_80) as functions.
+// Instructions since Ampere (sm_80) as functions: tensor cores, what feeds them, asynchronous copies.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace hflfnerv {
 namespace ampere {
@@ -29,6 +30,78 @@ __device__ inline char* shared_memory() {
 HFLFNERV_MMA(__nv_bfloat16, "bf16")
 HFLFNERV_MMA(__half, "f16")
 #undef HFLFNERV_MMA
+
+// kCount matrices of 8 x 8 elements from shared memory. Lane l gives the address of row l mod 8 of matrix l / 8, 16 bytes that
+// are aligned, and gets of each matrix row l / 4, columns 2 (l mod 4) and the next; of the transposed one if it is asked for.
+template <int kCount, bool kTransposed>
+__device__ inline void load_matrices(std::uint32_t (&to)[kCount], const void* row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kCount == 4 && kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kCount == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kCount == 2 && kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kCount == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    static_assert(kCount == 1 && !kTransposed, "of the other forms there are none yet");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(address) : "memory");
+  }
+}
+
+// Copies 4, 8 or 16 bytes to shared memory, both aligned to as many; zeros if there is nothing there, when `from` is not read.
+template <int kBytes>
+__device__ inline void copy_async(void* to, const void* from, bool there) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes),
+                 "r"(there ? kBytes : 0)
+                 : "memory");
+  }
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending groups of this thread's copies are under way.
+template <int kPending>
+__device__ inline void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Two floats, rounded; the first is in the lower bits.
+__device__ inline std::uint32_t two(__nv_bfloat16, float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+__device__ inline std::uint32_t two(__half, float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+template <class T>
+__device__ inline float to_float(std::uint16_t bits) {
+  T value;
+  memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
+}
 
 }  // namespace ampere
 }  // namespace hflfnerv

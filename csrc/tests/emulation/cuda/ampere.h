@@ -39,5 +39,52 @@ void multiply_add(T, float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_
   emulation::warps[thread / 32]->wait();
 }
 
+// A lane's addresses and what the lanes get of the matrices whose rows lie there.
+template <int kCount, bool kTransposed>
+void load_matrices(std::uint32_t (&to)[kCount], const void* row) {
+  static const char* rows[640];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 * 32, lane = thread % 32;
+  rows[thread] = static_cast<const char*>(row);
+  emulation::require(lane >= 8 * kCount || (rows[thread] >= emulation::shared && (rows[thread] - emulation::shared) % 16 == 0 &&
+                                            rows[thread] + 16 <= emulation::shared + emulation::kSharedBytes),
+                     "a matrix's row is not in shared memory, or not aligned");
+  emulation::warps[thread / 32]->wait();
+  for (int m = 0; m < kCount; ++m) {
+    std::uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int i = lane / 4, j = lane % 4 * 2 + e;
+      std::memcpy(&pair[e], rows[warp + 8 * m + (kTransposed ? j : i)] + 2 * (kTransposed ? i : j), 2);
+    }
+    to[m] = pair[0] | static_cast<std::uint32_t>(pair[1]) << 16;
+  }
+  emulation::warps[thread / 32]->wait();
+}
+
+template <int kBytes>
+void copy_async(void* to, const void* from, bool there) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kBytes == 0; };
+  emulation::require(aligned(to) && (!there || aligned(from)), "an asynchronous copy is not aligned");
+  if (there) {
+    std::memcpy(to, from, kBytes);
+  } else {
+    std::memset(to, 0, kBytes);
+  }
+}
+inline void copy_commit() {}
+template <int>
+void copy_wait() {}
+
+inline std::uint32_t two(__nv_bfloat16, float a, float b) {
+  return __nv_bfloat16::round(a).bits | static_cast<std::uint32_t>(__nv_bfloat16::round(b).bits) << 16;
+}
+inline std::uint32_t two(__half, float a, float b) { return two(__nv_bfloat16(), a, b); }
+
+template <class T>
+float to_float(std::uint16_t bits) {
+  T value;
+  value.bits = bits;
+  return static_cast<float>(value);
+}
+
 }  // namespace ampere
 }  // namespace hflfnerv

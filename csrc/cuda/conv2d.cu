@@ -1,0 +1,712 @@
+// A head's 3x3 convolution in training, on tensor cores, in one pass over memory each way.
+//
+// Forward a block goes down a strip of x, 64 pixels wide, and each warp has eight columns of it. A row of pixels is multiplied
+// for the three rows of y that it meets, whose sums stay in registers until their last row of x has come: 9 of a product's 16
+// rows, one for each column of the kernel and output. What is complete lies in shared memory for a moment, where an output pixel
+// adds up its left neighbour's, its own and its right neighbour's.
+//
+// On the way back a pixel of x meets 27 values of dy. They are rows of a matrix G that is nowhere in memory: dy lies in shared
+// memory four values to a pixel, the last one zero, so that a pixel and its three right neighbours are 32 adjacent bytes, a row
+// of a product's operand for a row of the kernel. The fourth neighbour meets nothing. As ldmatrix wants 16 bytes aligned, there
+// is a second copy of dy, a pixel further. dx = G w, and with G and x transposed by ldmatrix, the gradient of the weight is
+// Gᵀ x, which stays in registers over all tiles of a block.
+#include "cuda/conv2d.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/ampere.h"
+
+namespace hflfnerv {
+
+namespace {
+
+// What is worth trying on a device: places for tiles in shared memory, and blocks on a multiprocessor.
+#ifndef HFLFNERV_CONV2D_FWD_STAGES
+#define HFLFNERV_CONV2D_FWD_STAGES(blocks) ((blocks) == 1 ? 6 : (blocks) <= 3 ? 4 : (blocks) == 8 ? 2 : 3)
+#endif
+#ifndef HFLFNERV_CONV2D_FWD_RESIDENT
+#define HFLFNERV_CONV2D_FWD_RESIDENT(blocks) ((blocks) == 1 ? 4 : (blocks) <= 3 ? 3 : 2)
+#endif
+#ifndef HFLFNERV_CONV2D_BWD_STAGES
+#define HFLFNERV_CONV2D_BWD_STAGES(blocks) ((blocks) == 1 ? 5 : (blocks) == 4 || (blocks) == 6 ? 3 : 4)
+#endif
+#ifndef HFLFNERV_CONV2D_BWD_RESIDENT
+#define HFLFNERV_CONV2D_BWD_RESIDENT(blocks) ((blocks) == 1 ? 4 : (blocks) == 2 ? 3 : (blocks) <= 4 ? 2 : 1)
+#endif
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kTaps = 9, kMeetings = kTaps * kConv2dOutputs;
+
+// Bytes from pixel to pixel in shared memory, of kBlocks times 8 channels: eight pixels lie in different banks.
+template <int kBlocks>
+constexpr int kPixelPitch = 16 * (kBlocks | 1);
+
+// The part of each pixel's channels that a thread moves: every `threads`th of all pixels' chunks.
+struct Chunks {
+  int pixel, chunk, pixels_on, chunks_on, per_pixel;
+
+  __device__ Chunks(int thread, int threads, int per_pixel_)
+      : pixel(thread / per_pixel_),
+        chunk(thread % per_pixel_),
+        pixels_on(threads / per_pixel_),
+        chunks_on(threads % per_pixel_),
+        per_pixel(per_pixel_) {}
+  __device__ void next() {
+    pixel += pixels_on;
+    chunk += chunks_on;
+    if (chunk >= per_pixel) chunk -= per_pixel, ++pixel;
+  }
+};
+
+// A place in an image, which may be outside.
+struct Place {
+  int image, row, column;
+};
+
+__device__ bool inside(const Conv2dCuda& call, int row, int column) {
+  return static_cast<unsigned>(row) < static_cast<unsigned>(call.height) &&
+         static_cast<unsigned>(column) < static_cast<unsigned>(call.width);
+}
+
+__device__ std::int64_t pixel_of_image(const Conv2dCuda& call, int row, int column, int pixel) {
+  return std::int64_t(row * call.width + column) * pixel;
+}
+
+// Copies a window of x, zeros outside of the image. Channels behind the last chunk stay as they were.
+template <int kPixels, int kColumns, int kChunk>
+__device__ void copy_window(const Conv2dCuda& call, const Place& first, Chunks at, char* to, int pitch) {
+  const auto* x = static_cast<const std::uint16_t*>(call.x) +
+                  std::int64_t(first.image) * call.height * call.width * call.pixel;
+  for (; at.pixel < kPixels; at.next()) {
+    const int row = first.row + at.pixel / kColumns, column = first.column + at.pixel % kColumns;
+    const bool there = inside(call, row, column);
+    const std::uint16_t* from = x + (there ? pixel_of_image(call, row, column, call.pixel) + at.chunk * kChunk : 0);
+    char* target = to + at.pixel * pitch + at.chunk * kChunk * 2;
+    if constexpr (kChunk == 1) {
+      *reinterpret_cast<std::uint16_t*>(target) = there ? *from : std::uint16_t{0};
+    } else {
+      ampere::copy_async<2 * kChunk>(target, from, there);
+    }
+  }
+}
+
+template <int kPixels, int kColumns>
+__device__ void copy_window(const Conv2dCuda& call, int chunk, const Place& first, const Chunks& at, char* to, int pitch) {
+  if (chunk == 8) {
+    copy_window<kPixels, kColumns, 8>(call, first, at, to, pitch);
+  } else if (chunk == 4) {
+    copy_window<kPixels, kColumns, 4>(call, first, at, to, pitch);
+  } else if (chunk == 2) {
+    copy_window<kPixels, kColumns, 2>(call, first, at, to, pitch);
+  } else {
+    copy_window<kPixels, kColumns, 1>(call, first, at, to, pitch);
+  }
+}
+
+// An element of the weight, zero where there is none.
+__device__ std::uint32_t weight_bits(const Conv2dCuda& call, int output, int channel, int row, int column) {
+  if (output >= call.outputs || channel >= call.channels) return 0;
+  const std::int64_t* strides = call.weight_strides;
+  return static_cast<const std::uint16_t*>(
+      call.weight)[output * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3]];
+}
+
+// ---- Forward ----
+
+constexpr int kStripColumns = 8 * kWarps, kStripOutputs = kStripColumns - 2;
+constexpr int kStepRows = 4, kStepPixels = kStepRows * kStripColumns;  // of x
+static_assert(kThreads == kStepPixels, "a thread has a pixel of a step's y");
+constexpr int kShares = 3 * kConv2dOutputs;     // of a pixel in its row's outputs
+constexpr int kSharePitch = kStripColumns + 8;  // four rows of pairs of floats lie in different banks
+constexpr int kStepShares = kStepRows * kShares * kSharePitch;
+
+template <int kBlocks>
+struct Forward {
+  static constexpr int kPitch = kPixelPitch<kBlocks>, kSteps = (kBlocks + 1) / 2;  // of 16 channels
+  static constexpr int kStages = HFLFNERV_CONV2D_FWD_STAGES(kBlocks), kResident = HFLFNERV_CONV2D_FWD_RESIDENT(kBlocks);
+  static constexpr int kStageBytes = kStepPixels * kPitch;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStepShares * 4;
+};
+
+struct ForwardArguments {
+  Conv2dCuda head;
+  Conv2dCudaForward result;
+  int strips, segments, rows;  // of the image; rows of a segment
+  int chunk;                   // elements that are moved at once
+};
+
+// Which of channels `channel` and the next one there are, as bits of a register that holds both.
+__device__ std::uint32_t two_of(int channel, int channels) {
+  return (channel < channels ? 0xffffu : 0u) | (channel + 1 < channels ? 0xffff0000u : 0u);
+}
+
+// Eight pixels' channels as products take them, zeros behind the last one.
+template <int kBlocks>
+__device__ void load_pixels(const Conv2dCuda& call, const char* x, int lane, std::uint32_t (&b)[2 * ((kBlocks + 1) / 2)]) {
+  const char* row = x + lane % 8 * kPixelPitch<kBlocks> + lane / 8 * 16;
+  constexpr int kFours = kBlocks / 4 * 4;
+#pragma unroll
+  for (int j = 0; j < kFours; j += 4) {
+    std::uint32_t four[4];
+    ampere::load_matrices<4, false>(four, row + 16 * j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[j + i] = four[i];
+  }
+  if constexpr (kBlocks % 4 >= 2) {
+    std::uint32_t pair[2];
+    ampere::load_matrices<2, false>(pair, x + lane % 8 * kPixelPitch<kBlocks> + (kFours + lane / 8 % 2) * 16);
+    b[kFours] = pair[0], b[kFours + 1] = pair[1];
+  }
+  if constexpr (kBlocks % 2 == 1) {
+    std::uint32_t one[1];
+    ampere::load_matrices<1, false>(one, x + lane % 8 * kPixelPitch<kBlocks> + (kBlocks - 1) * 16);
+    b[kBlocks - 1] = one[0], b[kBlocks] = 0;
+  }
+  // Of 6 and 8 times 8 channels the last 15 may not be there.
+#pragma unroll
+  for (int j = kBlocks > 4 ? kBlocks - 2 : kBlocks - 1; j < kBlocks; ++j) {
+    b[j] &= two_of(8 * j + lane % 4 * 2, call.channels);
+  }
+}
+
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
+    conv2d_fwd_kernel(const __grid_constant__ ForwardArguments call) {
+  using Shape = Forward<kBlocks>;
+  constexpr int kPitch = Shape::kPitch, kStages = Shape::kStages, kSteps = Shape::kSteps;
+  const Conv2dCuda& head = call.head;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  char* const x = ampere::shared_memory();
+  auto* const shares = reinterpret_cast<float*>(x + kStages * Shape::kStageBytes);
+  const int block = static_cast<int>(blockIdx.x), segment = block / call.strips % call.segments;
+  const int image = block / call.strips / call.segments, column = block % call.strips * kStripOutputs;
+  const int first = segment * call.rows, rows = min(call.rows, head.height - first);
+  const int steps = (rows + 2 + kStepRows - 1) / kStepRows;
+
+  const Chunks copies(thread, kThreads, (head.channels + call.chunk - 1) / call.chunk);
+  const auto copy = [&](int step, int stage) {
+    if (step < steps) {
+      copy_window<kStepPixels, kStripColumns>(head, call.chunk, Place{image, first - 1 + step * kStepRows, column - 1}, copies,
+                                              x + stage * Shape::kStageBytes, kPitch);
+    }
+    ampere::copy_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) copy(i, i);
+  // Row 3 t + n of a product is for the kernel's column t and output n; the rest of 16 is zero.
+  std::uint32_t weight[3][kSteps][4];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int share = lane / 4 + i % 2 * 8, channel = 16 * s + i / 2 * 8 + lane % 4 * 2;
+        const int output = share < kShares ? share % kConv2dOutputs : kConv2dOutputs, t = share / kConv2dOutputs;
+        weight[k][s][i] = weight_bits(head, output, channel, k, t) | weight_bits(head, output, channel + 1, k, t) << 16;
+      }
+    }
+  }
+  float bias[kConv2dOutputs];
+#pragma unroll
+  for (int n = 0; n < kConv2dOutputs; ++n) {
+    const bool there = call.result.bias != nullptr && n < head.outputs;
+    bias[n] = there ? ampere::to_float<T>(static_cast<const std::uint16_t*>(call.result.bias)[n]) : 0.0f;
+  }
+  const int of_row = thread / kStripColumns, of_column = thread % kStripColumns;
+  const bool has_output = of_column < kStripOutputs && column + of_column < head.width;
+  // Adds up and stores this thread's pixel of a step's y, which is two rows behind its x.
+  const auto finish = [&](int step) {
+    const int row = step * kStepRows - 2 + of_row;
+    if (!has_output || row < 0 || row >= rows) return;
+    const float* from = shares + step % 2 * kStepShares + of_row * kShares * kSharePitch + of_column;
+    auto* y = static_cast<std::uint16_t*>(call.result.y) +
+              (std::int64_t(image) * head.height * head.width + (first + row) * head.width + column + of_column) *
+                  head.outputs;
+#pragma unroll
+    for (int n = 0; n < kConv2dOutputs; ++n) {
+      float sum = bias[n];
+#pragma unroll
+      for (int t = 0; t < 3; ++t) sum += from[(kConv2dOutputs * t + n) * kSharePitch + t];
+      if (n < head.outputs) y[n] = static_cast<std::uint16_t>(ampere::two(T(), sum, sum));
+    }
+  };
+
+  float sums[3][4] = {};  // of the rows of y that the next row of x is the first, second and third one for
+  int stage = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ampere::copy_wait<kStages - 2>();
+    __syncthreads();  // the step's x is there, and the shares of the one before it; nobody needs its x any more
+    copy(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+    if (step > 0) finish(step - 1);
+    const char* from = x + stage * Shape::kStageBytes + warp * 8 * kPitch;
+    float* to = shares + step % 2 * kStepShares + lane / 4 * kSharePitch + 8 * warp + lane % 4 * 2;
+#pragma unroll
+    for (int row = 0; row < kStepRows; ++row) {
+      std::uint32_t b[2 * kSteps];
+      load_pixels<kBlocks>(head, from + row * kStripColumns * kPitch, lane, b);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) ampere::multiply_add(T(), sums[k], weight[k][s], b[2 * s], b[2 * s + 1]);
+      }
+      float* shares_of_row = to + row * kShares * kSharePitch;
+      *reinterpret_cast<float2*>(shares_of_row) = {sums[2][0], sums[2][1]};
+      if (lane < 4) *reinterpret_cast<float2*>(shares_of_row + 8 * kSharePitch) = {sums[2][2], sums[2][3]};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[2][i] = sums[1][i], sums[1][i] = sums[0][i], sums[0][i] = 0;
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  __syncthreads();
+  finish(steps - 1);
+}
+
+// ---- Back ----
+
+constexpr int kTileRows = kWarps, kTileColumns = 32, kTilePixels = kTileRows * kTileColumns;  // a row to a warp
+// dy of a tile with its border, and where the copy begins whose first pixel is the border's second one.
+constexpr int kDyRows = kTileRows + 2, kDyColumns = kTileColumns + 2;
+constexpr int kDyCopy = 320, kDyPitch = kDyCopy + 8 * kDyColumns, kDyBytes = kDyRows * kDyPitch;
+constexpr int kDyHalf = 8 * 16;  // from a row's first 16 pixels to the others
+constexpr int kDySlots = (kDyRows * kDyColumns + kThreads - 1) / kThreads;
+static_assert(kDyCopy >= 8 * kDyColumns && kDyCopy % 128 == 64, "even and odd pixels lie in different banks");
+static_assert(kDyPitch % 16 == 0, "rows of matrices are aligned");
+
+template <int kBlocks>
+struct Backward {
+  static constexpr int kPitch = kPixelPitch<kBlocks>, kChannels = 8 * kBlocks;
+  static constexpr int kStages = HFLFNERV_CONV2D_BWD_STAGES(kBlocks), kResident = HFLFNERV_CONV2D_BWD_RESIDENT(kBlocks);
+  static constexpr int kStageBytes = kTilePixels * kPitch;
+  static constexpr int kWeightBytes = 3 * kBlocks * 32 * 8;
+  static constexpr int kSharedBytes = kWeightBytes + 2 * kDyBytes + kStages * kStageBytes;
+  static constexpr int kSums = kMeetings * kChannels, kPartial = kSums + kConv2dOutputs;  // of a block, in floats
+  static_assert(kWarps * kSums * 4 <= kStages * kStageBytes, "sums of the warps take the place of x");
+  static_assert(kConv2dOutputs * kThreads * 4 <= 2 * kDyBytes, "sums of the threads take the place of dy");
+};
+
+struct BackwardArguments {
+  Conv2dCuda head;
+  Conv2dCudaBackward gradients;
+  int across, down, tiles;
+  int chunk, dx_chunk;  // elements that are moved at once
+};
+
+__device__ Place tile_place(const BackwardArguments& call, int tile) {
+  const int row = tile / call.across;
+  return {row / call.down, row % call.down * kTileRows, tile % call.across * kTileColumns};
+}
+
+// What a thread reads of dy, and has to put into shared memory.
+struct DySlots {
+  std::uint16_t values[kDySlots][kConv2dOutputs];
+
+  __device__ void read(const BackwardArguments& call, int tile) {
+    const Conv2dCuda& head = call.head;
+    const std::int64_t* strides = call.gradients.dy_strides;
+    const Place first = tile < call.tiles ? tile_place(call, tile) : Place{0, head.height + 1, 0};
+    const auto* dy = static_cast<const std::uint16_t*>(call.gradients.dy) + first.image * strides[0];
+#pragma unroll
+    for (int i = 0; i < kDySlots; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int row = first.row - 1 + at / kDyColumns, column = first.column - 1 + at % kDyColumns;
+      const bool there = at < kDyRows * kDyColumns && inside(head, row, column);
+      const std::uint16_t* from = dy + (there ? row * strides[2] + column * strides[3] : 0);
+#pragma unroll
+      for (int c = 0; c < kConv2dOutputs; ++c) {
+        values[i][c] = there && c < head.outputs ? from[c * strides[1]] : std::uint16_t{0};
+      }
+    }
+  }
+
+  // And adds the tile's own to its sums.
+  template <class T>
+  __device__ void write(char* to, float (&sums)[kConv2dOutputs]) const {
+#pragma unroll
+    for (int i = 0; i < kDySlots; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads, row = at / kDyColumns, column = at % kDyColumns;
+      if (at >= kDyRows * kDyColumns) break;
+      const uint2 pixel{values[i][0] | static_cast<std::uint32_t>(values[i][1]) << 16, values[i][2]};
+      *reinterpret_cast<uint2*>(to + row * kDyPitch + 8 * column) = pixel;
+      if (column > 0) *reinterpret_cast<uint2*>(to + row * kDyPitch + kDyCopy + 8 * (column - 1)) = pixel;
+      if (row < 1 || row > kTileRows || column < 1 || column > kTileColumns) continue;
+#pragma unroll
+      for (int c = 0; c < kConv2dOutputs; ++c) sums[c] += ampere::to_float<T>(values[i][c]);
+    }
+  }
+};
+
+// Adds Gᵀ x for 16 pixels of a row. `g` is the lane's row of G for the kernel's first row, `x` the first pixel.
+template <class T, int kBlocks>
+__device__ void add_weight_gradient(const char* g, const char* x, int lane, float (&sums)[3][kBlocks][4]) {
+  constexpr int kPitch = kPixelPitch<kBlocks>;
+  std::uint32_t b[kBlocks + 1][2];
+  const char* row = x + lane % 16 * kPitch + lane / 16 * 16;
+#pragma unroll
+  for (int j = 0; j + 1 < kBlocks; j += 2) {
+    std::uint32_t four[4];
+    ampere::load_matrices<4, true>(four, row + 16 * j);
+    b[j][0] = four[0], b[j][1] = four[1], b[j + 1][0] = four[2], b[j + 1][1] = four[3];
+  }
+  if constexpr (kBlocks % 2 == 1) {
+    ampere::load_matrices<2, true>(b[kBlocks - 1], x + lane % 16 * kPitch + 16 * (kBlocks - 1));
+  }
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    std::uint32_t m[4];
+    ampere::load_matrices<4, true>(m, g + k * kDyPitch);
+    const std::uint32_t a[4] = {m[0], m[2], m[1], m[3]};
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) ampere::multiply_add(T(), sums[k][j], a, b[j][0], b[j][1]);
+  }
+}
+
+template <int kChunk>
+__device__ void store_row(const BackwardArguments& call, const Place& first, int row, Chunks at, const char* from, int pitch) {
+  const Conv2dCuda& head = call.head;
+  auto* dx = static_cast<std::uint16_t*>(call.gradients.dx) +
+             (std::int64_t(first.image) * head.height * head.width + row * head.width + first.column) *
+                 call.gradients.dx_pixel;
+  const int pixels = min(kTileColumns, head.width - first.column);
+  for (; at.pixel < pixels; at.next()) {
+    const char* values = from + at.pixel * pitch + at.chunk * kChunk * 2;
+    std::uint16_t* to = dx + at.pixel * call.gradients.dx_pixel + at.chunk * kChunk;
+    if constexpr (kChunk == 8) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+    if constexpr (kChunk == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(values);
+    if constexpr (kChunk == 2) *reinterpret_cast<std::uint32_t*>(to) = *reinterpret_cast<const std::uint32_t*>(values);
+    if constexpr (kChunk == 1) *to = *reinterpret_cast<const std::uint16_t*>(values);
+  }
+}
+
+// G w for a row of the tile, in the place of its x.
+template <class T, int kBlocks>
+__device__ void input_gradient(const char* g, const uint2* weight, char* x, int lane) {
+  constexpr int kPitch = kPixelPitch<kBlocks>;
+  // Both halves share what is read of the weight where there are registers for that.
+  constexpr int kAtOnce = kBlocks <= 2 ? 1 : 2;
+#pragma unroll
+  for (int half = 0; half < 2; half += kAtOnce) {
+    std::uint32_t a[kAtOnce][3][4];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        ampere::load_matrices<4, false>(a[i][k], g + (half + i) * kDyHalf + k * kDyPitch);
+        // The fourth neighbour meets zeros, which it must not make NaNs of.
+        if (lane % 4 >= 2) a[i][k][2] = a[i][k][3] = 0;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      float sums[kAtOnce][4] = {};
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        const uint2 b = weight[(k * kBlocks + j) * 32 + lane];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) ampere::multiply_add(T(), sums[i], a[i][k], b.x, b.y);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kAtOnce; ++i) {
+        char* to = x + (16 * half + 8 * i + lane / 4) * kPitch + 16 * j + lane % 4 * 4;
+        const float* pair = &sums[i / 2][i % 2 * 2];
+        *reinterpret_cast<std::uint32_t*>(to) = ampere::two(T(), pair[0], pair[1]);
+      }
+    }
+  }
+}
+
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kThreads, Backward<kBlocks>::kResident)
+    conv2d_bwd_kernel(const __grid_constant__ BackwardArguments call) {
+  using Shape = Backward<kBlocks>;
+  constexpr int kPitch = Shape::kPitch, kStages = Shape::kStages, kChannels = Shape::kChannels;
+  const Conv2dCuda& head = call.head;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  char* const shared = ampere::shared_memory();
+  auto* const weight = reinterpret_cast<uint2*>(shared);
+  char* const dy = shared + Shape::kWeightBytes;
+  char* const x = dy + 2 * kDyBytes;
+  const bool sums_wanted = call.gradients.partial != nullptr;
+  const int blocks = static_cast<int>(gridDim.x);
+  int tile = static_cast<int>(blockIdx.x);
+
+  const Chunks copies(thread, kThreads, (head.channels + call.chunk - 1) / call.chunk);
+  const Chunks stores(lane, 32, (head.channels + call.dx_chunk - 1) / call.dx_chunk);
+  const auto copy = [&](int of, int stage) {
+    if (sums_wanted && of < call.tiles) {
+      copy_window<kTilePixels, kTileColumns>(head, call.chunk, tile_place(call, of), copies, x + stage * Shape::kStageBytes,
+                                             kPitch);
+    }
+    ampere::copy_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) copy(tile + i * blocks, i);
+  DySlots ahead;
+  ahead.read(call, tile);
+  // In the order in which lanes take them: of G's columns 4 j + c, those of the kernel's row k and the outputs c.
+  for (int at = thread; at < 3 * kBlocks * 32; at += kThreads) {
+    const int k = at / 32 / kBlocks, channel = at / 32 % kBlocks * 8 + at % 32 / 4;
+    std::uint32_t bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = i / 2 * 8 + at % 4 * 2 + i % 2;
+      bits[i] = column < 12 && column % 4 < kConv2dOutputs
+                    ? weight_bits(head, column % 4, channel, 2 - k, 2 - column / 4)
+                    : 0;
+    }
+    weight[at] = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+  }
+  float sums[3][kBlocks][4] = {}, bias_sums[kConv2dOutputs] = {};
+  ahead.write<T>(dy, bias_sums);
+
+  // A lane's row of G: its pixel of 16, the first or second 16 bytes.
+  const int pixel = lane % 16;
+  const int of_g = warp * kDyPitch + pixel % 2 * kDyCopy + (pixel / 2 * 2 + lane / 16 * 2) * 8;
+  int stage = 0;
+#pragma unroll 1
+  for (int round = 0; tile < call.tiles; tile += blocks, ++round) {
+    ampere::copy_wait<kStages - 2>();
+    __syncthreads();  // the tile is there, and nobody needs the one before it any more
+    copy(tile + (kStages - 1) * blocks, stage == 0 ? kStages - 1 : stage - 1);
+    ahead.read(call, tile + blocks);
+    const char* g = dy + round % 2 * kDyBytes + of_g;
+    char* row_of_x = x + stage * Shape::kStageBytes + warp * kTileColumns * kPitch;
+    if (sums_wanted) {
+      add_weight_gradient<T, kBlocks>(g, row_of_x, lane, sums);
+      add_weight_gradient<T, kBlocks>(g + kDyHalf, row_of_x + 16 * kPitch, lane, sums);
+    }
+    const Place first = tile_place(call, tile);
+    const int row = first.row + warp;
+    if (call.gradients.dx != nullptr && row < head.height) {
+      __syncwarp();  // everybody has read x
+      input_gradient<T, kBlocks>(g, weight, row_of_x, lane);
+      __syncwarp();
+      if (call.dx_chunk == 8) {
+        store_row<8>(call, first, row, stores, row_of_x, kPitch);
+      } else if (call.dx_chunk == 4) {
+        store_row<4>(call, first, row, stores, row_of_x, kPitch);
+      } else if (call.dx_chunk == 2) {
+        store_row<2>(call, first, row, stores, row_of_x, kPitch);
+      } else {
+        store_row<1>(call, first, row, stores, row_of_x, kPitch);
+      }
+    }
+    ahead.write<T>(dy + (round + 1) % 2 * kDyBytes, bias_sums);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  if (!sums_wanted) return;
+
+  ampere::copy_wait<0>();
+  __syncthreads();
+  auto* const all = reinterpret_cast<float*>(x);
+  auto* const all_bias = reinterpret_cast<float*>(dy);
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = lane / 4 + i / 2 * 8, channel = 8 * j + lane % 4 * 2 + i % 2;
+        const int tap = (2 - k) * 3 + 2 - column / 4;
+        if (column < 12 && column % 4 < kConv2dOutputs) {
+          all[warp * Shape::kSums + (tap * kConv2dOutputs + column % 4) * kChannels + channel] = sums[k][j][i];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kConv2dOutputs; ++c) all_bias[c * kThreads + thread] = bias_sums[c];
+  __syncthreads();
+  float* const partial = call.gradients.partial + std::int64_t(blockIdx.x) * Shape::kPartial;
+  for (int at = thread; at < Shape::kSums; at += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += all[w * Shape::kSums + at];
+    partial[at] = sum;
+  }
+  if (warp < kConv2dOutputs) {
+    float* const of = all_bias + warp * kThreads;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += of[32 * i + lane];
+    of[lane] = sum;
+    __syncwarp();
+    if (lane == 0) {
+      sum = 0;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) sum += of[i];
+      partial[Shape::kSums + warp] = sum;
+    }
+  }
+}
+
+// The sums of the blocks' sums, always in the same order, to where the gradients are wanted.
+constexpr int kSumWarps = 16;
+
+template <class T>
+__global__ void __launch_bounds__(32 * kSumWarps)
+    conv2d_sums_kernel(const __grid_constant__ Conv2dCuda head, const __grid_constant__ Conv2dCudaBackward gradients, int parts,
+                     int channels) {
+  auto* const shared = reinterpret_cast<float*>(ampere::shared_memory());
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int at = static_cast<int>(blockIdx.x) * 32 + lane, sums = kMeetings * channels, count = sums + kConv2dOutputs;
+  float sum = 0;
+  if (at < count) {
+    const float* from = gradients.partial + at;
+#pragma unroll 8
+    for (int part = warp; part < parts; part += kSumWarps) sum += from[std::int64_t(part) * count];
+  }
+  shared[warp * 32 + lane] = sum;
+  __syncthreads();
+  if (warp > 0 || at >= count) return;
+#pragma unroll
+  for (int w = 1; w < kSumWarps; ++w) sum += shared[w * 32 + lane];
+  const auto bits = static_cast<std::uint16_t>(ampere::two(T(), sum, sum));
+  if (at >= sums) {
+    if (gradients.dbias != nullptr && at - sums < head.outputs) {
+      static_cast<std::uint16_t*>(gradients.dbias)[at - sums] = bits;
+    }
+    return;
+  }
+  const int channel = at % channels, output = at / channels % kConv2dOutputs, tap = at / channels / kConv2dOutputs;
+  if (gradients.dweight == nullptr || channel >= head.channels || output >= head.outputs) return;
+  const std::int64_t* strides = gradients.dweight_strides;
+  static_cast<std::uint16_t*>(gradients.dweight)[output * strides[0] + channel * strides[1] + tap / 3 * strides[2] +
+                                                 tap % 3 * strides[3]] = bits;
+}
+
+// ---- Launches ----
+
+#ifndef HFLFNERV_CONV2D_SEGMENT_ROWS
+#define HFLFNERV_CONV2D_SEGMENT_ROWS 8
+#endif
+constexpr int kSegmentRows = HFLFNERV_CONV2D_SEGMENT_ROWS, kMostSegments = 64;
+
+// The most elements that may be moved at once, where pixels are so far apart.
+int chunk_elements(const void* pointer, int pixel) {
+  for (int chunk = 8; chunk > 1; chunk /= 2) {
+    if (pixel % chunk == 0 && reinterpret_cast<std::uintptr_t>(pointer) % (2 * chunk) == 0) return chunk;
+  }
+  return 1;
+}
+
+int divide_up(int value, int to) { return (value + to - 1) / to; }
+
+// Calls with a number of 8 channels for which there is a kernel.
+template <class Call>
+cudaError_t for_blocks(int channels, const Call& call) {
+  if (channels <= 8) return call(std::integral_constant<int, 1>());
+  if (channels <= 16) return call(std::integral_constant<int, 2>());
+  if (channels <= 24) return call(std::integral_constant<int, 3>());
+  if (channels <= 32) return call(std::integral_constant<int, 4>());
+  if (channels <= 48) return call(std::integral_constant<int, 6>());
+  return call(std::integral_constant<int, 8>());
+}
+
+template <class Kernel, class... Arguments>
+cudaError_t launch(Kernel kernel, std::int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Strips are cut into segments: into as many as leave the busiest multiprocessor with the fewest rows, two of which a segment
+// reads on both sides together, and the time of some more goes into its beginning and end.
+template <class T, int kBlocks>
+cudaError_t forward(const Conv2dCuda& call, const Conv2dCudaForward& result, int device, cudaStream_t stream) {
+  using Shape = Forward<kBlocks>;
+  int multiprocessors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  ForwardArguments arguments{call, result, divide_up(call.width, kStripOutputs), 0, 0, chunk_elements(call.x, call.pixel)};
+  const std::int64_t strips = std::int64_t(call.batch) * arguments.strips;
+  std::int64_t best = INT64_MAX;
+  for (int segments = 1; segments <= std::min(call.height, kMostSegments); ++segments) {
+    const int rows = divide_up(call.height, segments);
+    const std::int64_t blocks = strips * divide_up(call.height, rows);
+    const std::int64_t rounds = (blocks - 1) / (multiprocessors * Shape::kResident) + 1, cost = rounds * (rows + kSegmentRows);
+    if (cost < best) best = cost, arguments.rows = rows, arguments.segments = divide_up(call.height, rows);
+  }
+  return launch(conv2d_fwd_kernel<T, kBlocks>, strips * arguments.segments, kThreads, Shape::kSharedBytes, stream, arguments);
+}
+
+int tiles_of(const Conv2dCuda& call) {
+  return call.batch * divide_up(call.height, kTileRows) * divide_up(call.width, kTileColumns);
+}
+
+template <int kBlocks>
+cudaError_t backward_grid(const Conv2dCuda& call, int device, int& blocks) {
+  int multiprocessors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  blocks = std::min(tiles_of(call), multiprocessors * Backward<kBlocks>::kResident);
+  return error;
+}
+
+template <class T, int kBlocks>
+cudaError_t backward(const Conv2dCuda& call, const Conv2dCudaBackward& gradients, int device, cudaStream_t stream) {
+  using Shape = Backward<kBlocks>;
+  int blocks = 0;
+  cudaError_t error = backward_grid<kBlocks>(call, device, blocks);
+  if (error != cudaSuccess) return error;
+  const BackwardArguments arguments{call,
+                                    gradients,
+                                    divide_up(call.width, kTileColumns),
+                                    divide_up(call.height, kTileRows),
+                                    tiles_of(call),
+                                    chunk_elements(call.x, call.pixel),
+                                    gradients.dx == nullptr ? 8 : chunk_elements(gradients.dx, gradients.dx_pixel)};
+  error = launch(conv2d_bwd_kernel<T, kBlocks>, blocks, kThreads, Shape::kSharedBytes, stream, arguments);
+  if (error != cudaSuccess || gradients.partial == nullptr) return error;
+  return launch(conv2d_sums_kernel<T>, divide_up(Shape::kPartial, 32), 32 * kSumWarps, 32 * kSumWarps * 4, stream, call,
+                gradients, blocks, Shape::kChannels);
+}
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+}  // namespace
+
+const char* conv2d_cuda_fwd(const Conv2dCuda& call, const Conv2dCudaForward& result, int device, void* stream) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return message(error);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  error = for_blocks(call.channels, [&](auto blocks) {
+    return call.bfloat16 ? forward<__nv_bfloat16, decltype(blocks)::value>(call, result, device, cuda_stream)
+                         : forward<__half, decltype(blocks)::value>(call, result, device, cuda_stream);
+  });
+  return message(error);
+}
+
+const char* conv2d_cuda_partial_floats(const Conv2dCuda& call, int device, std::int64_t& floats) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return message(error);
+  error = for_blocks(call.channels, [&](auto blocks) {
+    int grid = 0;
+    const cudaError_t result = backward_grid<decltype(blocks)::value>(call, device, grid);
+    floats = std::int64_t(grid) * Backward<decltype(blocks)::value>::kPartial;
+    return result;
+  });
+  return message(error);
+}
+
+const char* conv2d_cuda_bwd(const Conv2dCuda& call, const Conv2dCudaBackward& gradients, int device, void* stream) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return message(error);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  error = for_blocks(call.channels, [&](auto blocks) {
+    return call.bfloat16 ? backward<__nv_bfloat16, decltype(blocks)::value>(call, gradients, device, cuda_stream)
+                         : backward<__half, decltype(blocks)::value>(call, gradients, device, cuda_stream);
+  });
+  return message(error);
+}
+
+}  // namespace hflfnerv
