@@ -2,8 +2,8 @@
 //
 // Forward a block goes down a strip of x, 64 pixels wide, and each warp has eight columns of it. A row of pixels is multiplied
 // for the three rows of y that it meets, whose sums stay in registers until their last row of x has come: 9 of a product's 16
-// rows, one for each column of the kernel and output. What is complete lies in shared memory for a moment, where an output pixel
-// adds up its left neighbour's, its own and its right neighbour's.
+// rows, one for each column of the kernel and output. What is complete lies in shared memory for a moment, where an output
+// pixel adds up its left neighbour's, its own and its right neighbour's.
 //
 // On the way back a pixel of x meets 27 values of dy. They are rows of a matrix G that is nowhere in memory: dy lies in shared
 // memory four values to a pixel, the last one zero, so that a pixel and its three right neighbours are 32 adjacent bytes, a row
@@ -37,6 +37,10 @@ namespace {
 #define HFLFNERV_CONV2D_BWD_RESIDENT(blocks) ((blocks) == 1 ? 4 : (blocks) == 2 ? 3 : (blocks) <= 4 ? 2 : 1)
 #endif
 
+#ifndef HFLFNERV_CONV2D_UNROLLED
+#define HFLFNERV_CONV2D_UNROLLED 4  // moves of chunks
+#endif
+
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kTaps = 9, kMeetings = kTaps * kConv2dOutputs;
 
@@ -44,22 +48,41 @@ constexpr int kTaps = 9, kMeetings = kTaps * kConv2dOutputs;
 template <int kBlocks>
 constexpr int kPixelPitch = 16 * (kBlocks | 1);
 
-// The part of each pixel's channels that a thread moves: every `threads`th of all pixels' chunks.
-struct Chunks {
-  int pixel, chunk, pixels_on, chunks_on, per_pixel;
+constexpr int kRun = 32;  // neighbouring pixels of a row, which a warp moves together
 
-  __device__ Chunks(int thread, int threads, int per_pixel_)
-      : pixel(thread / per_pixel_),
-        chunk(thread % per_pixel_),
-        pixels_on(threads / per_pixel_),
-        chunks_on(threads % per_pixel_),
-        per_pixel(per_pixel_) {}
-  __device__ void next() {
-    pixel += pixels_on;
-    chunk += chunks_on;
-    if (chunk >= per_pixel) chunk -= per_pixel, ++pixel;
-  }
+// A run's chunks of channels, of which each lane has as many as a pixel, every 32nd. A lane's next one is some pixels and
+// chunks on, and if it would be behind its pixel's last one, a pixel on and as many chunks back.
+struct Chunks {
+  int elements;   // that are moved at once
+  int per_pixel;  // chunks
+  int pixels_on, chunks_on;
+  // What is added to a place for the next one, and where a pixel further; of memory in elements, of shared memory in bytes.
+  int on, carry, shared_on, shared_carry;
 };
+
+struct Chunk {
+  int pixel, index;
+
+  __device__ Chunk(const Chunks& chunks, int lane) : pixel(lane / chunks.per_pixel), index(lane % chunks.per_pixel) {}
+};
+
+// Calls with each chunk's pixel in the run, with its place in memory in elements, where pixels are `apart`, and with that in
+// shared memory, in bytes.
+template <int kChunk, int kPitch, class Move>
+__device__ void for_chunks(const Chunks& chunks, Chunk at, int apart, const Move& move) {
+  [[maybe_unused]] constexpr int kUnrolled = kPitch > 48 && kChunk > 2 ? HFLFNERV_CONV2D_UNROLLED : 1;
+  int from = at.pixel * apart + at.index * kChunk, to = at.pixel * kPitch + at.index * kChunk * 2;
+#pragma unroll(kUnrolled)
+  for (int i = 0; i < chunks.per_pixel; ++i) {
+    move(at.pixel, from, to);
+    at.pixel += chunks.pixels_on, at.index += chunks.chunks_on;
+    from += chunks.on, to += chunks.shared_on;
+    if (at.index >= chunks.per_pixel) {
+      at.index -= chunks.per_pixel, ++at.pixel;
+      from += chunks.carry, to += chunks.shared_carry;
+    }
+  }
+}
 
 // A place in an image, which may be outside.
 struct Place {
@@ -71,38 +94,37 @@ __device__ bool inside(const Conv2dCuda& call, int row, int column) {
          static_cast<unsigned>(column) < static_cast<unsigned>(call.width);
 }
 
-__device__ std::int64_t pixel_of_image(const Conv2dCuda& call, int row, int column, int pixel) {
-  return std::int64_t(row * call.width + column) * pixel;
+// From the first element of a tensor's memory, whose pixels are `apart`. There are fewer than 2³¹ pixels.
+__device__ std::int64_t offset(const Conv2dCuda& call, const Place& at, int apart) {
+  return std::int64_t((at.image * call.height + at.row) * call.width + at.column) * apart;
 }
 
-// Copies a window of x, zeros outside of the image. Channels behind the last chunk stay as they were.
-template <int kPixels, int kColumns, int kChunk>
-__device__ void copy_window(const Conv2dCuda& call, const Place& first, Chunks at, char* to, int pitch) {
-  const auto* x = static_cast<const std::uint16_t*>(call.x) +
-                  std::int64_t(first.image) * call.height * call.width * call.pixel;
-  for (; at.pixel < kPixels; at.next()) {
-    const int row = first.row + at.pixel / kColumns, column = first.column + at.pixel % kColumns;
-    const bool there = inside(call, row, column);
-    const std::uint16_t* from = x + (there ? pixel_of_image(call, row, column, call.pixel) + at.chunk * kChunk : 0);
-    char* target = to + at.pixel * pitch + at.chunk * kChunk * 2;
+// Copies a run of x, zeros outside of the image. Channels behind the last chunk stay as they were.
+template <int kChunk, int kPitch>
+__device__ void copy_run(const Conv2dCuda& call, const Place& first, const Chunks& chunks, const Chunk& of_lane, char* to) {
+  const auto* x = static_cast<const std::uint16_t*>(call.x) + offset(call, first, call.pixel);
+  const bool row_is_there = inside(call, first.row, 0);
+  for_chunks<kChunk, kPitch>(chunks, of_lane, call.pixel, [&](int pixel, int from, int at) {
+    const bool there =
+        row_is_there && static_cast<unsigned>(first.column + pixel) < static_cast<unsigned>(call.width);
     if constexpr (kChunk == 1) {
-      *reinterpret_cast<std::uint16_t*>(target) = there ? *from : std::uint16_t{0};
+      *reinterpret_cast<std::uint16_t*>(to + at) = there ? x[from] : std::uint16_t{0};
     } else {
-      ampere::copy_async<2 * kChunk>(target, from, there);
+      ampere::copy_async<2 * kChunk>(to + at, x + from, there);
     }
-  }
+  });
 }
 
-template <int kPixels, int kColumns>
-__device__ void copy_window(const Conv2dCuda& call, int chunk, const Place& first, const Chunks& at, char* to, int pitch) {
-  if (chunk == 8) {
-    copy_window<kPixels, kColumns, 8>(call, first, at, to, pitch);
-  } else if (chunk == 4) {
-    copy_window<kPixels, kColumns, 4>(call, first, at, to, pitch);
-  } else if (chunk == 2) {
-    copy_window<kPixels, kColumns, 2>(call, first, at, to, pitch);
+template <int kPitch>
+__device__ void copy_run(const Conv2dCuda& call, const Place& first, const Chunks& chunks, const Chunk& of_lane, char* to) {
+  if (chunks.elements == 8) {
+    copy_run<8, kPitch>(call, first, chunks, of_lane, to);
+  } else if (chunks.elements == 4) {
+    copy_run<4, kPitch>(call, first, chunks, of_lane, to);
+  } else if (chunks.elements == 2) {
+    copy_run<2, kPitch>(call, first, chunks, of_lane, to);
   } else {
-    copy_window<kPixels, kColumns, 1>(call, first, at, to, pitch);
+    copy_run<1, kPitch>(call, first, chunks, of_lane, to);
   }
 }
 
@@ -118,7 +140,7 @@ __device__ std::uint32_t weight_bits(const Conv2dCuda& call, int output, int cha
 
 constexpr int kStripColumns = 8 * kWarps, kStripOutputs = kStripColumns - 2;
 constexpr int kStepRows = 4, kStepPixels = kStepRows * kStripColumns;  // of x
-static_assert(kThreads == kStepPixels, "a thread has a pixel of a step's y");
+static_assert(kThreads == kStepPixels, "a thread has a pixel of a step's y, a warp copies a run of its x");
 constexpr int kShares = 3 * kConv2dOutputs;     // of a pixel in its row's outputs
 constexpr int kSharePitch = kStripColumns + 8;  // four rows of pairs of floats lie in different banks
 constexpr int kStepShares = kStepRows * kShares * kSharePitch;
@@ -129,13 +151,14 @@ struct Forward {
   static constexpr int kStages = HFLFNERV_CONV2D_FWD_STAGES(kBlocks), kResident = HFLFNERV_CONV2D_FWD_RESIDENT(kBlocks);
   static constexpr int kStageBytes = kStepPixels * kPitch;
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStepShares * 4;
+  static_assert(3 * kSteps * 512 <= 2 * kStepShares * 4, "the weight takes the place of shares");
 };
 
 struct ForwardArguments {
   Conv2dCuda head;
   Conv2dCudaForward result;
   int strips, segments, rows;  // of the image; rows of a segment
-  int chunk;                   // elements that are moved at once
+  Chunks copies;
 };
 
 // Which of channels `channel` and the next one there are, as bits of a register that holds both.
@@ -186,28 +209,35 @@ __global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
   const int first = segment * call.rows, rows = min(call.rows, head.height - first);
   const int steps = (rows + 2 + kStepRows - 1) / kStepRows;
 
-  const Chunks copies(thread, kThreads, (head.channels + call.chunk - 1) / call.chunk);
+  // A warp copies half of a row.
+  const Chunk copied(call.copies, lane);
+  const int copy_row = warp * kRun / kStripColumns, copy_column = warp * kRun % kStripColumns;
   const auto copy = [&](int step, int stage) {
     if (step < steps) {
-      copy_window<kStepPixels, kStripColumns>(head, call.chunk, Place{image, first - 1 + step * kStepRows, column - 1}, copies,
-                                              x + stage * Shape::kStageBytes, kPitch);
+      const Place place{image, first - 1 + step * kStepRows + copy_row, column - 1 + copy_column};
+      copy_run<kPitch>(head, place, call.copies, copied, x + stage * Shape::kStageBytes + warp * kRun * kPitch);
     }
     ampere::copy_commit();
   };
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) copy(i, i);
-  // Row 3 t + n of a product is for the kernel's column t and output n; the rest of 16 is zero.
+  // Row 3 t + n of a product is for the kernel's column t and output n; the rest of 16 is zero. In the order in which lanes take
+  // them the weights are where later the shares will be.
+  for (int at = thread; at < 3 * kSteps * 128; at += kThreads) {
+    const int k = at / 128 / kSteps, i = at % 4, share = at % 128 / 16 + i % 2 * 8;
+    const int channel = at / 128 % kSteps * 16 + i / 2 * 8 + at / 4 % 4 * 2;
+    const int output = share < kShares ? share % kConv2dOutputs : kConv2dOutputs, t = share / kConv2dOutputs;
+    reinterpret_cast<std::uint32_t*>(shares)[at] =
+        weight_bits(head, output, channel, k, t) | weight_bits(head, output, channel + 1, k, t) << 16;
+  }
+  __syncthreads();
   std::uint32_t weight[3][kSteps][4];
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int share = lane / 4 + i % 2 * 8, channel = 16 * s + i / 2 * 8 + lane % 4 * 2;
-        const int output = share < kShares ? share % kConv2dOutputs : kConv2dOutputs, t = share / kConv2dOutputs;
-        weight[k][s][i] = weight_bits(head, output, channel, k, t) | weight_bits(head, output, channel + 1, k, t) << 16;
-      }
+      const uint4 four = reinterpret_cast<const uint4*>(shares)[(k * kSteps + s) * 32 + lane];
+      weight[k][s][0] = four.x, weight[k][s][1] = four.y, weight[k][s][2] = four.z, weight[k][s][3] = four.w;
     }
   }
   float bias[kConv2dOutputs];
@@ -224,8 +254,7 @@ __global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
     if (!has_output || row < 0 || row >= rows) return;
     const float* from = shares + step % 2 * kStepShares + of_row * kShares * kSharePitch + of_column;
     auto* y = static_cast<std::uint16_t*>(call.result.y) +
-              (std::int64_t(image) * head.height * head.width + (first + row) * head.width + column + of_column) *
-                  head.outputs;
+              offset(head, Place{image, first + row, column + of_column}, head.outputs);
 #pragma unroll
     for (int n = 0; n < kConv2dOutputs; ++n) {
       float sum = bias[n];
@@ -268,12 +297,12 @@ __global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
 
 // ---- Back ----
 
-constexpr int kTileRows = kWarps, kTileColumns = 32, kTilePixels = kTileRows * kTileColumns;  // a row to a warp
+constexpr int kTileRows = kWarps, kTileColumns = kRun, kTilePixels = kTileRows * kTileColumns;  // a row to a warp
 // dy of a tile with its border, and where the copy begins whose first pixel is the border's second one.
 constexpr int kDyRows = kTileRows + 2, kDyColumns = kTileColumns + 2;
 constexpr int kDyCopy = 320, kDyPitch = kDyCopy + 8 * kDyColumns, kDyBytes = kDyRows * kDyPitch;
 constexpr int kDyHalf = 8 * 16;  // from a row's first 16 pixels to the others
-constexpr int kDySlots = (kDyRows * kDyColumns + kThreads - 1) / kThreads;
+constexpr int kDyRest = kDyRows * kDyColumns - kThreads;  // beyond a pixel for each thread
 static_assert(kDyCopy >= 8 * kDyColumns && kDyCopy % 128 == 64, "even and odd pixels lie in different banks");
 static_assert(kDyPitch % 16 == 0, "rows of matrices are aligned");
 
@@ -292,55 +321,90 @@ struct Backward {
 struct BackwardArguments {
   Conv2dCuda head;
   Conv2dCudaBackward gradients;
-  int across, down, tiles;
-  int chunk, dx_chunk;  // elements that are moved at once
+  int across, down;     // tiles of an image
+  Place step;           // in tiles, from one of a block's to its next
+  Chunks copies, stores;
 };
 
-__device__ Place tile_place(const BackwardArguments& call, int tile) {
-  const int row = tile / call.across;
-  return {row / call.down, row % call.down * kTileRows, tile % call.across * kTileColumns};
-}
+// A block's tiles, one after the other; behind the last one the image is none.
+struct Walk {
+  Place tile;
 
-// What a thread reads of dy, and has to put into shared memory.
-struct DySlots {
-  std::uint16_t values[kDySlots][kConv2dOutputs];
+  __device__ explicit Walk(const BackwardArguments& call) {
+    const int index = static_cast<int>(blockIdx.x), row = index / call.across;
+    tile = {row / call.down, row % call.down, index % call.across};
+  }
+  __device__ void next(const BackwardArguments& call) {
+    tile.column += call.step.column;
+    tile.row += call.step.row;
+    tile.image += call.step.image;
+    if (tile.column >= call.across) tile.column -= call.across, ++tile.row;
+    if (tile.row >= call.down) tile.row -= call.down, ++tile.image;
+  }
+  __device__ bool is_there(const BackwardArguments& call) const { return tile.image < call.head.batch; }
+  __device__ Place first() const { return {tile.image, tile.row * kTileRows, tile.column * kTileColumns}; }
+};
 
-  __device__ void read(const BackwardArguments& call, int tile) {
-    const Conv2dCuda& head = call.head;
-    const std::int64_t* strides = call.gradients.dy_strides;
-    const Place first = tile < call.tiles ? tile_place(call, tile) : Place{0, head.height + 1, 0};
-    const auto* dy = static_cast<const std::uint16_t*>(call.gradients.dy) + first.image * strides[0];
-#pragma unroll
-    for (int i = 0; i < kDySlots; ++i) {
-      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
-      const int row = first.row - 1 + at / kDyColumns, column = first.column - 1 + at % kDyColumns;
-      const bool there = at < kDyRows * kDyColumns && inside(head, row, column);
-      const std::uint16_t* from = dy + (there ? row * strides[2] + column * strides[3] : 0);
+// What a thread reads of dy, and has to put into shared memory: a pixel that is neither in the border's last two columns nor
+// rows, and some threads one of those.
+struct DyPixels {
+  struct Pixel {
+    int row, column;  // from the border's first one
+    std::int64_t offset;
+    std::uint16_t values[kConv2dOutputs];
+
+    __device__ Pixel(const BackwardArguments& call, int row_, int column_) : row(row_), column(column_) {
+      offset = (row - 1) * call.gradients.dy_strides[2] + (column - 1) * call.gradients.dy_strides[3];
+    }
+    // `dy` is the tile's first pixel, at `first`.
+    __device__ void read(const BackwardArguments& call, const std::uint16_t* dy, const Place& first) {
+      const Conv2dCuda& head = call.head;
+      const bool there = first.image < head.batch && inside(head, first.row - 1 + row, first.column - 1 + column);
 #pragma unroll
       for (int c = 0; c < kConv2dOutputs; ++c) {
-        values[i][c] = there && c < head.outputs ? from[c * strides[1]] : std::uint16_t{0};
+        values[c] = there && c < head.outputs ? dy[offset + c * call.gradients.dy_strides[1]] : std::uint16_t{0};
       }
     }
-  }
+    // And adds it to the sums if the tile's border is elsewhere.
+    template <class T>
+    __device__ void write(char* to, float (&sums)[kConv2dOutputs]) const {
+      const uint2 pixel{values[0] | static_cast<std::uint32_t>(values[1]) << 16, values[2]};
+      char* at = to + row * kDyPitch + 8 * column;
+      *reinterpret_cast<uint2*>(at) = pixel;
+      if (column > 0) *reinterpret_cast<uint2*>(at + kDyCopy - 8) = pixel;
+      if (row < 1 || row > kTileRows || column < 1 || column > kTileColumns) return;
+#pragma unroll
+      for (int c = 0; c < kConv2dOutputs; ++c) sums[c] += ampere::to_float<T>(values[c]);
+    }
+  };
 
-  // And adds the tile's own to its sums.
+  int thread;
+  Pixel main, rest;
+
+  // The rest is two whole rows, then two pixels of each other one.
+  static constexpr int kWhole = 2 * kDyColumns;
+  static_assert(kDyRest == kWhole + 2 * kTileRows && kDyRest <= kThreads, "the rest is a pixel of some threads");
+
+  __device__ DyPixels(const BackwardArguments& call, int thread_)
+      : thread(thread_),
+        main(call, thread / kTileColumns, thread % kTileColumns),
+        rest(call, thread < kWhole ? kTileRows + thread / kDyColumns : (thread - kWhole) / 2,
+             thread < kWhole ? thread % kDyColumns : kTileColumns + thread % 2) {}
+  __device__ void read(const BackwardArguments& call, const Place& first) {
+    const std::int64_t* strides = call.gradients.dy_strides;
+    const auto* dy = static_cast<const std::uint16_t*>(call.gradients.dy) + first.image * strides[0] +
+                     first.row * strides[2] + first.column * strides[3];
+    main.read(call, dy, first);
+    if (thread < kDyRest) rest.read(call, dy, first);
+  }
   template <class T>
   __device__ void write(char* to, float (&sums)[kConv2dOutputs]) const {
-#pragma unroll
-    for (int i = 0; i < kDySlots; ++i) {
-      const int at = static_cast<int>(threadIdx.x) + i * kThreads, row = at / kDyColumns, column = at % kDyColumns;
-      if (at >= kDyRows * kDyColumns) break;
-      const uint2 pixel{values[i][0] | static_cast<std::uint32_t>(values[i][1]) << 16, values[i][2]};
-      *reinterpret_cast<uint2*>(to + row * kDyPitch + 8 * column) = pixel;
-      if (column > 0) *reinterpret_cast<uint2*>(to + row * kDyPitch + kDyCopy + 8 * (column - 1)) = pixel;
-      if (row < 1 || row > kTileRows || column < 1 || column > kTileColumns) continue;
-#pragma unroll
-      for (int c = 0; c < kConv2dOutputs; ++c) sums[c] += ampere::to_float<T>(values[i][c]);
-    }
+    main.write<T>(to, sums);
+    if (thread < kDyRest) rest.write<T>(to, sums);
   }
 };
 
-// Adds Gᵀ x for 16 pixels of a row. `g` is the lane's row of G for the kernel's first row, `x` the first pixel.
+// Adds Gᵀ x for 16 pixels of a row. `g` is the lane's part of G for the kernel's first row, `x` the first pixel.
 template <class T, int kBlocks>
 __device__ void add_weight_gradient(const char* g, const char* x, int lane, float (&sums)[3][kBlocks][4]) {
   constexpr int kPitch = kPixelPitch<kBlocks>;
@@ -357,29 +421,26 @@ __device__ void add_weight_gradient(const char* g, const char* x, int lane, floa
   }
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
-    std::uint32_t m[4];
-    ampere::load_matrices<4, true>(m, g + k * kDyPitch);
-    const std::uint32_t a[4] = {m[0], m[2], m[1], m[3]};
+    std::uint32_t a[4];
+    ampere::load_matrices<4, true>(a, g + k * kDyPitch);
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) ampere::multiply_add(T(), sums[k][j], a, b[j][0], b[j][1]);
   }
 }
 
-template <int kChunk>
-__device__ void store_row(const BackwardArguments& call, const Place& first, int row, Chunks at, const char* from, int pitch) {
-  const Conv2dCuda& head = call.head;
-  auto* dx = static_cast<std::uint16_t*>(call.gradients.dx) +
-             (std::int64_t(first.image) * head.height * head.width + row * head.width + first.column) *
-                 call.gradients.dx_pixel;
-  const int pixels = min(kTileColumns, head.width - first.column);
-  for (; at.pixel < pixels; at.next()) {
-    const char* values = from + at.pixel * pitch + at.chunk * kChunk * 2;
-    std::uint16_t* to = dx + at.pixel * call.gradients.dx_pixel + at.chunk * kChunk;
-    if constexpr (kChunk == 8) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
-    if constexpr (kChunk == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(values);
-    if constexpr (kChunk == 2) *reinterpret_cast<std::uint32_t*>(to) = *reinterpret_cast<const std::uint32_t*>(values);
-    if constexpr (kChunk == 1) *to = *reinterpret_cast<const std::uint16_t*>(values);
-  }
+// Stores a run of dx.
+template <int kChunk, int kPitch>
+__device__ void store_run(const BackwardArguments& call, const Place& first, const Chunk& of_lane, const char* values) {
+  const int apart = call.gradients.dx_pixel, pixels = call.head.width - first.column;
+  auto* dx = static_cast<std::uint16_t*>(call.gradients.dx) + offset(call.head, first, apart);
+  for_chunks<kChunk, kPitch>(call.stores, of_lane, apart, [&](int pixel, int to, int at) {
+    if (pixel >= pixels) return;
+    const char* from = values + at;
+    if constexpr (kChunk == 8) *reinterpret_cast<uint4*>(dx + to) = *reinterpret_cast<const uint4*>(from);
+    if constexpr (kChunk == 4) *reinterpret_cast<uint2*>(dx + to) = *reinterpret_cast<const uint2*>(from);
+    if constexpr (kChunk == 2) *reinterpret_cast<std::uint32_t*>(dx + to) = *reinterpret_cast<const std::uint32_t*>(from);
+    if constexpr (kChunk == 1) dx[to] = *reinterpret_cast<const std::uint16_t*>(from);
+  });
 }
 
 // G w for a row of the tile, in the place of its x.
@@ -431,22 +492,22 @@ __global__ void __launch_bounds__(kThreads, Backward<kBlocks>::kResident)
   char* const dy = shared + Shape::kWeightBytes;
   char* const x = dy + 2 * kDyBytes;
   const bool sums_wanted = call.gradients.partial != nullptr;
-  const int blocks = static_cast<int>(gridDim.x);
-  int tile = static_cast<int>(blockIdx.x);
 
-  const Chunks copies(thread, kThreads, (head.channels + call.chunk - 1) / call.chunk);
-  const Chunks stores(lane, 32, (head.channels + call.dx_chunk - 1) / call.dx_chunk);
-  const auto copy = [&](int of, int stage) {
-    if (sums_wanted && of < call.tiles) {
-      copy_window<kTilePixels, kTileColumns>(head, call.chunk, tile_place(call, of), copies, x + stage * Shape::kStageBytes,
-                                             kPitch);
+  const Chunk copy(call.copies, lane), store(call.stores, lane);
+  Walk copied(call), tile(call);
+  const auto copy_next = [&](int stage) {  // each warp its row
+    if (sums_wanted && copied.is_there(call)) {
+      Place place = copied.first();
+      place.row += warp;
+      copy_run<kPitch>(head, place, call.copies, copy, x + stage * Shape::kStageBytes + warp * kRun * kPitch);
     }
     ampere::copy_commit();
+    copied.next(call);
   };
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) copy(tile + i * blocks, i);
-  DySlots ahead;
-  ahead.read(call, tile);
+  for (int i = 0; i < kStages - 1; ++i) copy_next(i);
+  DyPixels ahead(call, thread);
+  ahead.read(call, tile.first());
   // In the order in which lanes take them: of G's columns 4 j + c, those of the kernel's row k and the outputs c.
   for (int at = thread; at < 3 * kBlocks * 32; at += kThreads) {
     const int k = at / 32 / kBlocks, channel = at / 32 % kBlocks * 8 + at % 32 / 4;
@@ -463,36 +524,39 @@ __global__ void __launch_bounds__(kThreads, Backward<kBlocks>::kResident)
   float sums[3][kBlocks][4] = {}, bias_sums[kConv2dOutputs] = {};
   ahead.write<T>(dy, bias_sums);
 
-  // A lane's row of G: its pixel of 16, the first or second 16 bytes.
-  const int pixel = lane % 16;
-  const int of_g = warp * kDyPitch + pixel % 2 * kDyCopy + (pixel / 2 * 2 + lane / 16 * 2) * 8;
+  // Of G a lane has a pixel of 16, the first or second 16 bytes: in the order of products with it and with its transpose.
+  const auto part_of_g = [&](int pixel, int part) {
+    return warp * kDyPitch + pixel % 2 * kDyCopy + (pixel / 2 + part) * 16;
+  };
+  const int of_g = part_of_g(lane % 16, lane / 16), of_transpose = part_of_g(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   int stage = 0;
 #pragma unroll 1
-  for (int round = 0; tile < call.tiles; tile += blocks, ++round) {
+  for (int round = 0; tile.is_there(call); ++round) {
     ampere::copy_wait<kStages - 2>();
     __syncthreads();  // the tile is there, and nobody needs the one before it any more
-    copy(tile + (kStages - 1) * blocks, stage == 0 ? kStages - 1 : stage - 1);
-    ahead.read(call, tile + blocks);
-    const char* g = dy + round % 2 * kDyBytes + of_g;
-    char* row_of_x = x + stage * Shape::kStageBytes + warp * kTileColumns * kPitch;
+    copy_next(stage == 0 ? kStages - 1 : stage - 1);
+    Place place = tile.first();
+    place.row += warp;
+    tile.next(call);
+    ahead.read(call, tile.first());
+    const char* g = dy + round % 2 * kDyBytes;
+    char* row_of_x = x + stage * Shape::kStageBytes + warp * kRun * kPitch;
     if (sums_wanted) {
-      add_weight_gradient<T, kBlocks>(g, row_of_x, lane, sums);
-      add_weight_gradient<T, kBlocks>(g + kDyHalf, row_of_x + 16 * kPitch, lane, sums);
+      add_weight_gradient<T, kBlocks>(g + of_transpose, row_of_x, lane, sums);
+      add_weight_gradient<T, kBlocks>(g + of_transpose + kDyHalf, row_of_x + 16 * kPitch, lane, sums);
     }
-    const Place first = tile_place(call, tile);
-    const int row = first.row + warp;
-    if (call.gradients.dx != nullptr && row < head.height) {
+    if (call.gradients.dx != nullptr && place.row < head.height) {
       __syncwarp();  // everybody has read x
-      input_gradient<T, kBlocks>(g, weight, row_of_x, lane);
+      input_gradient<T, kBlocks>(g + of_g, weight, row_of_x, lane);
       __syncwarp();
-      if (call.dx_chunk == 8) {
-        store_row<8>(call, first, row, stores, row_of_x, kPitch);
-      } else if (call.dx_chunk == 4) {
-        store_row<4>(call, first, row, stores, row_of_x, kPitch);
-      } else if (call.dx_chunk == 2) {
-        store_row<2>(call, first, row, stores, row_of_x, kPitch);
+      if (call.stores.elements == 8) {
+        store_run<8, kPitch>(call, place, store, row_of_x);
+      } else if (call.stores.elements == 4) {
+        store_run<4, kPitch>(call, place, store, row_of_x);
+      } else if (call.stores.elements == 2) {
+        store_run<2, kPitch>(call, place, store, row_of_x);
       } else {
-        store_row<1>(call, first, row, stores, row_of_x, kPitch);
+        store_run<1, kPitch>(call, place, store, row_of_x);
       }
     }
     ahead.write<T>(dy + (round + 1) % 2 * kDyBytes, bias_sums);
@@ -586,15 +650,23 @@ __global__ void __launch_bounds__(32 * kSumWarps)
 #endif
 constexpr int kSegmentRows = HFLFNERV_CONV2D_SEGMENT_ROWS, kMostSegments = 64;
 
-// The most elements that may be moved at once, where pixels are so far apart.
-int chunk_elements(const void* pointer, int pixel) {
-  for (int chunk = 8; chunk > 1; chunk /= 2) {
-    if (pixel % chunk == 0 && reinterpret_cast<std::uintptr_t>(pointer) % (2 * chunk) == 0) return chunk;
-  }
-  return 1;
-}
-
 int divide_up(int value, int to) { return (value + to - 1) / to; }
+
+// As large as pixels that are `apart` allow.
+Chunks chunks_of(const void* pointer, int channels, int apart, int shared_pitch) {
+  Chunks chunks{8, 0, 0, 0, 0, 0, 0, 0};
+  while (apart % chunks.elements != 0 || reinterpret_cast<std::uintptr_t>(pointer) % (2 * chunks.elements) != 0) {
+    chunks.elements /= 2;
+  }
+  chunks.per_pixel = divide_up(channels, chunks.elements);
+  chunks.pixels_on = kRun / chunks.per_pixel;
+  chunks.chunks_on = kRun % chunks.per_pixel;
+  chunks.on = chunks.pixels_on * apart + chunks.chunks_on * chunks.elements;
+  chunks.carry = apart - chunks.per_pixel * chunks.elements;
+  chunks.shared_on = chunks.pixels_on * shared_pitch + chunks.chunks_on * chunks.elements * 2;
+  chunks.shared_carry = shared_pitch - chunks.per_pixel * chunks.elements * 2;
+  return chunks;
+}
 
 // Calls with a number of 8 channels for which there is a kernel.
 template <class Call>
@@ -628,7 +700,8 @@ cudaError_t forward(const Conv2dCuda& call, const Conv2dCudaForward& result, int
   int multiprocessors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  ForwardArguments arguments{call, result, divide_up(call.width, kStripOutputs), 0, 0, chunk_elements(call.x, call.pixel)};
+  ForwardArguments arguments{call, result, divide_up(call.width, kStripOutputs), 0, 0,
+                             chunks_of(call.x, call.channels, call.pixel, Shape::kPitch)};
   const std::int64_t strips = std::int64_t(call.batch) * arguments.strips;
   std::int64_t best = INT64_MAX;
   for (int segments = 1; segments <= std::min(call.height, kMostSegments); ++segments) {
@@ -658,13 +731,14 @@ cudaError_t backward(const Conv2dCuda& call, const Conv2dCudaBackward& gradients
   int blocks = 0;
   cudaError_t error = backward_grid<kBlocks>(call, device, blocks);
   if (error != cudaSuccess) return error;
+  const int across = divide_up(call.width, kTileColumns), down = divide_up(call.height, kTileRows);
   const BackwardArguments arguments{call,
                                     gradients,
-                                    divide_up(call.width, kTileColumns),
-                                    divide_up(call.height, kTileRows),
-                                    tiles_of(call),
-                                    chunk_elements(call.x, call.pixel),
-                                    gradients.dx == nullptr ? 8 : chunk_elements(gradients.dx, gradients.dx_pixel)};
+                                    across,
+                                    down,
+                                    {blocks / across / down, blocks / across % down, blocks % across},
+                                    chunks_of(call.x, call.channels, call.pixel, Shape::kPitch),
+                                    chunks_of(gradients.dx, call.channels, gradients.dx_pixel, Shape::kPitch)};
   error = launch(conv2d_bwd_kernel<T, kBlocks>, blocks, kThreads, Shape::kSharedBytes, stream, arguments);
   if (error != cudaSuccess || gradients.partial == nullptr) return error;
   return launch(conv2d_sums_kernel<T>, divide_up(Shape::kPartial, 32), 32 * kSumWarps, 32 * kSumWarps * 4, stream, call,

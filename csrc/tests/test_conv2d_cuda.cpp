@@ -90,7 +90,7 @@ void check(const Case& c) {
   CHECK(y.margins_are_untouched());
   for (std::int64_t i = 0; i < pixels * c.outputs; ++i) {
     const int n = static_cast<int>(i % c.outputs), w = static_cast<int>(i / c.outputs % c.width);
-    const int h = static_cast<int>(i / c.outputs / c.width % c.height), b = static_cast<int>(i / c.outputs / c.width / c.height);
+    const int row_of_all = static_cast<int>(i / c.outputs / c.width), h = row_of_all % c.height, b = row_of_all / c.height;
     double sum = c.wants_sums ? double(bias[n]) : 0;
     for (int tap = 0; tap < 9; ++tap) {
       const int row = h + tap / 3 - 1, column = w + tap % 3 - 1;
