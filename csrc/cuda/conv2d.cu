@@ -1,9 +1,6 @@
 // A head's 3x3 convolution in training, on tensor cores, in one pass over memory each way.
 //
-// Forward a block goes down a strip of x, 64 pixels wide, and each warp has eight columns of it. A row of pixels is multiplied
-// for the three rows of y that it meets, whose sums stay in registers until their last row of x has come: 9 of a product's 16
-// rows, one for each column of the kernel and output. What is complete lies in shared memory for a moment, where an output
-// pixel adds up its left neighbour's, its own and its right neighbour's.
+// Forward a block goes down a strip, see strips.h.
 //
 // On the way back a pixel of x meets 27 values of dy. They are rows of a matrix G that is nowhere in memory: dy lies in shared
 // memory four values to a pixel, the last one zero, so that a pixel and its three right neighbours are 32 adjacent bytes, a row
@@ -18,10 +15,13 @@
 #include <type_traits>
 
 #include "cuda/ampere.h"
+#include "cuda/strips.h"
 
 namespace hflfnerv {
 
 namespace {
+
+using namespace strips;
 
 // What is worth trying on a device: places for tiles in shared memory, and blocks on a multiprocessor.
 #ifndef HFLFNERV_CONV2D_FWD_STAGES
@@ -36,96 +36,29 @@ namespace {
 #ifndef HFLFNERV_CONV2D_BWD_RESIDENT
 #define HFLFNERV_CONV2D_BWD_RESIDENT(blocks) ((blocks) == 1 ? 4 : (blocks) == 2 ? 3 : (blocks) <= 4 ? 2 : 1)
 #endif
-
+#ifndef HFLFNERV_CONV2D_SEGMENT_ROWS
+#define HFLFNERV_CONV2D_SEGMENT_ROWS 8
+#endif
 #ifndef HFLFNERV_CONV2D_UNROLLED
-#define HFLFNERV_CONV2D_UNROLLED 4  // moves of chunks
+#define HFLFNERV_CONV2D_UNROLLED 4
 #endif
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kTaps = 9, kMeetings = kTaps * kConv2dOutputs;
 
-// Bytes from pixel to pixel in shared memory, of kBlocks times 8 channels: eight pixels lie in different banks.
+// Of kBlocks times 8 channels.
 template <int kBlocks>
-constexpr int kPixelPitch = 16 * (kBlocks | 1);
+constexpr int kPixelPitch = pixel_pitch(8 * kBlocks);
+// Moves of chunks that are in the instructions one after the other.
+template <int kBlocks>
+constexpr int kUnrolled = kBlocks > 3 ? HFLFNERV_CONV2D_UNROLLED : 1;
 
-constexpr int kRun = 32;  // neighbouring pixels of a row, which a warp moves together
-
-// A run's chunks of channels, of which each lane has as many as a pixel, every 32nd. A lane's next one is some pixels and
-// chunks on, and if it would be behind its pixel's last one, a pixel on and as many chunks back.
-struct Chunks {
-  int elements;   // that are moved at once
-  int per_pixel;  // chunks
-  int pixels_on, chunks_on;
-  // What is added to a place for the next one, and where a pixel further; of memory in elements, of shared memory in bytes.
-  int on, carry, shared_on, shared_carry;
-};
-
-struct Chunk {
-  int pixel, index;
-
-  __device__ Chunk(const Chunks& chunks, int lane) : pixel(lane / chunks.per_pixel), index(lane % chunks.per_pixel) {}
-};
-
-// Calls with each chunk's pixel in the run, with its place in memory in elements, where pixels are `apart`, and with that in
-// shared memory, in bytes.
-template <int kChunk, int kPitch, class Move>
-__device__ void for_chunks(const Chunks& chunks, Chunk at, int apart, const Move& move) {
-  [[maybe_unused]] constexpr int kUnrolled = kPitch > 48 && kChunk > 2 ? HFLFNERV_CONV2D_UNROLLED : 1;
-  int from = at.pixel * apart + at.index * kChunk, to = at.pixel * kPitch + at.index * kChunk * 2;
-#pragma unroll(kUnrolled)
-  for (int i = 0; i < chunks.per_pixel; ++i) {
-    move(at.pixel, from, to);
-    at.pixel += chunks.pixels_on, at.index += chunks.chunks_on;
-    from += chunks.on, to += chunks.shared_on;
-    if (at.index >= chunks.per_pixel) {
-      at.index -= chunks.per_pixel, ++at.pixel;
-      from += chunks.carry, to += chunks.shared_carry;
-    }
-  }
+// There are fewer than 2³¹ pixels.
+__device__ std::int64_t image_offset(const Conv2dCuda& call, int image, int apart) {
+  return std::int64_t(image * call.height * call.width) * apart;
 }
 
-// A place in an image, which may be outside.
-struct Place {
-  int image, row, column;
-};
-
-__device__ bool inside(const Conv2dCuda& call, int row, int column) {
-  return static_cast<unsigned>(row) < static_cast<unsigned>(call.height) &&
-         static_cast<unsigned>(column) < static_cast<unsigned>(call.width);
-}
-
-// From the first element of a tensor's memory, whose pixels are `apart`. There are fewer than 2³¹ pixels.
-__device__ std::int64_t offset(const Conv2dCuda& call, const Place& at, int apart) {
-  return std::int64_t((at.image * call.height + at.row) * call.width + at.column) * apart;
-}
-
-// Copies a run of x, zeros outside of the image. Channels behind the last chunk stay as they were.
-template <int kChunk, int kPitch>
-__device__ void copy_run(const Conv2dCuda& call, const Place& first, const Chunks& chunks, const Chunk& of_lane, char* to) {
-  const auto* x = static_cast<const std::uint16_t*>(call.x) + offset(call, first, call.pixel);
-  const bool row_is_there = inside(call, first.row, 0);
-  for_chunks<kChunk, kPitch>(chunks, of_lane, call.pixel, [&](int pixel, int from, int at) {
-    const bool there =
-        row_is_there && static_cast<unsigned>(first.column + pixel) < static_cast<unsigned>(call.width);
-    if constexpr (kChunk == 1) {
-      *reinterpret_cast<std::uint16_t*>(to + at) = there ? x[from] : std::uint16_t{0};
-    } else {
-      ampere::copy_async<2 * kChunk>(to + at, x + from, there);
-    }
-  });
-}
-
-template <int kPitch>
-__device__ void copy_run(const Conv2dCuda& call, const Place& first, const Chunks& chunks, const Chunk& of_lane, char* to) {
-  if (chunks.elements == 8) {
-    copy_run<8, kPitch>(call, first, chunks, of_lane, to);
-  } else if (chunks.elements == 4) {
-    copy_run<4, kPitch>(call, first, chunks, of_lane, to);
-  } else if (chunks.elements == 2) {
-    copy_run<2, kPitch>(call, first, chunks, of_lane, to);
-  } else {
-    copy_run<1, kPitch>(call, first, chunks, of_lane, to);
-  }
+__device__ Image image_of_x(const Conv2dCuda& call, int image) {
+  return {static_cast<const std::uint16_t*>(call.x) + image_offset(call, image, call.pixel), call.height, call.width};
 }
 
 // An element of the weight, zero where there is none.
@@ -137,13 +70,6 @@ __device__ std::uint32_t weight_bits(const Conv2dCuda& call, int output, int cha
 }
 
 // ---- Forward ----
-
-constexpr int kStripColumns = 8 * kWarps, kStripOutputs = kStripColumns - 2;
-constexpr int kStepRows = 4, kStepPixels = kStepRows * kStripColumns;  // of x
-static_assert(kThreads == kStepPixels, "a thread has a pixel of a step's y, a warp copies a run of its x");
-constexpr int kShares = 3 * kConv2dOutputs;     // of a pixel in its row's outputs
-constexpr int kSharePitch = kStripColumns + 8;  // four rows of pairs of floats lie in different banks
-constexpr int kStepShares = kStepRows * kShares * kSharePitch;
 
 template <int kBlocks>
 struct Forward {
@@ -157,14 +83,9 @@ struct Forward {
 struct ForwardArguments {
   Conv2dCuda head;
   Conv2dCudaForward result;
-  int strips, segments, rows;  // of the image; rows of a segment
+  Cut cut;
   Chunks copies;
 };
-
-// Which of channels `channel` and the next one there are, as bits of a register that holds both.
-__device__ std::uint32_t two_of(int channel, int channels) {
-  return (channel < channels ? 0xffffu : 0u) | (channel + 1 < channels ? 0xffff0000u : 0u);
-}
 
 // Eight pixels' channels as products take them, zeros behind the last one.
 template <int kBlocks>
@@ -204,18 +125,17 @@ __global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   char* const x = ampere::shared_memory();
   auto* const shares = reinterpret_cast<float*>(x + kStages * Shape::kStageBytes);
-  const int block = static_cast<int>(blockIdx.x), segment = block / call.strips % call.segments;
-  const int image = block / call.strips / call.segments, column = block % call.strips * kStripOutputs;
-  const int first = segment * call.rows, rows = min(call.rows, head.height - first);
-  const int steps = (rows + 2 + kStepRows - 1) / kStepRows;
+  const Segment segment(call.cut, head.height);
 
   // A warp copies half of a row.
+  const Image image = image_of_x(head, segment.image);
   const Chunk copied(call.copies, lane);
-  const int copy_row = warp * kRun / kStripColumns, copy_column = warp * kRun % kStripColumns;
+  const int copy_row = segment.first - 1 + warp * kRun / kStripColumns;
+  const int copy_column = segment.column - 1 + warp * kRun % kStripColumns;
   const auto copy = [&](int step, int stage) {
-    if (step < steps) {
-      const Place place{image, first - 1 + step * kStepRows + copy_row, column - 1 + copy_column};
-      copy_run<kPitch>(head, place, call.copies, copied, x + stage * Shape::kStageBytes + warp * kRun * kPitch);
+    if (step < segment.steps) {
+      copy_run<kUnrolled<kBlocks>>(image, copy_row + step * kStepRows, copy_column, call.copies, copied,
+                                   x + stage * Shape::kStageBytes + warp * kRun * kPitch);
     }
     ampere::copy_commit();
   };
@@ -247,33 +167,33 @@ __global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
     bias[n] = there ? ampere::to_float<T>(static_cast<const std::uint16_t*>(call.result.bias)[n]) : 0.0f;
   }
   const int of_row = thread / kStripColumns, of_column = thread % kStripColumns;
-  const bool has_output = of_column < kStripOutputs && column + of_column < head.width;
+  const bool has_output = of_column < kStripOutputs && segment.column + of_column < head.width;
   // Adds up and stores this thread's pixel of a step's y, which is two rows behind its x.
   const auto finish = [&](int step) {
     const int row = step * kStepRows - 2 + of_row;
-    if (!has_output || row < 0 || row >= rows) return;
-    const float* from = shares + step % 2 * kStepShares + of_row * kShares * kSharePitch + of_column;
-    auto* y = static_cast<std::uint16_t*>(call.result.y) +
-              offset(head, Place{image, first + row, column + of_column}, head.outputs);
+    if (!has_output || row < 0 || row >= segment.rows) return;
+    float result[kConv2dOutputs];
+#pragma unroll
+    for (int n = 0; n < kConv2dOutputs; ++n) result[n] = bias[n];
+    add_shares(shares + step % 2 * kStepShares + of_row * kShares * kSharePitch + of_column, result);
+    auto* y = static_cast<std::uint16_t*>(call.result.y) + image_offset(head, segment.image, head.outputs) +
+              std::int64_t((segment.first + row) * head.width + segment.column + of_column) * head.outputs;
 #pragma unroll
     for (int n = 0; n < kConv2dOutputs; ++n) {
-      float sum = bias[n];
-#pragma unroll
-      for (int t = 0; t < 3; ++t) sum += from[(kConv2dOutputs * t + n) * kSharePitch + t];
-      if (n < head.outputs) y[n] = static_cast<std::uint16_t>(ampere::two(T(), sum, sum));
+      if (n < head.outputs) y[n] = static_cast<std::uint16_t>(ampere::two(T(), result[n], result[n]));
     }
   };
 
   float sums[3][4] = {};  // of the rows of y that the next row of x is the first, second and third one for
   int stage = 0;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < segment.steps; ++step) {
     ampere::copy_wait<kStages - 2>();
     __syncthreads();  // the step's x is there, and the shares of the one before it; nobody needs its x any more
     copy(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
     if (step > 0) finish(step - 1);
     const char* from = x + stage * Shape::kStageBytes + warp * 8 * kPitch;
-    float* to = shares + step % 2 * kStepShares + lane / 4 * kSharePitch + 8 * warp + lane % 4 * 2;
+    float* to = shares + step % 2 * kStepShares + share_of(8 * warp, lane);
 #pragma unroll
     for (int row = 0; row < kStepRows; ++row) {
       std::uint32_t b[2 * kSteps];
@@ -283,16 +203,14 @@ __global__ void __launch_bounds__(kThreads, Forward<kBlocks>::kResident)
 #pragma unroll
         for (int k = 0; k < 3; ++k) ampere::multiply_add(T(), sums[k], weight[k][s], b[2 * s], b[2 * s + 1]);
       }
-      float* shares_of_row = to + row * kShares * kSharePitch;
-      *reinterpret_cast<float2*>(shares_of_row) = {sums[2][0], sums[2][1]};
-      if (lane < 4) *reinterpret_cast<float2*>(shares_of_row + 8 * kSharePitch) = {sums[2][2], sums[2][3]};
+      store_shares(to + row * kShares * kSharePitch, lane, sums[2]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[2][i] = sums[1][i], sums[1][i] = sums[0][i], sums[0][i] = 0;
     }
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   __syncthreads();
-  finish(steps - 1);
+  finish(segment.steps - 1);
 }
 
 // ---- Back ----
@@ -316,6 +234,11 @@ struct Backward {
   static constexpr int kSums = kMeetings * kChannels, kPartial = kSums + kConv2dOutputs;  // of a block, in floats
   static_assert(kWarps * kSums * 4 <= kStages * kStageBytes, "sums of the warps take the place of x");
   static_assert(kConv2dOutputs * kThreads * 4 <= 2 * kDyBytes, "sums of the threads take the place of dy");
+};
+
+// A place in an image, which may be outside.
+struct Place {
+  int image, row, column;
 };
 
 struct BackwardArguments {
@@ -359,7 +282,8 @@ struct DyPixels {
     // `dy` is the tile's first pixel, at `first`.
     __device__ void read(const BackwardArguments& call, const std::uint16_t* dy, const Place& first) {
       const Conv2dCuda& head = call.head;
-      const bool there = first.image < head.batch && inside(head, first.row - 1 + row, first.column - 1 + column);
+      const bool there = first.image < head.batch && inside(first.row - 1 + row, head.height) &&
+                         inside(first.column - 1 + column, head.width);
 #pragma unroll
       for (int c = 0; c < kConv2dOutputs; ++c) {
         values[c] = there && c < head.outputs ? dy[offset + c * call.gradients.dy_strides[1]] : std::uint16_t{0};
@@ -429,11 +353,13 @@ __device__ void add_weight_gradient(const char* g, const char* x, int lane, floa
 }
 
 // Stores a run of dx.
-template <int kChunk, int kPitch>
+template <int kChunk, int kUnrolled>
 __device__ void store_run(const BackwardArguments& call, const Place& first, const Chunk& of_lane, const char* values) {
-  const int apart = call.gradients.dx_pixel, pixels = call.head.width - first.column;
-  auto* dx = static_cast<std::uint16_t*>(call.gradients.dx) + offset(call.head, first, apart);
-  for_chunks<kChunk, kPitch>(call.stores, of_lane, apart, [&](int pixel, int to, int at) {
+  const Conv2dCuda& head = call.head;
+  const int apart = call.gradients.dx_pixel, pixels = head.width - first.column;
+  auto* dx = static_cast<std::uint16_t*>(call.gradients.dx) + image_offset(head, first.image, apart) +
+             std::int64_t(first.row * head.width + first.column) * apart;
+  for_chunks<kChunk, kUnrolled>(call.stores, of_lane, [&](int pixel, int to, int at) {
     if (pixel >= pixels) return;
     const char* from = values + at;
     if constexpr (kChunk == 8) *reinterpret_cast<uint4*>(dx + to) = *reinterpret_cast<const uint4*>(from);
@@ -499,7 +425,8 @@ __global__ void __launch_bounds__(kThreads, Backward<kBlocks>::kResident)
     if (sums_wanted && copied.is_there(call)) {
       Place place = copied.first();
       place.row += warp;
-      copy_run<kPitch>(head, place, call.copies, copy, x + stage * Shape::kStageBytes + warp * kRun * kPitch);
+      copy_run<kUnrolled<kBlocks>>(image_of_x(head, place.image), place.row, place.column, call.copies, copy,
+                                   x + stage * Shape::kStageBytes + warp * kRun * kPitch);
     }
     ampere::copy_commit();
     copied.next(call);
@@ -550,13 +477,13 @@ __global__ void __launch_bounds__(kThreads, Backward<kBlocks>::kResident)
       input_gradient<T, kBlocks>(g + of_g, weight, row_of_x, lane);
       __syncwarp();
       if (call.stores.elements == 8) {
-        store_run<8, kPitch>(call, place, store, row_of_x);
+        store_run<8, kUnrolled<kBlocks>>(call, place, store, row_of_x);
       } else if (call.stores.elements == 4) {
-        store_run<4, kPitch>(call, place, store, row_of_x);
+        store_run<4, kUnrolled<kBlocks>>(call, place, store, row_of_x);
       } else if (call.stores.elements == 2) {
-        store_run<2, kPitch>(call, place, store, row_of_x);
+        store_run<2, 1>(call, place, store, row_of_x);
       } else {
-        store_run<1, kPitch>(call, place, store, row_of_x);
+        store_run<1, 1>(call, place, store, row_of_x);
       }
     }
     ahead.write<T>(dy + (round + 1) % 2 * kDyBytes, bias_sums);
@@ -645,29 +572,6 @@ __global__ void __launch_bounds__(32 * kSumWarps)
 
 // ---- Launches ----
 
-#ifndef HFLFNERV_CONV2D_SEGMENT_ROWS
-#define HFLFNERV_CONV2D_SEGMENT_ROWS 8
-#endif
-constexpr int kSegmentRows = HFLFNERV_CONV2D_SEGMENT_ROWS, kMostSegments = 64;
-
-int divide_up(int value, int to) { return (value + to - 1) / to; }
-
-// As large as pixels that are `apart` allow.
-Chunks chunks_of(const void* pointer, int channels, int apart, int shared_pitch) {
-  Chunks chunks{8, 0, 0, 0, 0, 0, 0, 0};
-  while (apart % chunks.elements != 0 || reinterpret_cast<std::uintptr_t>(pointer) % (2 * chunks.elements) != 0) {
-    chunks.elements /= 2;
-  }
-  chunks.per_pixel = divide_up(channels, chunks.elements);
-  chunks.pixels_on = kRun / chunks.per_pixel;
-  chunks.chunks_on = kRun % chunks.per_pixel;
-  chunks.on = chunks.pixels_on * apart + chunks.chunks_on * chunks.elements;
-  chunks.carry = apart - chunks.per_pixel * chunks.elements;
-  chunks.shared_on = chunks.pixels_on * shared_pitch + chunks.chunks_on * chunks.elements * 2;
-  chunks.shared_carry = shared_pitch - chunks.per_pixel * chunks.elements * 2;
-  return chunks;
-}
-
 // Calls with a number of 8 channels for which there is a kernel.
 template <class Call>
 cudaError_t for_blocks(int channels, const Call& call) {
@@ -692,25 +596,17 @@ cudaError_t launch(Kernel kernel, std::int64_t blocks, int threads, int shared_b
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Strips are cut into segments: into as many as leave the busiest multiprocessor with the fewest rows, two of which a segment
-// reads on both sides together, and the time of some more goes into its beginning and end.
 template <class T, int kBlocks>
 cudaError_t forward(const Conv2dCuda& call, const Conv2dCudaForward& result, int device, cudaStream_t stream) {
   using Shape = Forward<kBlocks>;
   int multiprocessors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  ForwardArguments arguments{call, result, divide_up(call.width, kStripOutputs), 0, 0,
-                             chunks_of(call.x, call.channels, call.pixel, Shape::kPitch)};
-  const std::int64_t strips = std::int64_t(call.batch) * arguments.strips;
-  std::int64_t best = INT64_MAX;
-  for (int segments = 1; segments <= std::min(call.height, kMostSegments); ++segments) {
-    const int rows = divide_up(call.height, segments);
-    const std::int64_t blocks = strips * divide_up(call.height, rows);
-    const std::int64_t rounds = (blocks - 1) / (multiprocessors * Shape::kResident) + 1, cost = rounds * (rows + kSegmentRows);
-    if (cost < best) best = cost, arguments.rows = rows, arguments.segments = divide_up(call.height, rows);
-  }
-  return launch(conv2d_fwd_kernel<T, kBlocks>, strips * arguments.segments, kThreads, Shape::kSharedBytes, stream, arguments);
+  const int resident = multiprocessors * Shape::kResident;
+  const ForwardArguments arguments{call, result,
+                                   cut(call.batch, call.height, call.width, resident, HFLFNERV_CONV2D_SEGMENT_ROWS),
+                                   chunks_of(call.x, call.channels, call.pixel, Shape::kPitch)};
+  return launch(conv2d_fwd_kernel<T, kBlocks>, arguments.cut.blocks, kThreads, Shape::kSharedBytes, stream, arguments);
 }
 
 int tiles_of(const Conv2dCuda& call) {
