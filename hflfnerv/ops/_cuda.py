@@ -237,10 +237,10 @@ def pack_head(weight: torch.Tensor) -> torch.Tensor:
     """
     channels = weight.shape[1]
     steps = -(-channels // 16)
-    matrix = weight.new_zeros((16 * steps, 32))  # channels by (tap, colour)
-    matrix[:channels, :27] = weight.permute(1, 2, 3, 0).reshape(channels, 27)
-    # Step, register, quad, element; block of columns, row of the quads.
-    fragments = matrix.view(steps, 2, 4, 2, 4, 8).permute(0, 4, 5, 2, 1, 3)
+    matrices = weight.new_zeros((3, 16, 16 * steps))  # kernel's rows; its columns and colours by channels
+    matrices[:, :9, :channels] = weight.permute(2, 3, 0, 1).reshape(3, 9, channels)
+    # Halves and rows of eight; steps, halves, quads, elements.
+    fragments = matrices.view(3, 2, 8, steps, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
     return fragments.contiguous()
 
 
