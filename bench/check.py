@@ -194,6 +194,14 @@ def _stage(features: list[torch.Tensor], weights: list[torch.Tensor], bias: torc
     return run
 
 
+def _head(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dy: torch.Tensor) -> Run:
+    def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        return _gradients(ops.conv2d(*leaves, impl=impl), leaves, dy)
+
+    return run
+
+
 def _int8(block: tuple[int, ...], generator: torch.Generator, impl: str) -> float:
     """Compare a block in int8 with its definition; return the share of the values that are a step off."""
     channels, out_channels, r, kernel, height, width = block
@@ -281,6 +289,14 @@ def _cases(machine: Machine) -> Iterator[tuple[str, dict[str, Any], Callable[[],
         target = torch.randint(0, 256, (3, height, width, 3), device=machine.device, generator=generator)
         run = _loss(low, target.byte(), high if both else None, random(3))
         yield case("stream_loss", f"{height}x{width} of 64x96, {1 + both} streams", run, dtype, impl)
+    for dtype, channels, layout, impl in itertools.product(DTYPES, (5, 10, 28, 33, 64), LAYOUTS, [*kernels, *cuda]):
+        if impl == "cuda" and dtype == torch.float32:
+            continue
+        x = random(2, channels, 37, 83).to(dtype).contiguous(memory_format=layout)
+        weight = (random(3, channels, 3, 3) * (9 * channels) ** -0.5).to(dtype)
+        run = _head(x, weight, random(3).to(dtype), random(2, 3, 37, 83).to(dtype))
+        terms = [9 * channels, 27, 2 * 37 * 83, 2 * 37 * 83]
+        yield case("conv2d", f"{channels} to 3 channels, 37x83, {str(layout)[6:]}", run, dtype, impl, terms)
     for dtype, channels, impl in itertools.product(DTYPES, ((28,), (24, 5, 10), (64,)), [*kernels, *cuda]):
         if impl == "cuda" and dtype == torch.float32:
             continue

@@ -26,6 +26,7 @@
 #include "core/stream_loss.h"
 #include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
+#include "cuda/conv2d.h"
 #include "cuda/conv_pixel_shuffle_gelu.h"
 #include "cuda/orthogonalise.h"
 #include "cuda/output_stage.h"
@@ -634,6 +635,56 @@ void pixel_shuffle_gelu_cuda_bwd(const std::array<std::int64_t, 5>& sizes, int d
       {call, pointer<void>(dy), pointer<void>(dx), pointer<float>(sums), pointer<void>(dbias)}, device, pointer<void>(stream)));
 }
 
+// Batch, channels, height, width, output channels; elements from pixel to pixel of x.
+using Conv2dSizes = std::array<int, 6>;
+using Strides4 = std::array<std::int64_t, 4>;
+
+hflfnerv::Conv2dCuda conv2d_cuda(const Conv2dSizes& sizes, const std::string& dtype, std::uintptr_t x, std::uintptr_t weight,
+                                 const Strides4& weight_strides) {
+  const hflfnerv::FloatType type = float_type_of(dtype);
+  if (type == hflfnerv::FloatType::f32) throw py::value_error("dtype must be 'float16' or 'bfloat16', got 'float32'");
+  const auto [batch, channels, height, width, outputs, pixel] = sizes;
+  const bool fits = channels <= hflfnerv::kConv2dChannels && outputs <= hflfnerv::kConv2dOutputs && pixel >= channels;
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1 || !fits) {
+    throw py::value_error("sizes must be positive, with at most 64 channels and three outputs");
+  }
+  hflfnerv::Conv2dCuda call{type == hflfnerv::FloatType::bf16, batch, channels, height, width, outputs, pointer<void>(x), pixel,
+                            pointer<void>(weight), {}};
+  std::copy(weight_strides.begin(), weight_strides.end(), call.weight_strides);
+  return call;
+}
+
+void conv2d_cuda_fwd(const Conv2dSizes& sizes, int device, const std::string& dtype, std::uintptr_t x, std::uintptr_t weight,
+                     const Strides4& weight_strides, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t stream) {
+  const auto call = conv2d_cuda(sizes, dtype, x, weight, weight_strides);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::conv2d_cuda_fwd(call, {pointer<void>(bias), pointer<void>(y)}, device, pointer<void>(stream)));
+}
+
+std::int64_t conv2d_cuda_partial_floats(const Conv2dSizes& sizes, int device) {
+  std::int64_t floats = 0;
+  raise_unless_done(hflfnerv::conv2d_cuda_partial_floats(conv2d_cuda(sizes, "float16", 0, 0, {}), device, floats));
+  return floats;
+}
+
+void conv2d_cuda_bwd(const Conv2dSizes& sizes, int device, const std::string& dtype, std::uintptr_t x, std::uintptr_t weight,
+                     const Strides4& weight_strides, std::uintptr_t dy, const Strides4& dy_strides, std::uintptr_t dx,
+                     int dx_pixel, std::uintptr_t dweight, const Strides4& dweight_strides, std::uintptr_t dbias,
+                     std::uintptr_t partial, std::uintptr_t stream) {
+  const auto call = conv2d_cuda(sizes, dtype, x, weight, weight_strides);
+  hflfnerv::Conv2dCudaBackward gradients{};
+  gradients.dy = pointer<void>(dy);
+  std::copy(dy_strides.begin(), dy_strides.end(), gradients.dy_strides);
+  gradients.dx = pointer<void>(dx);
+  gradients.dx_pixel = dx_pixel;
+  gradients.dweight = pointer<void>(dweight);
+  std::copy(dweight_strides.begin(), dweight_strides.end(), gradients.dweight_strides);
+  gradients.dbias = pointer<void>(dbias);
+  gradients.partial = pointer<float>(partial);
+  const py::gil_scoped_release release;
+  raise_unless_done(hflfnerv::conv2d_cuda_bwd(call, gradients, device, pointer<void>(stream)));
+}
+
 #endif
 
 // Address, channels, height and width of a feature map; address of its head's weight; its group.
@@ -829,6 +880,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("pixel_shuffle_gelu_cuda_bwd", &pixel_shuffle_gelu_cuda_bwd, py::arg("sizes"), py::arg("device"),
              py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"),
              py::arg("sums"), py::arg("dbias"), py::arg("stream"));
+  module.def("conv2d_cuda_fwd", &conv2d_cuda_fwd, py::arg("sizes"), py::arg("device"), py::arg("dtype"), py::arg("x"),
+             py::arg("weight"), py::arg("weight_strides"), py::arg("bias"), py::arg("y"), py::arg("stream"));
+  module.def("conv2d_cuda_partial_floats", &conv2d_cuda_partial_floats, py::arg("sizes"), py::arg("device"));
+  module.def("conv2d_cuda_bwd", &conv2d_cuda_bwd, py::arg("sizes"), py::arg("device"), py::arg("dtype"), py::arg("x"),
+             py::arg("weight"), py::arg("weight_strides"), py::arg("dy"), py::arg("dy_strides"), py::arg("dx"),
+             py::arg("dx_pixel"), py::arg("dweight"), py::arg("dweight_strides"), py::arg("dbias"), py::arg("partial"),
+             py::arg("stream"));
 #endif
   module.def("output_stage_fwd", &output_stage_fwd, py::arg("sizes"), py::arg("link"), py::arg("features"),
              py::arg("dtype"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("simd") = "auto");

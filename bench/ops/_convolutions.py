@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def measure(
     machine: Machine,
     what: str,
     name: str,
-    functions: tuple[Function, Function],
+    functions: Mapping[str, Function],
     tensors: Sequence[torch.Tensor],
     terms: Sequence[int],
     moved: tuple[int, int],
@@ -37,13 +37,12 @@ def measure(
         machine: the device.
         what: of the rows.
         name: of the point.
-        functions: ours, and PyTorch's, of x, weight and bias.
+        functions: ours by their names, and PyTorch's, "eager", of x, weight and bias.
         tensors: x, weight, bias and the gradient of the result.
         terms: of the sums in the result and in the gradients of x, weight and bias.
         moved: bytes forward, and forward and backward.
     """
     *operands, dy = tensors
-    named: dict[str, Function] = dict(zip((machine.implementation, "eager"), functions, strict=True))
 
     def step(function: Function, to: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
         leaves = [t.detach().to(to).requires_grad_() for t in operands]
@@ -52,9 +51,9 @@ def measure(
 
     def check() -> None:
         with without_autotuning():
-            expected = step(named["eager"], torch.float64)
-        same = step(named["eager"])
-        for function_name, function in named.items():
+            expected = step(functions["eager"], torch.float64)
+        same = step(functions["eager"])
+        for function_name, function in functions.items():
             with machine.trying(function_name):
                 for part, three in enumerate(zip(step(function), expected, same, strict=True)):
                     require_close(f"{name}, {function_name}, {part}", *three, terms=terms[part])
@@ -74,7 +73,7 @@ def measure(
             scale=1e9,
             contenders=[
                 Contender(function_name, functools.partial(run, function), moved_bytes)
-                for function_name, function in named.items()
+                for function_name, function in functions.items()
             ],
             baseline="eager",
             check=check,

@@ -40,4 +40,5 @@ def _measure(
     # x and y; and then dy and dx, and x and dy for the gradient of the weight.
     image = x.numel() * x.element_size()
     moved, terms = (2 * image, 6 * image), [taps, taps, pixels, pixels]
-    yield from measure(machine, "depthwise_conv2d", name, (ours, eager), (x, weight, bias, dy), terms, moved)
+    functions = {machine.implementation: ours, "eager": eager}
+    yield from measure(machine, "depthwise_conv2d", name, functions, (x, weight, bias, dy), terms, moved)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hflfnerv import ops
 
-from ..device import Machine
+from ..device import Machine, cuda_kernels
 from ._convolutions import measure, random_tensor
 
 
@@ -30,7 +30,9 @@ def _measure(
     random = functools.partial(random_tensor, machine)
     x, dy = random(batch, channels, height, width), random(batch, 3, height, width)
     weight, bias = random(3, channels, 3, 3, scale=(9 * channels) ** -0.5), random(3)
-    functions = functools.partial(ops.conv2d, impl=machine.implementation), functools.partial(F.conv2d, padding=1)
+    ours = ("reference",) if machine.dry else ("triton", *cuda_kernels())
+    functions: dict[str, Any] = {impl: functools.partial(ops.conv2d, impl=impl) for impl in ours}
+    functions["eager"] = functools.partial(F.conv2d, padding=1)
     pixels, moved = batch * height * width, (x.numel() + dy.numel()) * x.element_size()
     terms = [9 * channels, 27, pixels, pixels]
     yield from measure(machine, "conv2d_head", name, functions, (x, weight, bias, dy), terms, (moved, 3 * moved))

@@ -11,6 +11,7 @@
 
 #include "cuda/gelu.h"
 #include "cuda/hopper.h"
+#include "cuda/pairs.h"
 
 namespace hflfnerv {
 

@@ -1,7 +1,5 @@
-// GELU and its derivative by the hardware's tanh, and pairs of 16-bit floats in a register.
+// GELU and its derivative by the hardware's tanh.
 #pragma once
-
-#include <cstring>
 
 #include "cuda/hopper.h"
 
@@ -38,30 +36,6 @@ __device__ float gelu_slope(float unbounded) {
     const float t = hopper::tanh_approximately(x * ((kGelu.c2 * square + kGelu.c1) * square + kGelu.c0));
     return fmaf(x * 0.39894228f, hopper::exp2_approximately(-0.72134752f * square), fmaf(0.5f, t, 0.5f));
   }
-}
-
-// ---- Pairs ----
-
-__device__ inline std::uint32_t two(__nv_bfloat16, float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  std::uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
-}
-__device__ inline std::uint32_t two(__half, float a, float b) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  std::uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
-}
-
-__device__ inline float2 both(__nv_bfloat16, std::uint32_t bits) {  // an instruction each, unlike __bfloat1622float2's
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-}
-__device__ inline float2 both(__half, std::uint32_t bits) {
-  __half2 pair;
-  memcpy(static_cast<void*>(&pair), &bits, 4);
-  return __half22float2(pair);
 }
 
 }  // namespace hflfnerv

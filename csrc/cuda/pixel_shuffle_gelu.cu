@@ -17,6 +17,7 @@
 
 #include "cuda/ampere.h"
 #include "cuda/gelu.h"
+#include "cuda/pairs.h"
 
 namespace hflfnerv {
 

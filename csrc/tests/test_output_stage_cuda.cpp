@@ -37,6 +37,7 @@ void check(int batch, int height, int width, const std::vector<Map>& maps, bool 
   call.features = static_cast<int>(maps.size());
   call.groups = maps.back().group + 1;
   call.offset = 0.5f;
+  emulation::multiprocessors = 1;
   std::vector<std::vector<BFloat16>> xs, weights, packed;
   std::vector<float> biases(9);
   for (std::size_t i = 0; i < 9; ++i) biases[i] = 0.125f * static_cast<float>(i) - 0.5f;
@@ -50,10 +51,11 @@ void check(int batch, int height, int width, const std::vector<Map>& maps, bool 
     weights.push_back(random(static_cast<std::size_t>(3 * map.channels * 9), 1 / std::sqrt(9.0f * map.channels)));
     packed.emplace_back(output_weight_elements(map.channels));
     for (std::size_t at = 0; at < packed[f].size(); ++at) {
-      const int e = at % 2, i = at / 2 % 2, lane = at / 4 % 32, j = at / 128 % 4, s = static_cast<int>(at / 512);
-      const int channel = 16 * s + 8 * i + lane % 4 * 2 + e, column = 8 * j + lane / 4;
-      if (channel < map.channels && column < 27) {
-        packed[f][at] = weights[f][static_cast<std::size_t>((column % 3 * map.channels + channel) * 9 + column / 3)];
+      const int e = at % 2, i = at / 2 % 4, lane = at / 8 % 32, steps = (map.channels + 15) / 16;
+      const int s = static_cast<int>(at / 256) % steps, k = static_cast<int>(at / 256) / steps;
+      const int row = lane / 4 + i % 2 * 8, channel = 16 * s + i / 2 * 8 + lane % 4 * 2 + e;
+      if (channel < map.channels && row < 9) {
+        packed[f][at] = weights[f][static_cast<std::size_t>((row % 3 * map.channels + channel) * 9 + 3 * k + row / 3)];
       }
     }
     call.feature[f] = {xs[f].data(), packed[f].data(), map.channels, rows, columns, map.pixel, map.group};
@@ -99,7 +101,8 @@ void check(int batch, int height, int width, const std::vector<Map>& maps, bool 
 
 int main() {
   for (const bool as_bytes : {true, false}) {
-    check(2, 9, 35, {{28, 0, 0, 28, 0}}, as_bytes, true);
+    check(2, 9, 65, {{28, 0, 0, 28, 0}}, as_bytes, true);
+    check(1, 40, 9, {{10, 0, 0, 16, 0}, {24, 0, 0, 24, 0}}, as_bytes, true);
     check(1, 8, 32, {{24, 0, 0, 24, 0}, {5, 1, 0, 8, 1}, {10, 0, 3, 16, 1}}, as_bytes, true);
     check(1, 1, 1, {{3, 2, 2, 3, 0}, {33, 0, 0, 40, 0}}, as_bytes, false);
     check(1, 17, 70, {{16, 0, 0, 17, 0}, {1, 0, 0, 1, 1}, {26, 0, 0, 32, 2}}, as_bytes, false);

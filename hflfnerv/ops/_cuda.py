@@ -14,6 +14,8 @@ from ._device_checks import device_checks
 __all__ = [
     "apart_of",
     "columns",
+    "conv2d_bwd",
+    "conv2d_fwd",
     "conv_pixel_shuffle_gelu_dgrad",
     "conv_pixel_shuffle_gelu_fwd",
     "empty_gradient",
@@ -262,10 +264,10 @@ def pack_head(weight: torch.Tensor) -> torch.Tensor:
     """
     channels = weight.shape[1]
     steps = -(-channels // 16)
-    matrix = weight.new_zeros((16 * steps, 32))  # channels by (tap, colour)
-    matrix[:channels, :27] = weight.permute(1, 2, 3, 0).reshape(channels, 27)
-    # Step, register, quad, element; block of columns, row of the quads.
-    fragments = matrix.view(steps, 2, 4, 2, 4, 8).permute(0, 4, 5, 2, 1, 3)
+    matrices = weight.new_zeros((3, 16, 16 * steps))  # kernel's rows; its columns and colours by channels
+    matrices[:, :9, :channels] = weight.permute(2, 3, 0, 1).reshape(3, 9, channels)
+    # Halves and rows of eight; steps, halves, quads, elements.
+    fragments = matrices.view(3, 2, 8, steps, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
     return fragments.contiguous()
 
 
@@ -400,5 +402,76 @@ def pixel_shuffle_gelu_bwd(
             *arguments,
             approximate == "tanh",
             *[0 if t is None else t.data_ptr() for t in (dy, x, bias, dx, sums, dbias)],
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _conv2d_sizes(x: torch.Tensor, weight: torch.Tensor) -> list[int]:
+    return [*x.shape, weight.shape[0], x.stride(3)]
+
+
+def conv2d_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Write a 3x3 convolution with padding 1 into ``y`` ``[B, N, H, W]``, channels-last.
+
+    Args:
+        x: ``[B, C, H, W]``, C at most 64, channels-last, its pixels ``x.stride(3)`` elements apart.
+        weight: ``[N, C, 3, 3]``, N at most 3, any strides.
+        bias: ``[N]``, contiguous, or None.
+        y: its pixels N elements apart.
+    """
+    with torch.cuda.device_of(x):
+        _ext.load().conv2d_cuda_fwd(
+            _conv2d_sizes(x, weight),
+            x.device.index,
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            weight.data_ptr(),
+            list(weight.stride()),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def conv2d_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+) -> None:
+    """Write those gradients of a 3x3 convolution with padding 1 that are not None.
+
+    Args:
+        dy: ``[B, N, H, W]``, any strides.
+        x: as of :func:`conv2d_fwd`.
+        weight: likewise.
+        dx: memory of x's shape, channels-last, its pixels ``dx.stride(3)`` elements apart, the gaps its own: what a
+            multiple of 16 bytes takes of them becomes zero.
+        dweight: of weight's shape, any strides.
+        dbias: ``[N]``, contiguous.
+    """
+    module: Any = _ext.load()
+    sizes, device = _conv2d_sizes(x, weight), x.device.index
+    with torch.cuda.device_of(x):
+        partial = None
+        if dweight is not None or dbias is not None:
+            partial = x.new_empty(module.conv2d_cuda_partial_floats(sizes, device), dtype=torch.float32)
+        module.conv2d_cuda_bwd(
+            sizes,
+            device,
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            weight.data_ptr(),
+            list(weight.stride()),
+            dy.data_ptr(),
+            list(dy.stride()),
+            0 if dx is None else dx.data_ptr(),
+            0 if dx is None else dx.stride(3),
+            0 if dweight is None else dweight.data_ptr(),
+            [0] * 4 if dweight is None else list(dweight.stride()),
+            0 if dbias is None else dbias.data_ptr(),
+            0 if partial is None else partial.data_ptr(),
             torch.cuda.current_stream().cuda_stream,
         )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
-from . import _cpp, _winograd
+from . import _cpp, _cuda, _winograd
 from ._check import (
     channels_last_pixels,
     check_like,
@@ -24,6 +24,10 @@ __all__ = ["CONV2D", "conv2d"]
 
 _INT32_MAX = 2**31 - 1
 _TRITON_CHANNELS = 128
+_CUDA_CHANNELS = 64
+_MOST_APART = 2**24  # elements from a pixel to the next, of which 32 are counted in 32 bits
+# The pixels of x may be apart, and those of its gradient are then as well.
+_PIXELS_APART = ("cuda", "triton")
 # From which on "direct" is faster than PyTorch, measured.
 _DIRECT_PIXELS = 360
 
@@ -51,22 +55,44 @@ def _direct_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return None
 
 
+def _head_rejects(x: torch.Tensor, weight: torch.Tensor, channels: int) -> str | None:
+    """Return why a GPU's kernels for heads of at most so many input channels do not take these, or None."""
+    if weight.shape[0] > 3 or weight.shape[2:] != (3, 3) or not 1 <= weight.shape[1] <= channels:
+        return (
+            f"weight of shape {tuple(weight.shape)} is not that of a 3x3 kernel with at most three output channels and "
+            f"at most {channels} input channels"
+        )
+    if x.numel() == 0 or weight.numel() == 0:
+        return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"
+    return None
+
+
+def _too_many_pixels(x: torch.Tensor) -> bool:
+    batch, _, height, width = x.shape
+    return batch * height * width > _INT32_MAX - 4096
+
+
+def _too_large(x: torch.Tensor) -> str:
+    return f"x of shape {tuple(x.shape)} has too many elements for offsets of 32 bits"
+
+
 def _triton_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     reason = rejects_tensor(x.device, compute_dtype(x))
     if reason is not None:
         return reason
-    if weight.shape[0] > 3 or weight.shape[2:] != (3, 3) or not 1 <= weight.shape[1] <= _TRITON_CHANNELS:
-        return (
-            f"weight of shape {tuple(weight.shape)} is not that of a 3x3 kernel with at most three output channels and "
-            f"at most {_TRITON_CHANNELS} input channels"
-        )
-    if x.numel() == 0 or weight.numel() == 0:
-        return f"x of shape {tuple(x.shape)} or weight of shape {tuple(weight.shape)} is empty"
-    batch, _, height, width = x.shape
+    reason = _head_rejects(x, weight, _TRITON_CHANNELS)
+    if reason is not None:
+        return reason
+    height, width = x.shape[2:]
     pixel = max(x.shape[1], x.stride(3))
-    if height * width * pixel > _INT32_MAX or batch * height * width > _INT32_MAX - 4096:
-        return f"x of shape {tuple(x.shape)} has too many elements for offsets of 32 bits"
-    return None
+    return _too_large(x) if height * width * pixel > _INT32_MAX or _too_many_pixels(x) else None
+
+
+def _cuda_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    reason = _cuda.rejects_tensor(x.device, compute_dtype(x)) or _head_rejects(x, weight, _CUDA_CHANNELS)
+    if reason is None and (x.stride(3) > _MOST_APART or _too_many_pixels(x)):
+        reason = _too_large(x)
+    return reason
 
 
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -78,6 +104,7 @@ def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 CONV2D = ImplementationTable(
     "conv2d",
     [
+        Implementation("cuda", functools.partial(_run_kernels, impl="cuda"), _cuda.unavailable, _cuda_rejects),
         Implementation("triton", functools.partial(_run_kernels, impl="triton"), unavailable, _triton_rejects),
         Implementation("direct", functools.partial(_run_kernels, impl="direct"), _cpp.unavailable, _direct_rejects),
         Implementation(
@@ -99,11 +126,15 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
         return _run_reference(x, weight, bias).contiguous(memory_format=torch.channels_last)
     if impl == "direct":
         return _direct_forward(x, weight, bias)
+    if impl == "cuda":
+        y = _forward_fake(x, weight, bias, impl)
+        _cuda.conv2d_fwd(channels_last_pixels(x), weight, None if bias is None else bias.contiguous(), y)
+        return y
     if impl == "triton":
         from ..triton_kernels.conv2d import conv2d_fwd
 
-        y: torch.Tensor = conv2d_fwd(channels_last_pixels(x), weight, None if bias is None else bias.contiguous())
-        return y
+        out: torch.Tensor = conv2d_fwd(channels_last_pixels(x), weight, None if bias is None else bias.contiguous())
+        return out
     return _winograd.forward(x, weight, None, bias, 1, "identity", keep_z=False)[0]
 
 
@@ -163,6 +194,21 @@ def _triton_backward(
     return dx, dweight if wanted[1] else x.new_empty(0), dbias if wanted[2] else x.new_empty(0)
 
 
+def _cuda_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pixels = channels_last_pixels(x)
+    target = _empty_like_pixels(pixels) if wanted[0] else None
+    dweight = torch.empty_like(weight) if wanted[1] else None
+    dbias = weight.new_empty(weight.shape[0]) if wanted[2] else None
+    if any(wanted):
+        _cuda.conv2d_bwd(dy, pixels, weight, target, dweight, dbias)
+    if target is not None and x.is_contiguous() and target.stride() != x.stride():
+        target = x.new_empty(x.shape).copy_(target)
+    dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in (target, dweight, dbias))
+    return dx, dweight, dbias
+
+
 def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     size = (x.shape[0], weight.shape[0], *x.shape[2:])
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -173,6 +219,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if impl == "direct":
         return _direct_backward(dy, x, weight, wanted)
+    if impl == "cuda":
+        return _cuda_backward(dy, x, weight, wanted)
     if impl == "triton":
         return _triton_backward(dy, x, weight, wanted)
     dbias = dy.sum(dim=(0, 2, 3)) if wanted[2] else x.new_empty(0)
@@ -193,7 +241,7 @@ def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = memory_format_of(x)
-    if wanted[0] and impl == "triton" and layout == torch.contiguous_format and not x.is_contiguous():
+    if wanted[0] and impl in _PIXELS_APART and layout == torch.contiguous_format and not x.is_contiguous():
         dx = _empty_like_pixels(channels_last_pixels(x))
     else:
         dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
@@ -233,11 +281,12 @@ def conv2d(
         x: ``[B, C_in, H, W]``, floating point, any strides.
         weight: ``[C_out, C_in, K_h, K_w]`` in x's dtype, with odd K_h and K_w.
         bias: ``[C_out]`` in x's dtype, or None.
-        impl: ``"auto"``, ``"triton"`` (a 3x3 kernel with at most three output channels, gradients included; one pass
-            over x and dy makes all of them), ``"direct"`` (CPU with AVX2 or AVX-512: a 3x3 kernel with three output
-            channels, gradients included), ``"winograd"`` (the same for any channels and kernels of 3x3 and 5x5, in
-            float32) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for small images, for float32 on
-            a GPU, and in half precision on a CPU with matrix units).
+        impl: ``"auto"``, ``"cuda"`` (float16 and bfloat16 on Hopper: a 3x3 kernel with at most three output channels
+            and 64 input channels, gradients included; one pass over x and dy makes all of them), ``"triton"`` (the same
+            on any CUDA device, for up to 128 input channels and in float32), ``"direct"`` (CPU with AVX2 or AVX-512: a
+            3x3 kernel with three output channels, gradients included), ``"winograd"`` (the same for any channels and
+            kernels of 3x3 and 5x5, in float32) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for
+            small images, for float32 on a GPU, and in half precision on a CPU with matrix units).
 
     Returns:
         ``[B, C_out, H, W]``; x's dtype, or autocast's.
@@ -248,12 +297,12 @@ def conv2d(
         BackendUnavailable: the named implementation cannot run; the message says why.
 
     Numerics:
-        ``"triton"`` sums in float32, over pixels in an order that depends on the shape alone; float32 products are
-        rounded to TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products in
-        float32, the gradients of weight and bias row by row in float32 and over rows in float64, and rounds results
-        once; the bits depend neither on the threads nor, but for the sums over it, on the batch. A value of x that is
-        not finite also reaches pixels to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in
-        :func:`conv_pixel_shuffle_gelu`.
+        ``"cuda"`` and ``"triton"`` sum in float32, over pixels in an order that depends on the shape alone, with
+        ``"cuda"`` on the device's multiprocessors as well; float32 products are rounded to TF32 where
+        ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products in float32, the gradients of
+        weight and bias row by row in float32 and over rows in float64, and rounds results once; the bits depend neither
+        on the threads nor, but for the sums over it, on the batch. A value of x that is not finite also reaches pixels
+        to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`.
 
     Example:
         >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape

@@ -22,6 +22,7 @@ __all__ = ["OUTPUT_STAGE", "output_stage"]
 _INT32_MAX = 2**31 - 1
 _KERNEL_FEATURES = 3
 _TRITON_CHANNELS = 64  # what the registers of a program hold
+_CUDA_EIGHTS = 20  # of all features' channels, an odd number of each
 
 
 class Call(NamedTuple):
@@ -92,7 +93,10 @@ def _cuda_rejects(call: Call) -> str | None:
     reason = _cuda.rejects_tensor(features[0].device, features[0].dtype)
     if reason is None and min(min(x.shape) for x in features) == 0:
         reason = "a feature is empty"
-    return reason or _too_many(features)
+    reason = reason or _too_many(features)
+    if reason is None and sum(-(-x.shape[1] // 8) | 1 for x in features) > _CUDA_EIGHTS:
+        reason = f"features of {[x.shape[1] for x in features]} channels do not fit into shared memory"
+    return reason
 
 
 def _run_cuda(call: Call) -> torch.Tensor:
@@ -259,7 +263,8 @@ def output_stage(
         crop: height and width of the frames, the top left of each feature's image; None for that of the first.
         as_bytes: clamp to [0, 1], multiply by 255 and round half to even. Otherwise neither clamp nor round.
         impl: ``"auto"``, ``"triton"`` (CUDA; float32, float16, bfloat16; up to three features of at most 64 channels),
-            ``"cuda"`` (Hopper; float16, bfloat16; up to three features: each pixel is read once for all nine taps),
+            ``"cuda"`` (Hopper; float16, bfloat16; up to three features with about 160 channels together: each pixel is
+            read once for all nine taps),
             ``"cpp"`` (CPU: AMX for bfloat16 where there is some, otherwise AVX2 or AVX-512) or
             ``"reference"`` (PyTorch, anywhere; the only one that has gradients, with ``as_bytes=False``).
 

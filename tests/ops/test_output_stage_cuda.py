@@ -13,6 +13,7 @@ import torch
 
 from hflfnerv import _ext, ops
 from hflfnerv.ops import OUTPUT_STAGE, _cuda
+from hflfnerv.ops.output_stage import Call
 from hflfnerv.reference import output_stage as reference
 from hflfnerv.testing import assert_close_to_reference, make_tensor, requires
 
@@ -37,13 +38,26 @@ def test_emulated_ahead_of_time(tmp_path):
 def test_order_of_the_weight(channels):
     weight = make_tensor(3, channels, 3, 3)
     packed = _cuda.pack_head(weight).flatten()
-    assert packed.numel() == -(-channels // 16) * 16 * 32
+    steps = -(-channels // 16)
+    assert packed.numel() == steps * 3 * 256
     for at, value in enumerate(packed.tolist()):
-        e, i, lane, j, step = at % 2, at // 2 % 2, at // 4 % 32, at // 128 % 4, at // 512
-        channel, column = 16 * step + 8 * i + lane % 4 * 2 + e, 8 * j + lane // 4
-        inside = channel < channels and column < 27
-        tap, colour = divmod(column, 3)
-        assert value == (weight[colour, channel, tap // 3, tap % 3].item() if inside else 0.0)
+        e, i, lane, step, k = at % 2, at // 2 % 4, at // 8 % 32, at // 256 % steps, at // 256 // steps
+        channel, row = 16 * step + i // 2 * 8 + lane % 4 * 2 + e, lane // 4 + i % 2 * 8
+        column, colour = divmod(row, 3)
+        inside = channel < channels and row < 9
+        assert value == (weight[colour, channel, k, column].item() if inside else 0.0)
+
+
+def test_features_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr(_cuda, "rejects_tensor", lambda device, dtype: None)
+
+    def rejects(*channels):
+        features = [torch.zeros(1, c, 2, 2) for c in channels]
+        return ENTRY.rejects(Call(features, [], torch.zeros(1, 3), [], [], 0.0, [2, 2], True))
+
+    assert rejects(130, 3) is None
+    assert rejects(64, 64) is None
+    assert "do not fit into shared memory" in rejects(130, 33)
 
 
 def test_what_the_kernel_is_told(monkeypatch):

@@ -38,6 +38,11 @@ void copy_async(void* to, const void* from) {
   emulation::require(aligned(to) && aligned(from), "an asynchronous copy is not aligned");
   groups.back().push_back({to, from, kBytes});
 }
+template <int kBytes>
+void copy_async(void* to, const void* from, bool there) {
+  alignas(16) static const char zeros[16] = {};
+  copy_async<kBytes>(to, there ? from : zeros);
+}
 inline void copies_commit() { groups.emplace_back(); }
 template <int kPending>
 void copies_wait() {
@@ -86,6 +91,27 @@ inline void multiply_add_tf32(float (&sums)[4], const std::uint32_t (&a)[4], std
                            value(held[warp + column * 4 + k % 4][4 + k / 4]);
       }
     }
+  }
+  emulation::warps[thread / 32]->wait();
+}
+
+// A lane's addresses and what the lanes get of the matrices whose rows lie there.
+template <int kCount, bool kTransposed>
+void load_matrices(std::uint32_t (&to)[kCount], const void* row) {
+  static const char* rows[640];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 * 32, lane = thread % 32;
+  rows[thread] = static_cast<const char*>(row);
+  emulation::require(lane >= 8 * kCount || (rows[thread] >= emulation::shared && (rows[thread] - emulation::shared) % 16 == 0 &&
+                                            rows[thread] + 16 <= emulation::shared + emulation::kSharedBytes),
+                     "a matrix's row is not in shared memory, or not aligned");
+  emulation::warps[thread / 32]->wait();
+  for (int m = 0; m < kCount; ++m) {
+    std::uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int i = lane / 4, j = lane % 4 * 2 + e;
+      std::memcpy(&pair[e], rows[warp + 8 * m + (kTransposed ? j : i)] + 2 * (kTransposed ? i : j), 2);
+    }
+    to[m] = pair[0] | static_cast<std::uint32_t>(pair[1]) << 16;
   }
   emulation::warps[thread / 32]->wait();
 }
