@@ -34,11 +34,12 @@ class _Objective(nn.Module):
         self.model = model
 
     def forward(self, index: Tensor, clip: Clip, quantization: Quantization | None) -> Tensor:
-        inputs = clip.inputs(index)
+        frames = clip.select(index)
+        inputs = clip.inputs(index, frames)
         embeddings = None if inputs is None else self.model.embed(inputs)
         if quantization is not None and embeddings is not None:
             embeddings = quantization.round_embeddings(embeddings)
-        return self.model.distortion(embeddings, index, clip.frames[index])
+        return self.model.distortion(embeddings, index, frames)
 
 
 class TrainingStep:
