@@ -136,4 +136,4 @@ class TrainingStep:
         factor = self._factors.index_select(0, self._number)[0]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"].copy_(factor * group["initial_lr"])
+                torch.mul(factor, group["initial_lr"], out=group["lr"])
