@@ -13,8 +13,9 @@ import triton.language as tl
 
 _TILE = 4096  # elements of a program at a time
 _WARPS = 8
-_PROGRAMS = 4 * 132  # as many run on an H100 at the same time
+_MULTIPROCESSORS = 132  # of an H100, each of which runs up to four programs at the same time
 _BLOCKS = (16, 32, 64, 128, 256, 512)  # columns of a program: few to fill the device, in whole sectors of memory
+_NARROW = (4, 8)  # in parts of sectors, where rows are so many that a program's loop over them takes longer
 _AXES = 5
 
 
@@ -102,6 +103,13 @@ def _axes(partial, out):
     return [(1, 0, 0)] * (_AXES - len(axes)) + axes
 
 
+def _columns_of(rows, columns):
+    """Return how many columns a program takes."""
+    if rows > _TILE // _BLOCKS[0] and triton.cdiv(columns, _NARROW[-1]) <= _MULTIPROCESSORS:
+        return next(b for b in _NARROW if triton.cdiv(columns, b) <= _MULTIPROCESSORS)
+    return next((b for b in _BLOCKS if triton.cdiv(columns, b) <= 4 * _MULTIPROCESSORS), _BLOCKS[-1])
+
+
 def sum_shares(partial, out, more=None, more_out=None):
     """Write ``partial.sum(0)`` into ``out``, and if given that of ``more`` into ``more_out``.
 
@@ -117,7 +125,7 @@ def sum_shares(partial, out, more=None, more_out=None):
     if more is not None:
         start, stride = more.storage_offset() - partial.storage_offset(), more.stride(0)
         count = more.shape[1]
-    block_c = next((b for b in _BLOCKS if triton.cdiv(columns, b) <= _PROGRAMS), _BLOCKS[-1])
+    block_c = _columns_of(rows, columns)
     block_r = min(triton.next_power_of_2(rows), _TILE // block_c)
     sizes, sources, targets = zip(*axes, strict=True)
     with torch.cuda.device_of(partial):

@@ -183,6 +183,8 @@ def channel_norm_bwd(dy, x, gain, shift, dx, eps, *, sums):
         )
         if partial is None:
             return None, None
+        if shift is None and programs == 1:
+            return partial[0], None
         made = partial.new_empty(2, channels)
         if shift is None:
             return sum_shares(partial, made), None

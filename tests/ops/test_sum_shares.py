@@ -18,7 +18,7 @@ def test_interpreter(interpreter):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 4), (512, 128), (960, 112), (33, 800, 128), (5, 1200, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (512, 128), (960, 112), (400, 756), (33, 800, 128), (5, 1200, 640)], ids=str)
 @pytest.mark.parametrize("twice", [False, True])
 def test_ahead_of_time(compile_launch, capability, dtype, shape, twice):
     from hflfnerv.triton_kernels import _sums
@@ -34,9 +34,27 @@ def test_ahead_of_time(compile_launch, capability, dtype, shape, twice):
     assert kernel.registers <= (64 if triton_version() >= (3, 9) else 128), kernel
 
 
+def test_programs_are_many_and_loop_little():
+    from hflfnerv.triton_kernels._sums import _TILE, _columns_of
+
+    for rows, columns, programs, steps in (
+        (512, 128, 32, 1),
+        (960, 112, 28, 1),
+        (7680, 112, 28, 8),
+        (400, 756, 95, 1),
+        (256, 3136, 196, 1),
+        (33, 102400, 400, 3),
+        (5, 768000, 1500, 1),
+        (1, 64, 4, 1),
+    ):
+        block = _columns_of(rows, columns)
+        assert -(-columns // block) == programs, (rows, columns)
+        assert -(-rows // (_TILE // block)) == steps, (rows, columns)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 4), (512, 128), (960, 112), (33, 800, 128), (5, 1200, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (512, 128), (960, 112), (400, 756), (33, 800, 128), (5, 1200, 640)], ids=str)
 def test_sums(shape, dtype):
     from hflfnerv.triton_kernels._sums import sum_shares
 
