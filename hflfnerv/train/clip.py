@@ -85,8 +85,8 @@ def _select(images: Tensor, index: Tensor) -> Tensor:
 
 
 def _in_unit_range(frames: Tensor) -> Tensor:
-    images = frames.permute(0, 3, 1, 2)
-    return torch.div(images, 255.0, out=torch.empty_like(images, dtype=torch.float32))
+    # The dtype of a tensor decides that of the quotient; that of a number is the default, which is the caller's.
+    return frames.permute(0, 3, 1, 2) / torch.tensor(255.0, dtype=torch.float32, device="cpu")
 
 
 def prepare_clip(
