@@ -11,15 +11,18 @@ import triton
 import triton.language as tl
 
 from ._rows import shares, tile
+from ._sums import sum_shares
 
 _WARPS = 4
 _BACKWARD_WARPS = 8
 
 
 @triton.jit
-def _normalise(x_ptr, offset, inside, C: tl.constexpr, EPS: tl.constexpr):
-    """Rows of x with mean 0 and variance 1, zero outside; and what they were multiplied by."""
+def _normalise(x_ptr, offset, inside, shift_ptr, c, C: tl.constexpr, EPS: tl.constexpr):
+    """Rows of x and shift with mean 0 and variance 1, zero outside; and what they were multiplied by."""
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        x = tl.where(inside, x + tl.load(shift_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :], 0.0)
     centred = tl.where(inside, x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + EPS)[:, None]
     return centred * rstd, rstd
@@ -30,6 +33,7 @@ def channel_norm_fwd_kernel(
     x_ptr,
     gain_ptr,
     bias_ptr,
+    shift_ptr,
     y_ptr,
     rows,
     C: tl.constexpr,
@@ -45,7 +49,7 @@ def channel_norm_fwd_kernel(
     inside = (first + r < rows)[:, None] & (c < C)[None, :]
     gain = tl.load(gain_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, _ = _normalise(x_ptr + start, offset, inside, C, EPS)
+    normal, _ = _normalise(x_ptr + start, offset, inside, shift_ptr, c, C, EPS)
     y = normal * gain[None, :] + bias[None, :]
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -55,6 +59,7 @@ def channel_norm_bwd_kernel(
     dy_ptr,
     x_ptr,
     gain_ptr,
+    shift_ptr,
     dx_ptr,
     partial_ptr,
     rows,
@@ -73,35 +78,43 @@ def channel_norm_bwd_kernel(
     gain = tl.load(gain_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     dgain = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    if shift_ptr is not None:
+        dshift = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for step in range(steps):
         row = step * BLOCK_R + r
         offset = (row * C)[:, None] + c[None, :]
         inside = (row < rows - first)[:, None] & (c < C)[None, :]
         dy = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        normal, rstd = _normalise(x_ptr + start, offset, inside, C, EPS)
+        normal, rstd = _normalise(x_ptr + start, offset, inside, shift_ptr, c, C, EPS)
         if partial_ptr is not None:
             dgain += dy * normal
             dbias += dy
-        if dx_ptr is not None:
+        if dx_ptr is not None or shift_ptr is not None:
             # What mean and deviation take away: the slopes' mean, and their part along the row.
             slope = dy * gain
             mean = (tl.sum(slope, axis=1) / C)[:, None]
             along = (tl.sum(slope * normal, axis=1) / C)[:, None]
             dx = rstd * (slope - mean - normal * along)
-            tl.store(dx_ptr + start + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + start + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            if shift_ptr is not None:
+                dshift += tl.where(inside, dx, 0.0)
     if partial_ptr is not None:
-        target = partial_ptr + share * 2 * C + c
+        target = partial_ptr + share * (2 if shift_ptr is None else 3) * C + c
         tl.store(target, tl.sum(dgain, axis=0), mask=c < C)
         tl.store(target + C, tl.sum(dbias, axis=0), mask=c < C)
+        if shift_ptr is not None:
+            tl.store(target + 2 * C, tl.sum(dshift, axis=0), mask=c < C)
 
 
-def channel_norm_fwd(x, gain, bias, eps, out_dtype):
+def channel_norm_fwd(x, gain, bias, shift, eps, out_dtype):
     """Return y ``[..., C]``, contiguous.
 
     Args:
         x: ``[..., C]``, contiguous.
         gain: ``[C]``, contiguous.
         bias: ``[C]``, contiguous.
+        shift: ``[C]``, contiguous, what is added to x, or None.
         eps: added to the variance.
         out_dtype: of y.
     """
@@ -114,6 +127,7 @@ def channel_norm_fwd(x, gain, bias, eps, out_dtype):
             x,
             gain,
             bias,
+            shift,
             y,
             rows,
             C=channels,
@@ -126,8 +140,8 @@ def channel_norm_fwd(x, gain, bias, eps, out_dtype):
     return y
 
 
-def channel_norm_bwd(dy, x, gain, dx, eps, *, sums):
-    """Write the gradient of x, and return those of gain and bias, ``[2, C]`` in float32.
+def channel_norm_bwd(dy, x, gain, shift, dx, eps, *, sums):
+    """Write the gradient of x, and return those of gain and bias, ``[2, C]`` in float32, and of shift in its dtype.
 
     The sums over rows are taken in two passes, a share for each program and then the sum of those, so they are the same
     in every run.
@@ -136,20 +150,26 @@ def channel_norm_bwd(dy, x, gain, dx, eps, *, sums):
         dy: ``[..., C]``, contiguous.
         x: ``[..., C]``, contiguous.
         gain: ``[C]``, contiguous.
+        shift: ``[C]``, contiguous, what was added to x, or None.
         dx: memory for the gradient of x, contiguous, or None where it is not wanted.
         eps: added to the variance.
-        sums: whether the other two are wanted; None otherwise.
+        sums: whether the others are wanted; None otherwise, and that of shift is without one.
     """
     channels = x.shape[-1]
     rows = x.numel() // channels
     block_r, block_c = tile(channels, _BACKWARD_WARPS)
+    if shift is not None:  # a third sum takes registers
+        block_r = max(block_r // 2, 1)
     programs, steps = shares(rows, block_r)
-    partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device) if sums else None
+    partial = None
+    if sums:
+        partial = torch.empty((programs, 2 if shift is None else 3, channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         channel_norm_bwd_kernel[(programs,)](
             dy,
             x,
             gain,
+            shift,
             dx,
             partial,
             rows,
@@ -161,4 +181,12 @@ def channel_norm_bwd(dy, x, gain, dx, eps, *, sums):
             num_warps=_BACKWARD_WARPS,
             enable_fp_fusion=True,
         )
-        return None if partial is None else partial.sum(dim=0)
+        if partial is None:
+            return None, None
+        if shift is None and programs == 1:
+            return partial[0], None
+        made = partial.new_empty(2, channels)
+        if shift is None:
+            return sum_shares(partial, made), None
+        dshift = torch.empty_like(shift)
+        return sum_shares(partial[:, :2], made, partial[:, 2], dshift), dshift

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._float32 import precision_of
+from ._sums import sum_shares
 
 _COLUMNS = 16  # the narrowest product of the tensor cores
 _MEETINGS = 32  # 27 (tap, output channel) pairs, padded
@@ -190,16 +191,17 @@ def conv2d_bwd(dy, x, weight, dx, *, sums):
     parts = triton.cdiv(options["M"], _BACKWARD_BLOCK * _STEPS)
     partial = bias_partial = None
     if sums:
-        partial, bias_partial = (
-            torch.empty((parts, _MEETINGS, *shape), dtype=torch.float32, device=x.device) for shape in ((padded,), ())
-        )
+        memory = torch.empty(parts * _MEETINGS * (padded + 1), dtype=torch.float32, device=x.device)
+        partial, bias_partial = memory.split([parts * _MEETINGS * padded, parts * _MEETINGS])
+        partial, bias_partial = partial.view(parts, _MEETINGS, padded), bias_partial.view(parts, _MEETINGS)
     with torch.cuda.device_of(x):
         conv2d_bwd_kernel[(parts,)](
             dy, x, packed, dx, partial, bias_partial, **options, MEETINGS=_MEETINGS, BLOCK=_BACKWARD_BLOCK, STEPS=_STEPS
         )
         if partial is None:
             return None, None
-        total = partial.sum(dim=0)[: 9 * n, :channels].reshape(3, 3, n, channels).permute(2, 3, 0, 1)
+        dweight, dbias = torch.empty_like(weight), weight.new_empty(n)
+        taps = partial[:, : 9 * n, :channels].unflatten(1, (3, 3, n))
         # The tap in the middle meets every pixel of dy once.
-        dbias = bias_partial.sum(dim=0)[4 * n : 5 * n]
-        return torch.empty_like(weight).copy_(total), dbias.to(weight.dtype)
+        sum_shares(taps, dweight.permute(2, 3, 0, 1), bias_partial[:, 4 * n : 5 * n], dbias)
+        return dweight, dbias

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from ._activations import gelu, gelu_derivative, gelu_form
 from ._float32 import precision_of
+from ._sums import sum_shares
 from ._tiles import Tile, column_blocks, halves, limits_of, padded_columns
 
 _GROUP = 8  # channels of x are padded to a multiple of this: 16 bytes in half precision
@@ -485,7 +486,9 @@ def conv_pixel_shuffle_gelu_bwd(dy, z, r, approximate, with_bias):
         )
         if partial is None:
             return dz, None
-        return dz, partial.sum(dim=0).view(r * r, channels).t().reshape(n).to(z.dtype)
+        dbias = z.new_empty(n)
+        sum_shares(partial.view(parts, r * r, channels), dbias.view(channels, r * r).t())
+        return dz, dbias
 
 
 def conv_pixel_shuffle_gelu_dgrad(dz, weight, r, *, tile=None, precision=None):
@@ -565,7 +568,7 @@ def conv_pixel_shuffle_gelu_wgrad(x, dz, weight, r, *, tile=None, precision=None
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
         )
-        total = partial.sum(dim=0).view(rows, columns, padded_channels, -1)[:, :, :channels, :n]
-        ordered = total.unflatten(3, (r * r, n // (r * r))).permute(4, 3, 2, 0, 1)
-        dweight.unflatten(0, (n // (r * r), r * r)).copy_(ordered)
+        taps = partial.view(parts, rows, columns, padded_channels, -1)[:, :, :, :channels, :n]
+        ordered = dweight.unflatten(0, (n // (r * r), r * r)).permute(3, 4, 2, 1, 0)
+        sum_shares(taps.unflatten(4, (r * r, n // (r * r))), ordered)
     return dweight

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sums import sum_shares
+
 _CHANNELS = 64  # of a program at most
 _ELEMENTS = 4  # of a thread in each tensor; with 8, sums and window take nearly all registers
 _WARPS = 4
@@ -175,10 +177,10 @@ def _options(x, kernel, elements):
     }
 
 
-def _pack(weight):
-    """Return the taps as the kernel reads them: ``[K_h K_w, C]`` in float32."""
-    taps = weight.flatten(1).t()
-    return torch.empty(taps.shape, dtype=torch.float32, device=weight.device).copy_(taps)
+def _taps(weight):
+    """Return the taps as the kernel reads them: ``[K_h, K_w, C]`` in float32, a view where they lie like that."""
+    taps = weight[:, 0].permute(1, 2, 0)
+    return taps.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 def _convolve(x, weight, bias, y, *, turned):
@@ -192,7 +194,7 @@ def _convolve(x, weight, bias, y, *, turned):
     with torch.cuda.device_of(x):
         depthwise_conv2d_fwd_kernel[grid(rows)](
             x,
-            _pack(weight),
+            _taps(weight),
             bias,
             y,
             **_options(x, weight.shape[2:], block_w * block_c),
@@ -208,7 +210,7 @@ def depthwise_conv2d_fwd(x, weight, bias):
 
     Args:
         x: ``[B, C, H, W]``, channels-last.
-        weight: ``[C, 1, K_h, K_w]``, both odd.
+        weight: ``[C, 1, K_h, K_w]``, both odd; read as it is if float32 and channels-innermost in memory, else copied.
         bias: ``[C]`` or None.
     """
     y = torch.empty_like(x)
@@ -219,13 +221,13 @@ def depthwise_conv2d_fwd(x, weight, bias):
 def depthwise_conv2d_bwd(dy, x, weight, dx, *, sums):
     """Write the gradient of x, and return those of weight and bias, ``[C, 1, K_h, K_w]`` and ``[C]``.
 
-    The sums over pixels are taken in two passes, a share for each program and then the sum of those, so they are the
-    same in every run.
+    That of bias has the dtype of x. The sums over pixels are taken in two passes, a share for each program and then the
+    sum of those, so they are the same in every run.
 
     Args:
         dy: ``[B, C, H, W]``, channels-last.
         x: ``[B, C, H, W]``, channels-last.
-        weight: ``[C, 1, K_h, K_w]``, both odd.
+        weight: likewise.
         dx: memory for the gradient of x, channels-last, or None where it is not wanted.
         sums: whether the other two are wanted; both are None otherwise.
     """
@@ -255,6 +257,7 @@ def depthwise_conv2d_bwd(dy, x, weight, dx, *, sums):
             BLOCK_W=block_w,
             BLOCK_C=block_c,
         )
-        total = partial.sum(dim=0)
-        dweight = torch.empty_like(weight).copy_(total[:, :columns].permute(2, 0, 1).unsqueeze(1))
-        return dweight, total[rows // 2, columns].to(weight.dtype)
+        dweight, dbias = weight.new_empty(weight.shape), x.new_empty(channels)
+        taps = dweight[:, 0].permute(1, 2, 0)
+        sum_shares(partial[:, :, :columns], taps, partial[:, rows // 2, columns], dbias)
+        return dweight, dbias

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._activations import gelu, gelu_derivative, gelu_form
+from ._sums import sum_shares
 
 _TILE = 2048
 _STEPS = 8  # tiles that a channels-last backward program goes through before it writes its share of the bias gradient
@@ -243,4 +244,4 @@ def pixel_shuffle_gelu_bwd(dy, x, r, bias, approximate):
             pixel_shuffle_gelu_nchw_bwd_kernel[grid](
                 dy, x, bias, dx, partial, channels, width, height * width, **options, **blocks
             )
-        return dx, None if partial is None else partial.sum(dim=0).to(bias.dtype)
+        return dx, None if partial is None else sum_shares(partial, bias.new_empty(bias.shape))

@@ -1,4 +1,4 @@
-"""``x + gamma * y`` of rows of channels, one after the other in memory, and its gradients.
+"""``x + gamma * (y + bias)`` of rows of channels, one after the other in memory, and its gradients.
 
 There are less than 2³¹ rows (the callers see to it). Arithmetic is float32.
 """
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ._rows import shares, tile
+from ._sums import sum_shares
 
 _WARPS = 4
 _BACKWARD_WARPS = 8
@@ -18,6 +19,7 @@ def scale_residual_fwd_kernel(
     x_ptr,
     gamma_ptr,
     y_ptr,
+    bias_ptr,
     out_ptr,
     rows,
     C: tl.constexpr,
@@ -33,6 +35,8 @@ def scale_residual_fwd_kernel(
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     out = x + gamma[None, :] * y
     tl.store(out_ptr + start + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -42,6 +46,7 @@ def scale_residual_bwd_kernel(
     dout_ptr,
     gamma_ptr,
     y_ptr,
+    bias_ptr,
     dx_ptr,
     dy_ptr,
     partial_ptr,
@@ -59,6 +64,8 @@ def scale_residual_bwd_kernel(
     c = tl.arange(0, BLOCK_C)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     dgamma = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    if bias_ptr is not None:
+        total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for step in range(steps):
         row = step * BLOCK_R + r
         offset = (row * C)[:, None] + c[None, :]
@@ -66,22 +73,35 @@ def scale_residual_bwd_kernel(
         dout = tl.load(dout_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         if partial_ptr is not None:
             dgamma += dout * tl.load(y_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                total += dout
         if dx_ptr is not None:
             tl.store(dx_ptr + start + offset, dout.to(dx_ptr.dtype.element_ty), mask=inside)
         if dy_ptr is not None:
             dy = gamma * dout
             tl.store(dy_ptr + start + offset, dy.to(dy_ptr.dtype.element_ty), mask=inside)
     if partial_ptr is not None:
-        tl.store(partial_ptr + share * C + c, tl.sum(dgamma, axis=0), mask=c < C)
+        sums = tl.sum(dgamma, axis=0)
+        if bias_ptr is None:
+            tl.store(partial_ptr + share * C + c, sums, mask=c < C)
+        else:
+            # The bias is the same in all rows, and so is gamma.
+            of_dout = tl.sum(total, axis=0)
+            target = partial_ptr + share * 2 * C + c
+            bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+            factor = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+            tl.store(target, sums + bias * of_dout, mask=c < C)
+            tl.store(target + C, factor * of_dout, mask=c < C)
 
 
-def scale_residual_fwd(x, gamma, y, out_dtype):
-    """Return ``x + gamma * y``, contiguous.
+def scale_residual_fwd(x, gamma, y, bias, out_dtype):
+    """Return ``x + gamma * (y + bias)``, contiguous.
 
     Args:
         x: ``[..., C]``, contiguous.
         gamma: ``[C]``, contiguous.
         y: ``[..., C]``, contiguous.
+        bias: ``[C]``, contiguous, or None.
         out_dtype: of the result.
     """
     channels = x.shape[-1]
@@ -93,6 +113,7 @@ def scale_residual_fwd(x, gamma, y, out_dtype):
             x,
             gamma,
             y,
+            bias,
             out,
             rows,
             C=channels,
@@ -104,8 +125,8 @@ def scale_residual_fwd(x, gamma, y, out_dtype):
     return out
 
 
-def scale_residual_bwd(dout, gamma, y, dx, dy, *, sums):
-    """Write the gradients of x and y, and return that of gamma, ``[C]`` in float32.
+def scale_residual_bwd(dout, gamma, y, bias, dx, dy, *, sums):
+    """Write the gradients of x and y, and return those of gamma and bias, ``[C]`` in the dtypes of these.
 
     The sums over rows are taken in two passes, a share for each program and then the sum of those, so they are the same
     in every run.
@@ -114,20 +135,25 @@ def scale_residual_bwd(dout, gamma, y, dx, dy, *, sums):
         dout: ``[..., C]``, contiguous.
         gamma: ``[C]``, contiguous.
         y: ``[..., C]``, contiguous.
+        bias: ``[C]``, contiguous, or None.
         dx: memory for dout in the dtype of x, contiguous, or None where it is not wanted.
         dy: memory for the gradient of y, contiguous, or None where it is not wanted.
-        sums: whether that of gamma is wanted; None otherwise.
+        sums: whether those of gamma and bias are wanted; both are None otherwise, and that of bias is without one.
     """
     channels = dout.shape[-1]
     rows = dout.numel() // channels
     block_r, block_c = tile(channels, _BACKWARD_WARPS)
     programs, steps = shares(rows, block_r)
-    partial = torch.empty((programs, channels), dtype=torch.float32, device=dout.device) if sums else None
+    partial = None
+    if sums:
+        of_each = (programs, 1 if bias is None else 2, channels)
+        partial = torch.empty(of_each, dtype=torch.float32, device=dout.device)
     with torch.cuda.device_of(dout):
         scale_residual_bwd_kernel[(programs,)](
             dout,
             gamma,
             y,
+            bias,
             dx,
             dy,
             partial,
@@ -139,4 +165,12 @@ def scale_residual_bwd(dout, gamma, y, dx, dy, *, sums):
             num_warps=_BACKWARD_WARPS,
             enable_fp_fusion=True,
         )
-        return None if partial is None else partial.sum(dim=0)
+        if partial is None:
+            return None, None
+        dgamma = torch.empty_like(gamma)
+        if bias is None:
+            sum_shares(partial[:, 0], dgamma)
+            return dgamma, None
+        dbias = torch.empty_like(bias)
+        sum_shares(partial[:, 0], dgamma, partial[:, 1], dbias)
+        return dgamma, dbias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from ..ops._channel_norm import channel_norm
 from ..ops._check import compute_dtype
 from ..ops._depthwise_conv2d import depthwise_conv2d
 from ..ops._scale_residual import scale_residual
+from ..ops._triton import unavailable
+from ..ops.pixel_shuffle_gelu import pixel_shuffle_gelu
 
 __all__ = ["ConvNeXtEncoder", "DetailEncoder", "larger_patches", "use_pytorch"]
 
@@ -39,10 +42,10 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self._for_product = for_product
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         dtype = compute_dtype(x) if self._for_product else None
         pixels = x.permute(0, 2, 3, 1)
-        y = channel_norm(pixels, self.weight, self.bias, eps=_NORM_EPSILON, out_dtype=dtype, impl=self.impl)
+        y = channel_norm(pixels, self.weight, self.bias, shift, eps=_NORM_EPSILON, out_dtype=dtype, impl=self.impl)
         return y.permute(0, 3, 1, 2)
 
 
@@ -70,12 +73,55 @@ class PatchConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and self.in_channels > 3:
             return super().forward(x)
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product with this bias."""
         size = self.kernel_size[0]
         rows, columns = x.shape[2] // size, x.shape[3] // size
-        # Cast first: the patches are a copy.
-        pixels = x[:, :, : rows * size, : columns * size].permute(0, 2, 3, 1).to(compute_dtype(x))
-        patches = pixels.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3).flatten(3)
-        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+        pixels = x[:, :, : rows * size, : columns * size].permute(0, 2, 3, 1)
+        patches = pixels.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3)
+        # The cast is the copy that patches are.
+        patches = patches.to(compute_dtype(x), memory_format=torch.contiguous_format).flatten(3)
+        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _biases_apart(x: Tensor) -> bool:
+    """Return whether the kernels behind linear layers are to add their biases.
+
+    They make the gradients of these as well, each of which is a pass over the pixels otherwise.
+    """
+    half = x.is_cuda and compute_dtype(x).itemsize == 2
+    return half and unavailable() is None and not torch.compiler.is_compiling()
+
+
+class Stem(nn.Sequential):
+    """The first patches, and their norm."""
+
+    def __init__(self, conv: PatchConv, norm: ChannelNorm) -> None:
+        super().__init__(conv, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        assert isinstance(conv, PatchConv)
+        assert isinstance(norm, ChannelNorm)
+        if norm.impl == "auto" and _biases_apart(x):
+            return norm.forward(conv.product(x, None), conv.bias)
+        y: Tensor = norm(conv(x))
+        return y
+
+
+class _Branches(torch.autograd.Function):
+    """A cast of a tensor and the tensor, whose gradients are added in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return x.to(dtype), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_cast, of_x = gradients
+        return of_x + of_cast, None
 
 
 class ConvNeXtBlock(nn.Module):
@@ -94,10 +140,18 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, dtype = self.norm, compute_dtype(x)
-        y = self.dwconv(x).permute(0, 2, 3, 1)
+        fused = self.impl == "auto" and _biases_apart(x)
+        y, x = _Branches.apply(x, dtype) if fused and x.dtype != dtype else (x, x)  # type: ignore[no-untyped-call]
+        y = self.dwconv(y).permute(0, 2, 3, 1)
         y = channel_norm(y, norm.weight, norm.bias, eps=norm.eps, out_dtype=dtype, impl=self.impl)
-        y = self.pwconv2(self.act(self.pwconv1(y)))
-        return scale_residual(x.permute(0, 2, 3, 1), self.gamma, y, impl=self.impl).permute(0, 3, 1, 2)
+        bias = None
+        if fused:
+            y = F.linear(y, self.pwconv1.weight).permute(0, 3, 1, 2)
+            y = pixel_shuffle_gelu(y, 1, self.pwconv1.bias).permute(0, 2, 3, 1)
+            y, bias = F.linear(y, self.pwconv2.weight), self.pwconv2.bias
+        else:
+            y = self.pwconv2(self.act(self.pwconv1(y)))
+        return scale_residual(x.permute(0, 2, 3, 1), self.gamma, y, bias, impl=self.impl).permute(0, 3, 1, 2)
 
 
 class ConvNeXtEncoder(nn.Module):
@@ -123,7 +177,7 @@ class ConvNeXtEncoder(nn.Module):
             self.downsample_layers.append(
                 nn.Sequential(ChannelNorm(previous, for_product=True), conv)
                 if index
-                else nn.Sequential(conv, ChannelNorm(width, for_product=False))
+                else Stem(conv, ChannelNorm(width, for_product=False))
             )
             self.stages.append(nn.Sequential(ConvNeXtBlock(width)))
             previous = width

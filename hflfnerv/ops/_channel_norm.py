@@ -19,25 +19,40 @@ __all__ = ["CHANNEL_NORM", "channel_norm"]
 
 
 def _run_reference(
-    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    y = F.layer_norm(x, gain.shape, gain, bias, eps)
+    y = F.layer_norm(x if shift is None else x + shift, gain.shape, gain, bias, eps)
     return y if out_dtype is None else y.to(out_dtype)
 
 
 def _run_triton(
-    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     if out_dtype is None:
         out_dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    y: torch.Tensor = torch.ops.hflfnerv.channel_norm(x, gain, bias, eps, out_dtype, "triton")
+    y: torch.Tensor = torch.ops.hflfnerv.channel_norm(x, gain, bias, shift, eps, out_dtype, "triton")
     return y
 
 
 def _triton_rejects(
-    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
 ) -> str | None:
-    return rejects_rows(x, gain.dtype, bias.dtype, out_dtype or x.dtype)
+    return rejects_rows(x, gain.dtype, bias.dtype, x.dtype if shift is None else shift.dtype, out_dtype or x.dtype)
 
 
 CHANNEL_NORM = ImplementationTable(
@@ -54,79 +69,114 @@ def _sum_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _forward(
-    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype, impl: str
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    impl: str,
 ) -> torch.Tensor:
     x, gain, bias = x.contiguous(), gain.contiguous(), bias.contiguous()
     y: torch.Tensor
     if impl == "reference":
-        x, gain, bias = (t.to(_sum_dtype(x)) for t in (x, gain, bias))
-        y = F.layer_norm(x, gain.shape, gain, bias, eps).to(out_dtype)
+        rows, gain, bias = _shifted(x, shift), gain.to(_sum_dtype(x)), bias.to(_sum_dtype(x))
+        y = F.layer_norm(rows, gain.shape, gain, bias, eps).to(out_dtype)
     else:
         from ..triton_kernels.channel_norm import channel_norm_fwd
 
-        y = channel_norm_fwd(x, gain, bias, eps, out_dtype)
+        y = channel_norm_fwd(x, gain, bias, None if shift is None else shift.contiguous(), eps, out_dtype)
     return y
 
 
+def _shifted(x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    x = x.to(_sum_dtype(x))
+    return x if shift is None else x + shift.to(x.dtype)
+
+
 def _forward_fake(
-    x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype, impl: str
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    impl: str,
 ) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
 def _backward(
-    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, eps: float, wanted: list[bool], impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    wanted: list[bool],
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dy, x, gain = dy.contiguous(), x.contiguous(), gain.contiguous()
     dx: torch.Tensor | None
     sums: torch.Tensor | None
+    dshift: torch.Tensor | None
     if impl == "reference":
-        dx, sums = _reference_backward(dy, x, gain, eps)
+        dx, sums, dshift = _reference_backward(dy, x, gain, shift, eps)
     else:
         from ..triton_kernels.channel_norm import channel_norm_bwd
 
         dx = torch.empty_like(x) if wanted[0] else None
-        sums = channel_norm_bwd(dy, x, gain, dx, eps, sums=wanted[1])
+        shift = None if shift is None else shift.contiguous()
+        sums, dshift = channel_norm_bwd(dy, x, gain, shift, dx, eps, sums=wanted[1] or wanted[2])
     return (
         dx if dx is not None and wanted[0] else x.new_empty(0),
         sums if sums is not None and wanted[1] else x.new_empty(0, dtype=_sum_dtype(x)),
+        dshift if dshift is not None and wanted[2] else (x if shift is None else shift).new_empty(0),
     )
 
 
 def _reference_backward(
-    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    slopes, rows, factors = (t.to(_sum_dtype(x)) for t in (dy, x, gain))
+    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    slopes, rows, factors = dy.to(_sum_dtype(x)), _shifted(x, shift), gain.to(_sum_dtype(x))
     _, mean, rstd = torch.native_layer_norm(rows, gain.shape, factors, factors, eps)
     # The bias says no more than that there is one.
     dx, dgain, dbias = torch.ops.aten.native_layer_norm_backward(
         slopes, rows, gain.shape, mean, rstd, factors, factors, [True, True, True]
     )
-    return dx.to(x.dtype), torch.stack([dgain, dbias])
+    dshift = None if shift is None else dx.flatten(0, -2).sum(dim=0).to(shift.dtype)
+    return dx.to(x.dtype), torch.stack([dgain, dbias]), dshift
 
 
 def _backward_fake(
-    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, eps: float, wanted: list[bool], impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    shift: torch.Tensor | None,
+    eps: float,
+    wanted: list[bool],
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = x.new_empty(x.shape if wanted[0] else 0)
-    return dx, x.new_empty((2, *gain.shape) if wanted[1] else 0, dtype=_sum_dtype(x))
+    sums = x.new_empty((2, *gain.shape) if wanted[1] else 0, dtype=_sum_dtype(x))
+    return dx, sums, (x if shift is None else shift).new_empty(gain.shape if wanted[2] else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, gain, bias, ctx.eps, _, ctx.impl = inputs
+    x, gain, bias, shift, ctx.eps, _, ctx.impl = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, gain)
+    ctx.save_for_backward(x, gain, shift)
 
 
 def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, gain = ctx.saved_tensors
-    want_x, want_gain, want_bias = ctx.needs_input_grad[:3]
-    wanted = [want_x, want_gain or want_bias]
-    dx, sums = torch.ops.hflfnerv.channel_norm_backward(dy, x, gain, ctx.eps, wanted, ctx.impl)
+    x, gain, shift = ctx.saved_tensors
+    want_x, want_gain, want_bias, want_shift = ctx.needs_input_grad[:4]
+    wanted = [want_x, want_gain or want_bias, want_shift]
+    dx, sums, dshift = torch.ops.hflfnerv.channel_norm_backward(dy, x, gain, shift, ctx.eps, wanted, ctx.impl)
     return (
         dx if want_x else None,
         sums[0].to(gain.dtype) if want_gain else None,
         sums[1].to(ctx.bias_dtype) if want_bias else None,
+        dshift if want_shift else None,
         None,
         None,
         None,
@@ -134,14 +184,16 @@ def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 register(
-    "channel_norm(Tensor x, Tensor gain, Tensor bias, float eps, ScalarType out_dtype, str impl) -> Tensor",
+    "channel_norm(Tensor x, Tensor gain, Tensor bias, Tensor? shift, float eps, ScalarType out_dtype, str impl) "
+    "-> Tensor",
     run=_forward,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
 )
 register_gradient(
-    "channel_norm_backward(Tensor dy, Tensor x, Tensor gain, float eps, bool[] wanted, str impl) -> (Tensor, Tensor)",
+    "channel_norm_backward(Tensor dy, Tensor x, Tensor gain, Tensor? shift, float eps, bool[] wanted, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
     run=_backward,
     fake=_backward_fake,
 )
@@ -162,6 +214,7 @@ def channel_norm(
     x: torch.Tensor,
     gain: torch.Tensor,
     bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
     *,
     eps: float,
     out_dtype: torch.dtype | None = None,
@@ -169,12 +222,14 @@ def channel_norm(
 ) -> torch.Tensor:
     """Normalise each row over its channels: LayerNorm over the last axis.
 
-    Equivalent PyTorch: ``F.layer_norm(x, (C,), gain, bias, eps).to(out_dtype)``.
+    Equivalent PyTorch: ``F.layer_norm(x + shift, (C,), gain, bias, eps).to(out_dtype)``.
 
     Args:
         x: ``[..., C]``, floating point.
         gain: ``[C]`` in x's dtype (under autocast it may have another).
         bias: ``[C]``, likewise.
+        shift: ``[C]``, likewise, such as the bias of the layer in front, whose gradient falls off with that of x; or
+            None.
         eps: added to the variance.
         out_dtype: of the result; None for PyTorch's: x's, and under autocast on a GPU float32. A product that follows
             under autocast takes its dtype, and rounds to it whatever it is given.
@@ -202,11 +257,11 @@ def channel_norm(
     check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x must be [..., C], got a scalar")
-    for name, t in (("gain", gain), ("bias", bias)):
+    for name, t in (("gain", gain), ("bias", bias), *([] if shift is None else [("shift", shift)])):
         check_tensor(name, t)
         check_like(name, t, x)
         if t.shape != x.shape[-1:]:
             raise ValueError(f"{name} must have shape {tuple(x.shape[-1:])}, got {tuple(t.shape)}")
-    entry = CHANNEL_NORM.select(_choice(x) if impl == "auto" else impl, x, gain, bias, eps, out_dtype)
-    y: torch.Tensor = entry.run(x, gain, bias, eps, out_dtype)
+    entry = CHANNEL_NORM.select(_choice(x) if impl == "auto" else impl, x, gain, bias, shift, eps, out_dtype)
+    y: torch.Tensor = entry.run(x, gain, bias, shift, eps, out_dtype)
     return y

@@ -92,7 +92,12 @@ def _run_groups(
 def _run_kernels(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: tuple[int, int], *, impl: str
 ) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.hflfnerv.depthwise_conv2d(*_in_compute_dtype(x, weight, bias), impl)
+    x, weight, bias = _in_compute_dtype(x, weight, bias)
+    if impl == "triton":
+        # As the kernels read it, here and not in them, so that it is copied once for both passes.
+        taps = weight.permute(2, 3, 1, 0).to(torch.float32, memory_format=torch.contiguous_format)
+        weight = taps.contiguous().permute(3, 2, 0, 1)
+    out: torch.Tensor = torch.ops.hflfnerv.depthwise_conv2d(x, weight, bias, impl)
     return out
 
 

@@ -186,11 +186,13 @@ def _triton_backward(
 
     dx, _, _ = _backward_fake(dy, x, weight, wanted, "triton")
     x = channels_last_pixels(x)
-    target = _empty_like_pixels(x) if wanted[0] else None
+    target = None
+    if wanted[0]:
+        target = dx if dx.stride() == x.stride() else _empty_like_pixels(x)
     dy = dy.contiguous(memory_format=torch.channels_last)
     dweight, dbias = conv2d_bwd(dy, x, weight, target, sums=wanted[1] or wanted[2])
-    if target is not None:
-        dx = target if target.stride() == dx.stride() else dx.copy_(target)
+    if target is not None and target is not dx:
+        dx.copy_(target)
     return dx, dweight if wanted[1] else x.new_empty(0), dbias if wanted[2] else x.new_empty(0)
 
 
@@ -241,10 +243,12 @@ def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool], impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = memory_format_of(x)
-    if wanted[0] and impl in _PIXELS_APART and layout == torch.contiguous_format and not x.is_contiguous():
+    if not wanted[0]:
+        dx = x.new_empty(0)
+    elif impl in _PIXELS_APART and layout == torch.contiguous_format and not x.is_contiguous():
         dx = _empty_like_pixels(channels_last_pixels(x))
     else:
-        dx = x.new_empty(x.shape).contiguous(memory_format=layout) if wanted[0] else x.new_empty(0)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     dweight = torch.empty_like(weight) if wanted[1] else x.new_empty(0)
     return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
 

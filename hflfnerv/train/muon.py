@@ -75,10 +75,32 @@ class Muon(torch.optim.Optimizer):
         matrices = [_as_matrix(x, parameter) for x, parameter in zip(accelerated, parameters, strict=True)]
         matrices = [x.bfloat16() if x.is_cuda and min(x.shape) > SMALL_ROWS else x for x in matrices]
         updates = [
-            _as_weight(x.to(parameter.dtype), parameter)
+            # A tall matrix may come as the transpose of a wide one.
+            _as_weight(x.to(parameter.dtype, memory_format=torch.contiguous_format).contiguous(), parameter)
             for x, parameter in zip(orthogonalise_all(matrices), parameters, strict=True)
         ]
         torch._foreach_mul_(updates, [max(1.0, x.shape[0] / x.shape[1]) ** 0.5 for x in matrices])
+        _subtract(parameters, updates, lr)
+
+
+def _subtract(parameters: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:
+    """Subtract updates times the learning rate."""
+    alike = all(p.stride() == u.stride() and p.dtype == torch.float32 for p, u in zip(parameters, updates, strict=True))
+    if isinstance(lr, Tensor) and alike:
+        # One kernel that reads the learning rate: SGD without momentum.
+        torch._fused_sgd_(
+            parameters,
+            updates,
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+    else:
         torch._foreach_mul_(updates, lr)
         torch._foreach_sub_(parameters, updates)
 

@@ -34,11 +34,12 @@ class _Objective(nn.Module):
         self.model = model
 
     def forward(self, index: Tensor, clip: Clip, quantization: Quantization | None) -> Tensor:
-        inputs = clip.inputs(index)
+        frames = clip.select(index)
+        inputs = clip.inputs(index, frames)
         embeddings = None if inputs is None else self.model.embed(inputs)
         if quantization is not None and embeddings is not None:
             embeddings = quantization.round_embeddings(embeddings)
-        return self.model.distortion(embeddings, index, clip.frames[index])
+        return self.model.distortion(embeddings, index, frames)
 
 
 class TrainingStep:
@@ -135,4 +136,4 @@ class TrainingStep:
         factor = self._factors.index_select(0, self._number)[0]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"].copy_(factor * group["initial_lr"])
+                torch.mul(factor, group["initial_lr"], out=group["lr"])

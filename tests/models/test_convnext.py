@@ -81,6 +81,41 @@ def test_encoder_on_the_cpu_is_the_formula(layout, autocast):
             assert torch.equal(actual, true)
 
 
+def test_biases_apart_change_nothing(monkeypatch):
+    model, x = encoder(), make_tensor(2, 3, 48, 72)
+    exact = copy.deepcopy(model).double()
+    expected = results_of(exact, exact, x.double(), False)
+    same = results_of(model, model, x, False)
+    taken = []
+
+    def record(*tensors, **options):
+        taken.append(tensors[3])
+        return scale_residual(*tensors, **options)
+
+    scale_residual = convnext.scale_residual
+    monkeypatch.setattr(convnext, "scale_residual", record)
+    monkeypatch.setattr(convnext, "_biases_apart", lambda x: True)
+    results = results_of(model, model, x, False)
+    assert [bias is block.pwconv2.bias for bias, (block,) in zip(taken, model.stages, strict=True)] == [True] * 3
+    # Rounding alone: a bias that is left out, or added twice, or whose gradient is, changes all of it.
+    for actual, true, rounded in zip(results, expected, same, strict=True):
+        assert (actual - true).norm() <= 4 * (rounded - true).norm() + 1e-6 * true.norm()
+    use_pytorch(model)
+    plain = results_of(model, model, x, False)
+    assert taken[3:] == [None] * 3
+    for actual, true in zip(plain, expected, strict=True):
+        assert (actual - true).norm() <= 1e-5 * true.norm()
+
+
+def test_gradients_of_branches_are_added():
+    x = make_tensor(2, 3, 4, 5, layout="channels_last", requires_grad=True)
+    cast, same = convnext._Branches.apply(x, torch.bfloat16)
+    assert (cast.dtype, same.dtype) == (torch.bfloat16, torch.float32)
+    of_cast, of_x = make_tensor(*x.shape, dtype=torch.bfloat16, seed=1), make_tensor(*x.shape, seed=2)
+    (dx,) = torch.autograd.grad([cast, same], x, [of_cast, of_x])
+    assert torch.equal(dx, of_x + of_cast.float())
+
+
 def test_norms_that_a_product_takes_have_its_dtype(monkeypatch):
     made = []
 

@@ -654,9 +654,12 @@ def test_depthwise_conv2d(case, dtype):
     weight = make_tensor(channels, 1, *kernel, dtype=dtype, scale=(kernel[0] * kernel[1]) ** -0.5, seed=1)
     bias = make_tensor(channels, dtype=dtype, layout="strided", seed=2) if wanted[2] else None
     dy = make_tensor(batch, channels, height, width, dtype=dtype, seed=3)
+    # As auto hands it over, and as any other.
+    taps = weight.float().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1) if height % 2 else weight
     with poisoned_empty():
-        y = torch.ops.hflfnerv.depthwise_conv2d(x, weight, bias, "triton")
-        gradients = torch.ops.hflfnerv.depthwise_conv2d_backward(dy, x, weight, wanted, "triton")
+        y = torch.ops.hflfnerv.depthwise_conv2d(x, taps, bias, "triton")
+        gradients = torch.ops.hflfnerv.depthwise_conv2d_backward(dy, x, taps, wanted, "triton")
+    assert [gradient.dtype for gradient in gradients] == [dtype, taps.dtype if wanted[1] else dtype, dtype]
 
     def run(to, absolute=False):
         # Absolute terms make the sums that are rounded, whatever the order.
@@ -678,7 +681,7 @@ def test_depthwise_conv2d(case, dtype):
             assert gradients[position].numel() == 0
             continue
         true, rounded, terms = (of[position] for of in (all_expected, all_same, sizes))
-        assert_gradient_close_to_reference(gradients[position], true, rounded, magnitude=terms)
+        assert_gradient_close_to_reference(gradients[position].to(dtype), true, rounded, magnitude=terms)
 
 
 def test_depthwise_conv2d_in_many_shares(monkeypatch):
@@ -721,7 +724,7 @@ def test_training_step(monkeypatch):
     import copy
 
     from hflfnerv._impl import ImplementationTable
-    from hflfnerv.models import HFLFNeRV, build_model
+    from hflfnerv.models import HFLFNeRV, build_model, convnext
     from hflfnerv.models.streams import use_implementation
 
     torch.manual_seed(0)
@@ -746,6 +749,7 @@ def test_training_step(monkeypatch):
         return entry or select(table, impl, *args, **kwargs)
 
     monkeypatch.setattr(ImplementationTable, "select", by_triton)
+    monkeypatch.setattr(convnext, "_biases_apart", lambda x: True)
     actual = gradients(model, torch.float32)
     blocks, encoder = {"conv_pixel_shuffle_gelu", "conv2d"}, {"depthwise_conv2d", "channel_norm", "scale_residual"}
     assert chosen >= blocks | encoder | {"stream_loss"}
@@ -771,21 +775,24 @@ F32, F16 = torch.float32, torch.float16
         (F16, F16, F16),
     ],
 )
-def test_channel_norm(shape, dtype, of_weights, out_dtype):
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_channel_norm(shape, dtype, of_weights, out_dtype, with_shift):
     layout = "strided" if of_weights == F16 else "contiguous"
     x = make_tensor(*shape, dtype=dtype, layout=layout)
     gain, bias = (make_tensor(shape[-1], dtype=of_weights, layout=layout, seed=seed) for seed in (1, 2))
     dy = make_tensor(*shape, dtype=out_dtype, layout=layout, seed=3)
+    shift = [make_tensor(shape[-1], dtype=dtype, layout=layout, seed=4)] if with_shift else []
 
     def run(to, impl):
-        leaves = [t.detach().to(to or t.dtype).requires_grad_() for t in (x, gain, bias)]
-        y = torch.ops.hflfnerv.channel_norm(*leaves, 1e-6, to or out_dtype, impl)
+        leaves = [t.detach().to(to or t.dtype).requires_grad_() for t in (x, gain, bias, *shift)]
+        y = torch.ops.hflfnerv.channel_norm(*[*leaves, None][:4], 1e-6, to or out_dtype, impl)
         return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
     with poisoned_empty():
         results = run(None, "triton")
     expected, same = run(torch.float64, "reference"), run(None, "reference")
-    sizes = layer_norm_magnitudes(x, gain, bias, dy, 1e-6)
+    sizes = layer_norm_magnitudes(x.double() + sum(shift), gain, bias, dy, 1e-6)
+    sizes = [*sizes, sizes[1].flatten(0, -2).sum(dim=0)][: len(results)]
     for actual, true, rounded, size in zip(results, expected, same, sizes, strict=True):
         assert actual.is_contiguous()
         magnitude = rounded_in_the_end(true, size, actual.dtype)
@@ -797,15 +804,17 @@ def test_channel_norm(shape, dtype, of_weights, out_dtype):
     ("dtype", "of_gamma", "of_y"),
     [(F32, F32, F32), (F32, F32, F16), (F16, F32, F16), (F16, F16, F16), (F16, F16, F32)],
 )
-def test_scale_residual(shape, dtype, of_gamma, of_y):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_scale_residual(shape, dtype, of_gamma, of_y, with_bias):
     layout = "strided" if of_gamma == F16 else "contiguous"
     x, y = make_tensor(*shape, dtype=dtype, layout=layout), make_tensor(*shape, dtype=of_y, layout=layout, seed=1)
     gamma = make_tensor(shape[-1], dtype=of_gamma, layout=layout, seed=2)
     dout = make_tensor(*shape, dtype=(x + gamma * y).dtype, layout=layout, seed=3)
+    bias = [make_tensor(shape[-1], dtype=of_y, layout=layout, seed=4)] if with_bias else []
 
     def run(to, impl, change=lambda t: t):
-        leaves = [change(t.detach().to(to or t.dtype)).requires_grad_() for t in (x, gamma, y)]
-        out = torch.ops.hflfnerv.scale_residual(*leaves, impl)
+        leaves = [change(t.detach().to(to or t.dtype)).requires_grad_() for t in (x, gamma, y, *bias)]
+        out = torch.ops.hflfnerv.scale_residual(*[*leaves, None][:4], impl)
         return out, *torch.autograd.grad(out, leaves, change(dout.to(to or dout.dtype)))
 
     with poisoned_empty():
@@ -828,35 +837,37 @@ def test_channel_norm_and_scale_residual_in_many_shares(monkeypatch):
 
     def gradients(impl, to=F32, change=lambda t: t):
         of, slopes, factors = (change(t.to(to)) for t in (x, dy, gain))
-        yield from torch.ops.hflfnerv.channel_norm_backward(slopes, of, factors, 1e-6, [True, True], impl)
-        yield from torch.ops.hflfnerv.scale_residual_backward(slopes, factors, of, to, [True] * 3, impl)
+        yield from torch.ops.hflfnerv.channel_norm_backward(slopes, of, factors, factors, 1e-6, [True] * 3, impl)
+        yield from torch.ops.hflfnerv.scale_residual_backward(slopes, factors, of, factors, to, [True] * 4, impl)
 
     with poisoned_empty():
         results = list(gradients("triton"))
-    _, dx, *sums = layer_norm_magnitudes(x, gain, gain, dy, 1e-6)
-    _, _, *sizes = gradients("reference", torch.float64, torch.abs)
+    _, dx, *sums = layer_norm_magnitudes(x + gain, gain, gain, dy, 1e-6)
+    _, _, _, *sizes = gradients("reference", torch.float64, torch.abs)
     for actual, true, rounded, size in zip(
         results,
         gradients("reference", torch.float64),
         gradients("reference"),
-        [dx, torch.stack(sums), *sizes],
+        [dx, torch.stack(sums), dx.sum(dim=0), *sizes],
         strict=True,
     ):
         assert_gradient_close_to_reference(actual, true, rounded, magnitude=size)
 
 
-@pytest.mark.parametrize("wanted", [[True, False], [False, True]])
+@pytest.mark.parametrize("wanted", [list(w) for w in itertools.product([True, False], repeat=3) if any(w)])
 def test_channel_norm_makes_what_is_wanted(wanted):
     x, dy = (make_tensor(3, 11, 5, seed=seed) for seed in range(2))
     make = torch.ops.hflfnerv.channel_norm_backward
-    check_wanted(lambda wanted: make(dy, x, make_tensor(5, seed=2), 1e-6, wanted, "triton"), wanted)
+    gain, shift = make_tensor(5, seed=2), make_tensor(5, dtype=F16, seed=3)
+    check_wanted(lambda wanted: make(dy, x, gain, shift, 1e-6, wanted, "triton"), wanted)
 
 
-@pytest.mark.parametrize("wanted", [list(w) for w in itertools.product([True, False], repeat=3) if any(w)])
+@pytest.mark.parametrize("wanted", [list(w) for w in itertools.product([True, False], repeat=4) if any(w)])
 def test_scale_residual_makes_what_is_wanted(wanted):
     y, dout = (make_tensor(3, 11, 5, seed=seed) for seed in range(2))
     make = torch.ops.hflfnerv.scale_residual_backward
-    check_wanted(lambda wanted: make(dout, make_tensor(5, seed=2), y, F16, wanted, "triton"), wanted)
+    gamma, bias = make_tensor(5, seed=2), make_tensor(5, dtype=F16, seed=3)
+    check_wanted(lambda wanted: make(dout, gamma, y, bias, F16, wanted, "triton"), wanted)
 
 
 def check_wanted(gradients, wanted):
@@ -865,3 +876,34 @@ def check_wanted(gradients, wanted):
     for actual, expected, want in zip(some, all_of_them, wanted, strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual, expected) if want else actual.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_sum_shares(rows, dtype):
+    from hflfnerv.triton_kernels._sums import sum_shares
+
+    # Parts of what there is, in another order and in strides of their own; columns of one program and of several.
+    partial = make_tensor(rows, 3, 5, 4, 7)
+    of, more = partial[:, :, 1:, :, :6].unflatten(4, (2, 3)), partial[:, 1, 0, 2, 1:7]
+    for order in ((0, 1, 2, 3, 4), (4, 2, 0, 1, 3)):
+        memory = torch.empty([of.shape[1:][axis] for axis in order], dtype=dtype)
+        out, more_out = memory.permute(*(order.index(axis) for axis in range(5))), torch.empty(6, dtype=dtype)
+        with poisoned_empty():
+            sum_shares(of, out, more, more_out)
+        for actual, source in ((out, of), (more_out, more)):
+            expected, size = source.double().sum(0), source.double().abs().sum(0)
+            error = rows * torch.finfo(F32).eps / 2 * size + torch.finfo(dtype).eps / 2 * expected.abs()
+            assert bool(((actual - expected).abs() <= error).all())
+
+
+def test_sum_shares_of_scalars_and_of_neighbours():
+    from hflfnerv.triton_kernels._sums import sum_shares
+
+    partial = make_tensor(40, 16, 64)
+    out = sum_shares(partial, torch.full((16, 64), float("nan")))
+    torch.testing.assert_close(out, partial.sum(0), rtol=0, atol=1e-5)
+    alone = sum_shares(partial[:, :1, 0], torch.full((1,), float("nan")))
+    torch.testing.assert_close(alone, partial[:, :1, 0].sum(0), rtol=0, atol=1e-5)
+    wide = make_tensor(2, 9000)
+    torch.testing.assert_close(sum_shares(wide, torch.empty(9000)), wide.sum(0), rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ EPS = 1e-6
 
 def operands(dtype=torch.float32, of_weights=None, shape=(2, 5, 7, 12)):
     x = make_tensor(*shape, dtype=dtype)
-    return [x, *(make_tensor(shape[-1], dtype=of_weights or dtype, seed=seed) for seed in (1, 2))]
+    return [x, *(make_tensor(shape[-1], dtype=of_weights or dtype, seed=seed) for seed in (1, 2, 4))]
 
 
 def run(function, tensors):
@@ -34,17 +34,18 @@ def assert_equal(results, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16])
 def test_is_pytorchs(dtype, out_dtype, impl):
-    def pytorch(x, gain, bias):
-        y = F.layer_norm(x, x.shape[-1:], gain, bias, EPS)
+    def pytorch(x, gain, bias, shift=None):
+        y = F.layer_norm(x if shift is None else x + shift, x.shape[-1:], gain, bias, EPS)
         return y if out_dtype is None else y.to(out_dtype)
 
-    results = run(lambda *t: channel_norm(*t, eps=EPS, out_dtype=out_dtype, impl=impl), operands(dtype))
-    assert_equal(results, run(pytorch, operands(dtype)))
+    for tensors in (operands(dtype)[:3], operands(dtype)):
+        results = run(lambda *t: channel_norm(*t, eps=EPS, out_dtype=out_dtype, impl=impl), tensors)
+        assert_equal(results, run(pytorch, tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype):
-    tensors = operands(dtype, torch.float32)
+    tensors = operands(dtype, torch.float32)[:3]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = run(lambda *t: channel_norm(*t, eps=EPS), tensors)
         expected = run(lambda x, *weights: F.layer_norm(x, x.shape[-1:], *weights, EPS), tensors)
@@ -62,9 +63,14 @@ def test_compile():
 @pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(of_weights, out_dtype):
-    x, gain, bias = operands(torch.bfloat16, of_weights)
-    for tensors in ((x, gain, bias), (x.requires_grad_(), gain, bias), (x, gain.requires_grad_(), bias)):
-        torch.library.opcheck(torch.ops.hflfnerv.channel_norm.default, (*tensors, EPS, out_dtype, "reference"))
+    for wanted in ([0], [1], [2], [3], [0, 1, 2, 3]):
+        for count in (3, 4):
+            tensors = [t.requires_grad_(i in wanted) for i, t in enumerate(operands(torch.bfloat16, of_weights))][
+                :count
+            ]
+            if any(t.requires_grad for t in tensors):
+                arguments = (*[*tensors, None][:4], EPS, out_dtype, "reference")
+                torch.library.opcheck(torch.ops.hflfnerv.channel_norm.default, arguments)
 
 
 def test_gradcheck():
@@ -75,8 +81,8 @@ def test_gradcheck():
 
 
 def test_no_second_derivative_is_better_than_a_wrong_one():
-    x, gain, bias = (t.requires_grad_() for t in operands())
-    y = torch.ops.hflfnerv.channel_norm(x, gain, bias, EPS, torch.float32, "reference")
+    x, gain, bias, shift = (t.requires_grad_() for t in operands())
+    y = torch.ops.hflfnerv.channel_norm(x, gain, bias, shift, EPS, torch.float32, "reference")
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative in its kernels; use impl='reference'"):
         dx.sum().backward()

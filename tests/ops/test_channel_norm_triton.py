@@ -42,21 +42,23 @@ def test_interpreter(interpreter):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
 @pytest.mark.parametrize("channels", [3, 64, 70, 1024])
-def test_ahead_of_time(compile_launch, capability, dtypes, channels):
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_ahead_of_time(compile_launch, capability, dtypes, channels, with_shift):
     from hflfnerv.triton_kernels import channel_norm as kernels
 
     dtype, of_weights, out_dtype = dtypes
 
     def launch():
         x, gain = torch.zeros(1, 128, 256, channels, dtype=dtype), torch.zeros(channels, dtype=of_weights)
-        y = kernels.channel_norm_fwd(x, gain, gain, EPS, out_dtype)
-        kernels.channel_norm_bwd(y, x, gain, torch.empty_like(x), EPS, sums=True)
+        shift = torch.zeros(channels, dtype=dtype) if with_shift else None
+        y = kernels.channel_norm_fwd(x, gain, gain, shift, EPS, out_dtype)
+        kernels.channel_norm_bwd(y, x, gain, shift, torch.empty_like(x), EPS, sums=True)
 
     forward, backward = compile_launch(kernels, launch, capability)
     for kernel in (forward, backward):
         assert kernel.stack_bytes == kernel.local_bytes == 0, kernel
-    # Forty-eight warps on a multiprocessor, and back twenty-four.
-    assert forward.registers <= 40, forward
+    # Forty-eight warps on a multiprocessor, forty with a shift, and back twenty-four.
+    assert forward.registers <= (48 if with_shift else 40), forward
     assert backward.registers <= 80, backward
 
 
@@ -71,10 +73,11 @@ def test_programs_fill_the_device_and_small_images_take_few(monkeypatch):
 
     monkeypatch.setattr(kernels, "channel_norm_fwd_kernel", Recorder())
     monkeypatch.setattr(kernels, "channel_norm_bwd_kernel", Recorder())
+    monkeypatch.setattr(kernels, "sum_shares", lambda *tensors: None)
     for size in ((1, 128, 256, 64), (8, 128, 256, 64), (1, 128, 256, 16), (1, 2, 4, 16)):
         x, gain = torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size[-1])
-        kernels.channel_norm_fwd(x, gain, gain, EPS, torch.bfloat16)
-        kernels.channel_norm_bwd(x, x, gain, None, EPS, sums=True)
+        kernels.channel_norm_fwd(x, gain, gain, gain, EPS, torch.bfloat16)
+        kernels.channel_norm_bwd(x, x, gain, gain, None, EPS, sums=True)
     forward, backward = programs[::2], programs[1::2]
     assert min(forward[:3]) >= 132
     # Each of them writes sums, which are read again.
@@ -95,13 +98,16 @@ def test_what_it_rejects(shape, message, monkeypatch):
     if "meta" not in message:
         monkeypatch.setattr(_triton, "rejects_tensor", lambda device, dtype: None)
     x, gain = torch.empty(shape, device="meta"), torch.empty(shape[-1], device="meta")
-    assert re.search(message, ENTRY.rejects(x, gain, gain, EPS, None))
+    assert re.search(message, ENTRY.rejects(x, gain, gain, gain, EPS, None))
 
 
 def operands(shape, dtypes, *, layout="contiguous"):
     dtype, of_weights, out_dtype = dtypes
     x = make_tensor(*shape, dtype=dtype, device="cuda", layout=layout)
-    weights = [make_tensor(shape[-1], dtype=of_weights, device="cuda", layout=layout, seed=seed) for seed in (1, 2)]
+    weights = [
+        make_tensor(shape[-1], dtype=of, device="cuda", layout=layout, seed=seed)
+        for seed, of in ((1, of_weights), (2, of_weights), (4, dtype))
+    ]
     return [x, *weights], make_tensor(*shape, dtype=out_dtype, device="cuda", layout=layout, seed=3)
 
 
@@ -131,7 +137,9 @@ def test_forward_and_backward(shape, layout, dtypes):
     with poisoned_empty():
         results = run(tensors, dy)
     expected, same = run(tensors, dy, "reference", torch.float64), run(tensors, dy, "reference")
-    sizes = layer_norm_magnitudes(*tensors, dy, EPS)
+    x, gain, bias, shift = tensors
+    sizes = layer_norm_magnitudes(x.double() + shift, gain, bias, dy, EPS)
+    sizes = [*sizes, sizes[1].flatten(0, -2).sum(dim=0)]
     for actual, true, rounded, size in zip(results, expected, same, sizes, strict=True):
         assert actual.is_contiguous()
         magnitude = rounded_in_the_end(true, size, actual.dtype)
@@ -142,7 +150,7 @@ def test_forward_and_backward(shape, layout, dtypes):
 def test_only_the_gradients_that_are_wanted():
     tensors, dy = operands((2, 13, 21, 20), DTYPES[0])
     _, *expected = run(tensors, dy)
-    for position in range(3):
+    for position in range(4):
         leaves = [t.detach().clone().requires_grad_(i == position) for i, t in enumerate(tensors)]
         y = torch.ops.hflfnerv.channel_norm(*leaves, EPS, dy.dtype, "triton")
         (gradient,) = torch.autograd.grad(y, leaves[position], dy)
@@ -160,7 +168,7 @@ def test_what_auto_is():
     for dtype, impl in ((torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, "reference")):
         tensors, _ = operands((1, 40, 80, 32), (dtype, dtype, dtype))
         assert torch.equal(channel_norm(*tensors, eps=EPS), channel_norm(*tensors, eps=EPS, impl=impl))
-    (x, *weights), _ = operands((1, 40, 80, 32), DTYPES[0])
+    (x, *weights, _), _ = operands((1, 40, 80, 32), DTYPES[0])
     with torch.autocast("cuda", dtype=torch.bfloat16):
         for of_x in (x, x.float()):
             for out_dtype in (None, torch.bfloat16):

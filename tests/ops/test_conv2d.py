@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,16 @@ def test_direct_is_the_same_on_any_number_of_threads_and_in_any_batch():
     one, (dx, *_) = run((tensors[0][1:2], *tensors[1:]), dy[1:2], "direct")
     assert torch.equal(one, y[1:2])
     assert torch.equal(dx, gradients[0][1:2])
+
+
+def test_memory_for_a_gradient_is_no_copy():
+    tensors = operands(SHAPES[0])
+    x = tensors[0].contiguous(memory_format=torch.channels_last)
+    module = importlib.import_module("hflfnerv.ops.conv2d")
+    with torch.profiler.profile() as profile:
+        dx, *_ = module._backward_fake(x[:, :3], x, tensors[1], [True] * 3, "triton")
+    assert dx.stride() == x.stride()
+    assert not {event.name for event in profile.events()} & {"aten::copy_", "aten::clone"}
 
 
 X, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 3, 3)

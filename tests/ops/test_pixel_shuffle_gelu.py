@@ -316,8 +316,9 @@ def test_interpreter(interpreter):
     assert " passed" in interpreter("pixel_shuffle_gelu")
 
 
-# C, r, H, W of the decoders' blocks: HFD of the 1.5 M network, and widths that no tile divides.
+# C, r, H, W of the decoders' blocks: HFD of the 1.5 M network, and widths that no tile divides; of an encoder's block.
 BLOCKS = [(50, 5, 2, 4), (42, 4, 10, 20), (35, 4, 40, 80), (29, 2, 160, 320), (24, 2, 320, 640), (33, 2, 9, 33)]
+BLOCKS += [(256, 1, 128, 256)]
 CONFIGURATIONS = [(capability, torch.bfloat16, "none", BLOCKS) for capability in (80, 90, 100)]
 CONFIGURATIONS += [(90, torch.float16, "tanh", BLOCKS[1::3]), (90, torch.float32, "none", BLOCKS[1::3])]
 

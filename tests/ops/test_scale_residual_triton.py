@@ -38,7 +38,8 @@ def test_interpreter(interpreter):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("channels", [3, 64, 70, 1024])
-def test_ahead_of_time(compile_launch, capability, dtypes, channels):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_ahead_of_time(compile_launch, capability, dtypes, channels, with_bias):
     from hflfnerv.triton_kernels import scale_residual as kernels
 
     def launch():
@@ -46,9 +47,10 @@ def test_ahead_of_time(compile_launch, capability, dtypes, channels):
             torch.zeros(*size, channels, dtype=dtype)
             for size, dtype in zip(((1, 128, 256), (), (1, 128, 256)), dtypes, strict=True)
         )
-        out = kernels.scale_residual_fwd(x, gamma, y, (x + gamma * y).dtype)
+        bias = torch.zeros(channels, dtype=y.dtype) if with_bias else None
+        out = kernels.scale_residual_fwd(x, gamma, y, bias, (x + gamma * y).dtype)
         dx = torch.empty_like(x) if x.dtype != out.dtype else None
-        kernels.scale_residual_bwd(out, gamma, y, dx, torch.empty_like(y), sums=True)
+        kernels.scale_residual_bwd(out, gamma, y, bias, dx, torch.empty_like(y), sums=True)
 
     forward, backward = compile_launch(kernels, launch, capability)
     for kernel in (forward, backward):
@@ -69,10 +71,11 @@ def test_programs_fill_the_device_and_small_images_take_few(monkeypatch):
 
     monkeypatch.setattr(kernels, "scale_residual_fwd_kernel", Recorder())
     monkeypatch.setattr(kernels, "scale_residual_bwd_kernel", Recorder())
+    monkeypatch.setattr(kernels, "sum_shares", lambda *tensors: None)
     for size in ((1, 128, 256, 64), (8, 128, 256, 64), (1, 128, 256, 16), (1, 2, 4, 16)):
         x, gamma = torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size[-1])
-        kernels.scale_residual_fwd(x, gamma, x, torch.float32)
-        kernels.scale_residual_bwd(x, gamma, x, None, None, sums=True)
+        kernels.scale_residual_fwd(x, gamma, x, gamma, torch.float32)
+        kernels.scale_residual_bwd(x, gamma, x, gamma, None, None, sums=True)
     forward, backward = programs[::2], programs[1::2]
     assert min(forward[:3]) >= 132
     # Each of them writes sums, which are read again.
@@ -93,17 +96,17 @@ def test_what_it_rejects(shape, message, monkeypatch):
     if "meta" not in message:
         monkeypatch.setattr(_triton, "rejects_tensor", lambda device, dtype: None)
     x, gamma = torch.empty(shape, device="meta"), torch.empty(shape[-1], device="meta")
-    assert re.search(message, ENTRY.rejects(x, gamma, x))
+    assert re.search(message, ENTRY.rejects(x, gamma, x, gamma))
 
 
 def operands(shape, dtypes, *, layout="contiguous"):
-    sizes = shape, shape[-1:], shape
+    sizes = shape, shape[-1:], shape, shape[-1:]
     tensors = [
         make_tensor(*size, dtype=dtype, device="cuda", layout=layout, seed=seed)
-        for seed, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True))
+        for seed, (size, dtype) in enumerate(zip(sizes, (*dtypes, dtypes[2]), strict=True))
     ]
-    x, gamma, y = tensors
-    return tensors, make_tensor(*shape, dtype=(x + gamma * y).dtype, device="cuda", layout=layout, seed=3)
+    x, gamma, y, bias = tensors
+    return tensors, make_tensor(*shape, dtype=(x + gamma * (y + bias)).dtype, device="cuda", layout=layout, seed=4)
 
 
 def run(tensors, dout, impl="triton", to=None, change=lambda t: t, function=torch.ops.hflfnerv.scale_residual):
@@ -141,7 +144,7 @@ def test_forward_and_backward(shape, layout, dtypes):
 def test_only_the_gradients_that_are_wanted():
     tensors, dout = operands((2, 13, 21, 20), DTYPES[0])
     _, *expected = run(tensors, dout)
-    for position in range(3):
+    for position in range(4):
         leaves = [t.detach().clone().requires_grad_(i == position) for i, t in enumerate(tensors)]
         out = torch.ops.hflfnerv.scale_residual(*leaves, "triton")
         (gradient,) = torch.autograd.grad(out, leaves[position], dout)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hflfnerv.ops._orthogonalise import orthogonalise_all
+from hflfnerv.train import muon
 from hflfnerv.train.muon import Muon
 
 
@@ -94,13 +96,21 @@ def test_rejects_vectors():
         Muon([torch.nn.Parameter(torch.ones(3))])
 
 
-def test_lists_of_tensors_agree_in_their_strides():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["float", "tensor"])
+def test_lists_of_tensors_agree_in_their_strides(impl, dtype, lr, monkeypatch):
     """Where one pair of two lists does not, PyTorch takes a kernel for each pair in place of one for all."""
-    shapes = [(8, 4, 3, 3), (8, 4, 1, 1), (1, 4, 3, 3), (6, 1, 3, 3), (5, 7)]
-    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    # The reference makes a tall matrix as the transpose of a wide one, as on a GPU, and there in another dtype.
+    to = torch.float64 if dtype == torch.float32 and impl == "reference" else dtype
+    monkeypatch.setattr(
+        muon, "orthogonalise_all", lambda matrices: orthogonalise_all([x.to(to) for x in matrices], impl=impl)
+    )
+    shapes = [(8, 4, 3, 3), (8, 4, 1, 1), (1, 4, 3, 3), (6, 1, 3, 3), (5, 7), (7, 5), (40, 4, 3, 3)]
+    weights = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
     layouts = [torch.channels_last if weight.ndim == 4 else torch.contiguous_format for weight in weights]
     weights += [
-        torch.nn.Parameter(torch.ones(shape).contiguous(memory_format=f))
+        torch.nn.Parameter(torch.ones(shape, dtype=dtype).contiguous(memory_format=f))
         for shape, f in zip(shapes, layouts, strict=True)
     ]
     for weight in weights:
@@ -109,17 +119,17 @@ def test_lists_of_tensors_agree_in_their_strides():
 
     class Lists(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket.__name__.startswith("_foreach"):
+            if function.overloadpacket.__name__.startswith(("_foreach", "_fused")):
                 lists.append(
                     [
                         [t.stride() for t in arg]
                         for arg in args
-                        if isinstance(arg, list) and isinstance(arg[0], torch.Tensor)
+                        if isinstance(arg, list) and arg and isinstance(arg[0], torch.Tensor)
                     ]
                 )
             return function(*args, **(kwargs or {}))
 
-    optimizer = Muon(weights)
+    optimizer = Muon(weights, lr=lr)
     with Lists():
         optimizer.step()
     assert len(lists) >= 4

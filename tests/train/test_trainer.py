@@ -176,6 +176,21 @@ def test_reduced_precision_learns(moving_frames, precision):
     assert trainer.history[-1].psnr_db > trainer.history[0].psnr_db + 2
 
 
+@pytest.mark.parametrize("size", [(8, 6), (5, 7)])  # of whole words, and not
+@pytest.mark.parametrize("encoder_input", ["frame", "highpass"])
+def test_what_is_selected_of_a_clip(size, encoder_input):
+    frames = torch.randint(0, 256, (5, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip, index = prepare_clip(frames, encoder_input, crop=None, removed=0.8), torch.tensor([3, 0, 3])
+    whole, images = frames[index], frames[index].permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(clip.select(index), whole)
+    assert torch.equal(clip.targets(index), images)
+    assert clip.targets(index).dtype == torch.float32
+    assert clip.targets(index).is_contiguous(memory_format=torch.channels_last)
+    expected = images if clip.highpass is None else clip.highpass[index].permute(0, 3, 1, 2).float()
+    assert torch.equal(clip.inputs(index), expected)
+    assert torch.equal(clip.inputs(index, clip.select(index)), expected)
+
+
 def test_highpass_is_of_the_whole_frame(moving_frames):
     from hflfnerv.ops import highpass
 
