@@ -53,18 +53,21 @@ class MasterWeights:
     Args:
         model: the network.
         dtype: of the casts.
+        apart: how the names of weights begin whose gradients are taken by themselves, if there are such.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, apart: str | None = None) -> None:
         self._dtype = dtype
-        self._weights = {
-            f"{prefix}.{name}" if prefix else name: weight
-            for prefix, module in model.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))
-            for name, weight in module.named_parameters(recurse=False)
-        }
+        self._parts: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        for prefix, module in model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                for name, weight in module.named_parameters(prefix=prefix, recurse=False):
+                    self._parts[apart is not None and name.startswith(apart)][name] = weight
 
     def cast(self) -> dict[str, Tensor]:
         """Return casts of the weights as they are now, by name, for :func:`torch.func.functional_call`."""
-        casts: tuple[Tensor, ...] = _Cast.apply(self._dtype, *self._weights.values())  # type: ignore[no-untyped-call]
-        return dict(zip(self._weights, casts, strict=True))
+        casts: dict[str, Tensor] = {}
+        for part in filter(None, self._parts):
+            made: tuple[Tensor, ...] = _Cast.apply(self._dtype, *part.values())  # type: ignore[no-untyped-call]
+            casts |= zip(part, made, strict=True)
+        return casts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Muon(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self._prepared: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -59,12 +60,43 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._prepare([parameter for parameter in parameters if parameter not in self._prepared], group["momentum"])
             if parameters:
-                self._move(parameters, group["lr"], group["momentum"])
+                _subtract(parameters, [self._prepared.pop(parameter) for parameter in parameters], group["lr"])
         return loss
 
-    def _move(self, parameters: list[Tensor], lr: float | Tensor, momentum: float) -> None:
-        """Update the momenta, and take a step along what is orthogonalised of them."""
+    @torch.no_grad()
+    def prepare(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Do of the next step what does not touch the parameters, for some of them.
+
+        That is nearly all of it, and may run while the gradients of others are still being taken.
+
+        Args:
+            parameters: such as have their gradients; others of this optimiser, and such as are not its, are left.
+
+        Returns:
+            What the step will subtract of each, but for the learning rate; the optimiser keeps it.
+        """
+        wanted = set(parameters)
+        found: list[Tensor] = []
+        for group in self.param_groups:
+            members = [parameter for parameter in group["params"] if parameter in wanted and parameter.grad is not None]
+            found += self._prepare(members, group["momentum"])
+        return found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and what was prepared of them."""
+        self._prepared.clear()
+        super().zero_grad(set_to_none)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepared = {}
+
+    def _prepare(self, parameters: Sequence[Tensor], momentum: float) -> list[Tensor]:
+        """Update the momenta, and orthogonalise."""
+        if not parameters:
+            return []
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -80,7 +112,8 @@ class Muon(torch.optim.Optimizer):
             for x, parameter in zip(orthogonalise_all(matrices), parameters, strict=True)
         ]
         torch._foreach_mul_(updates, [max(1.0, x.shape[0] / x.shape[1]) ** 0.5 for x in matrices])
-        _subtract(parameters, updates, lr)
+        self._prepared.update(zip(parameters, updates, strict=True))
+        return updates
 
 
 def _subtract(parameters: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._concurrent import side_by_side
+from .._concurrent import concurrently, side_by_side
 from .._device import autocast_dtype
 from ..models import VideoNetwork
 from .clip import Clip
 from .master_weights import MasterWeights
+from .muon import Muon
 from .quantization import Quantization
 
 __all__ = ["TrainingStep", "use_device_lr"]
@@ -26,20 +29,17 @@ def use_device_lr(optimizer: torch.optim.Optimizer, device: torch.device) -> Non
         group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float32, device=device)
 
 
-class _Objective(nn.Module):
-    """The mean squared error of each frame, as a module whose weights can be replaced for a call."""
+class _Part(nn.Module):
+    """A method of the network as a module whose weights can be replaced for a call."""
 
-    def __init__(self, model: VideoNetwork) -> None:
+    def __init__(self, model: VideoNetwork, method: str) -> None:
         super().__init__()
         self.model = model
+        self._method = method
 
-    def forward(self, index: Tensor, clip: Clip, quantization: Quantization | None) -> Tensor:
-        frames = clip.select(index)
-        inputs = clip.inputs(index, frames)
-        embeddings = None if inputs is None else self.model.embed(inputs)
-        if quantization is not None and embeddings is not None:
-            embeddings = quantization.round_embeddings(embeddings)
-        return self.model.distortion(embeddings, index, frames)
+    def forward(self, *arguments: Tensor | None) -> Tensor:
+        result: Tensor = getattr(self.model, self._method)(*arguments)
+        return result
 
 
 class TrainingStep:
@@ -86,9 +86,13 @@ class TrainingStep:
         self.errors = torch.zeros(steps_per_epoch, orders.shape[1], dtype=torch.float32, device=orders.device)
         self.quantization: Quantization | None = None
         self.concurrent = True
-        self._objective = _Objective(model)
+        self._embed, self._compare = _Part(model, "embed"), _Part(model, "distortion")
         self._dtype = autocast_dtype(precision)
-        self._master_weights = None if self._dtype is None else MasterWeights(self._objective, self._dtype)
+        self._master_weights = None
+        if self._dtype is not None:
+            self._master_weights = MasterWeights(self._embed, self._dtype, apart="model.encoder.")
+        encoder = set() if model.encoder is None else set(model.encoder.parameters())
+        self._behind_embeddings = [parameter for parameter in model.parameters() if parameter not in encoder]
         self._orders = orders
         self._factors = factors
         self._steps_per_epoch = steps_per_epoch
@@ -111,10 +115,19 @@ class TrainingStep:
             self.quantization.round_weights()
         # Kept until the gradients are taken, as concurrent streams ask for.
         weights = {} if self._master_weights is None else self._master_weights.cast()
-        errors = self._errors(index, weights)
+        frames = self.clip.select(index)
+        inputs = self.clip.inputs(index, frames)
+        embeddings = None if inputs is None else self._call(self._embed, weights, inputs)
+        if embeddings is not None and self.quantization is not None:
+            embeddings = self.quantization.round_embeddings(embeddings)
+        # The gradients stop at the embeddings first.
+        leaf = None if embeddings is None else embeddings.detach().requires_grad_()
+        errors = self._call(self._compare, weights, leaf, index, frames)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(errors.mean()).backward()
+        if embeddings is not None and leaf is not None:
+            self._go_on(embeddings, leaf)
         if self.quantization is not None:
             self.quantization.restore_weights()
         for optimizer in self.optimizers:
@@ -122,15 +135,21 @@ class TrainingStep:
         self.scaler.update()
         self.errors.index_copy_(0, self._number % self._steps_per_epoch, errors.detach()[None])
 
-    def _errors(self, index: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Return the mean squared error of each frame, with these weights in place of the network's own."""
+    def _call(self, part: _Part, weights: dict[str, Tensor], *arguments: Tensor | None) -> Tensor:
+        """Call a part of the network with these weights in place of its own."""
         # A cast that autocast kept from another step would be of weights that have changed since.
-        with torch.autocast(index.device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
-            arguments = index, self.clip, self.quantization
-            errors: Tensor = (
-                functional_call(self._objective, weights, arguments) if weights else self._objective(*arguments)
-            )
-            return errors
+        device = self.errors.device.type
+        with torch.autocast(device, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False):
+            result: Tensor = functional_call(part, weights, arguments) if weights else part(*arguments)
+            return result
+
+    def _go_on(self, embeddings: Tensor, leaf: Tensor) -> None:
+        """Take the encoder's gradients; beside its small kernels there is room for what Muon does to the decoder's."""
+        calls: list[functools.partial[Any]] = [functools.partial(embeddings.backward, leaf.grad)]
+        if not self.scaler.is_enabled():  # which may still find that a step is none
+            muons = [optimizer for optimizer in self.optimizers if isinstance(optimizer, Muon)]
+            calls += [functools.partial(optimizer.prepare, self._behind_embeddings) for optimizer in muons]
+        concurrently(*calls)
 
     def _set_lr(self) -> None:
         factor = self._factors.index_select(0, self._number)[0]

@@ -71,3 +71,26 @@ def test_a_weight_that_nothing_depends_on_has_no_gradient():
     torch.nn.functional.linear(torch.ones(1, 3, dtype=torch.bfloat16), casts["1.weight"]).sum().backward()
     assert model[1].weight.grad is not None
     assert [p.grad for p in (model[0].weight, model[0].bias, model[1].bias)] == [None] * 3
+
+
+class Decoding(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, embeddings, index):
+        return self.model.decode(embeddings, index)
+
+
+def test_the_gradients_of_a_part_are_taken_by_themselves():
+    model = make_model("hnerv", "paper")
+    weights = MasterWeights(model, torch.bfloat16, apart="encoder.").cast()
+    (x, index), encoder = inputs_of(model), set(model.encoder.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        embeddings = functional_call(model.encoder, {k[8:]: w for k, w in weights.items() if k[:8] == "encoder."}, x)
+        leaf = embeddings.detach().requires_grad_()
+        image = functional_call(Decoding(model), {f"model.{k}": w for k, w in weights.items()}, (leaf, index))
+    image.float().square().mean().backward()
+    assert all((p.grad is None) == (p in encoder) for p in model.parameters())
+    embeddings.backward(leaf.grad)
+    assert all(p.grad is not None for p in encoder)

@@ -135,3 +135,33 @@ def test_lists_of_tensors_agree_in_their_strides(impl, dtype, lr, monkeypatch):
     assert len(lists) >= 4
     assert all(strides == of[0] for of in lists for strides in of)
     assert lists[-1][0] == [weight.stride() for weight in weights]
+
+
+def test_a_prepared_step_is_the_same_step():
+    generator = torch.Generator().manual_seed(12)
+    shapes = [(4, 3, 3, 3), (12, 30), (30, 12), (5, 5)]
+    one, other = ([torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes] for g in (generator, generator))
+    for a, b in zip(one, other, strict=True):
+        b.data.copy_(a)
+    plain, ahead = Muon(one), Muon([{"params": other[:2]}, {"params": other[2:]}])
+    for _ in range(3):
+        for a, b in zip(one, other, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        plain.step()
+        foreign = torch.nn.Parameter(torch.zeros(2, 2))
+        assert [update.shape for update in ahead.prepare([other[3], other[1], foreign])] == [(12, 30), (5, 5)]
+        assert not torch.equal(one[1], other[1])
+        ahead.step()
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(one, other, strict=True))
+
+
+def test_without_gradients_nothing_is_prepared():
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([weight])
+    assert optimizer.prepare([weight]) == []
+    weight.grad = torch.ones(3, 4)
+    optimizer.prepare([weight])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3, 4))
