@@ -28,6 +28,7 @@
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv2d.h"
 #include "cuda/conv_pixel_shuffle_gelu.h"
+#include "cuda/lists.h"
 #include "cuda/orthogonalise.h"
 #include "cuda/output_stage.h"
 #include "cuda/pixel_shuffle_gelu.h"
@@ -685,6 +686,52 @@ void conv2d_cuda_bwd(const Conv2dSizes& sizes, int device, const std::string& dt
   raise_unless_done(hflfnerv::conv2d_cuda_bwd(call, gradients, device, pointer<void>(stream)));
 }
 
+// Addresses of a tensor's a, b and c, its factor, and how many elements each has; see csrc/cuda/lists.h.
+using ListTensor = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, float, std::int64_t>;
+
+template <class Call>
+void for_lists(const std::vector<ListTensor>& tensors, Call call) {
+  hflfnerv::TensorList list{};
+  for (const auto& [a, b, c, factor, elements] : tensors) {
+    if (elements < 1 || elements > INT32_MAX - 4096) throw py::value_error("tensors must have from 1 to 2^31 - 4097 elements");
+    list.entry[list.count++] = {pointer<void>(a), pointer<void>(b), pointer<void>(c), factor, elements};
+    if (list.count == hflfnerv::kMostTensors) {
+      raise_unless_done(call(list));
+      list.count = 0;
+    }
+  }
+  if (list.count > 0) raise_unless_done(call(list));
+}
+
+hflfnerv::ListType list_type(const std::string& dtype) {
+  switch (float_type_of(dtype)) {
+    case hflfnerv::FloatType::f16:
+      return hflfnerv::ListType::float16;
+    case hflfnerv::FloatType::bf16:
+      return hflfnerv::ListType::bfloat16;
+    default:
+      return hflfnerv::ListType::float32;
+  }
+}
+
+void list_cast(const std::vector<ListTensor>& tensors, const std::string& from, const std::string& to, int device,
+               std::uintptr_t stream) {
+  const hflfnerv::ListType source = list_type(from), target = list_type(to);
+  const py::gil_scoped_release release;
+  for_lists(tensors, [&](const auto& list) { return hflfnerv::list_cast(list, source, target, device, pointer<void>(stream)); });
+}
+
+void list_momentum(const std::vector<ListTensor>& tensors, float mu, int device, std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  for_lists(tensors, [&](const auto& list) { return hflfnerv::list_momentum(list, mu, device, pointer<void>(stream)); });
+}
+
+void list_subtract(const std::vector<ListTensor>& tensors, std::uintptr_t rate, int device, std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  for_lists(tensors,
+            [&](const auto& list) { return hflfnerv::list_subtract(list, pointer<float>(rate), device, pointer<void>(stream)); });
+}
+
 #endif
 
 // Address, channels, height and width of a feature map; address of its head's weight; its group.
@@ -864,6 +911,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("output_stage_cuda_fwd", &output_stage_cuda_fwd, py::arg("size"), py::arg("device"), py::arg("dtype"),
              py::arg("features"), py::arg("scales"), py::arg("offset"), py::arg("biases"), py::arg("y"),
              py::arg("as_bytes"), py::arg("stream"));
+  module.def("list_cast", &list_cast, py::arg("tensors"), py::arg("from"), py::arg("to"), py::arg("device"), py::arg("stream"));
+  module.def("list_momentum", &list_momentum, py::arg("tensors"), py::arg("mu"), py::arg("device"), py::arg("stream"));
+  module.def("list_subtract", &list_subtract, py::arg("tensors"), py::arg("rate"), py::arg("device"), py::arg("stream"));
   module.attr("orthogonalise_cuda_matrices") = hflfnerv::kMostMatrices;
   module.def(
       "orthogonalise_cuda_scratch",

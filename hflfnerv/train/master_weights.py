@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops._lists import cast
 
 __all__ = ["MasterWeights"]
 
@@ -18,7 +19,9 @@ class _Cast(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.weights = weights
-        return tuple(_cast(weights, [torch.empty_like(weight, dtype=dtype) for weight in weights]))
+        casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        cast(weights, casts)
+        return tuple(casts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -27,20 +30,8 @@ class _Cast(torch.autograd.Function):
             None if gradient is None else torch.empty_like(weight)
             for weight, gradient in zip(ctx.weights, gradients, strict=True)
         ]
-        _cast([g for g in gradients if g is not None], [result for result in results if result is not None])
+        cast([g for g in gradients if g is not None], [result for result in results if result is not None])
         return None, *results
-
-
-def _cast(sources: Sequence[Tensor], targets: list[Tensor]) -> list[Tensor]:
-    """Copy tensors to such of another dtype: in one kernel all those whose memory has the same order."""
-    together = [source.stride() == target.stride() for source, target in zip(sources, targets, strict=True)]
-    pairs = list(zip(targets, sources, together, strict=True))
-    if any(together):
-        torch._foreach_copy_([t for t, _, same in pairs if same], [s for _, s, same in pairs if same])
-    for target, source, same in pairs:
-        if not same:
-            target.copy_(source)
-    return targets
 
 
 class MasterWeights:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import _lists
 from ..ops._orthogonalise import SMALL_ROWS, orthogonalise_all
 
 __all__ = ["Muon"]
@@ -62,7 +64,8 @@ class Muon(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             self._prepare([parameter for parameter in parameters if parameter not in self._prepared], group["momentum"])
             if parameters:
-                _subtract(parameters, [self._prepared.pop(parameter) for parameter in parameters], group["lr"])
+                updates = [self._prepared.pop(parameter) for parameter in parameters]
+                _lists.subtract(parameters, updates, [_factor(parameter) for parameter in parameters], group["lr"])
         return loss
 
     @torch.no_grad()
@@ -75,7 +78,7 @@ class Muon(torch.optim.Optimizer):
             parameters: such as have their gradients; others of this optimiser, and such as are not its, are left.
 
         Returns:
-            What the step will subtract of each, but for the learning rate; the optimiser keeps it.
+            What is orthogonal of each, which the step will subtract times some factors; the optimiser keeps it.
         """
         wanted = set(parameters)
         found: list[Tensor] = []
@@ -102,8 +105,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        accelerated = torch._foreach_lerp(gradients, averages, momentum)
+        accelerated = _lists.momentum(gradients, averages, momentum)
         matrices = [_as_matrix(x, parameter) for x, parameter in zip(accelerated, parameters, strict=True)]
         matrices = [x.bfloat16() if x.is_cuda and min(x.shape) > SMALL_ROWS else x for x in matrices]
         updates = [
@@ -111,31 +113,14 @@ class Muon(torch.optim.Optimizer):
             _as_weight(x.to(parameter.dtype, memory_format=torch.contiguous_format).contiguous(), parameter)
             for x, parameter in zip(orthogonalise_all(matrices), parameters, strict=True)
         ]
-        torch._foreach_mul_(updates, [max(1.0, x.shape[0] / x.shape[1]) ** 0.5 for x in matrices])
         self._prepared.update(zip(parameters, updates, strict=True))
         return updates
 
 
-def _subtract(parameters: list[Tensor], updates: list[Tensor], lr: float | Tensor) -> None:
-    """Subtract updates times the learning rate."""
-    alike = all(p.stride() == u.stride() and p.dtype == torch.float32 for p, u in zip(parameters, updates, strict=True))
-    if isinstance(lr, Tensor) and alike:
-        # One kernel that reads the learning rate: SGD without momentum.
-        torch._fused_sgd_(
-            parameters,
-            updates,
-            [],
-            weight_decay=0.0,
-            momentum=0.0,
-            lr=lr,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
-    else:
-        torch._foreach_mul_(updates, lr)
-        torch._foreach_sub_(parameters, updates)
+def _factor(parameter: Tensor) -> float:
+    """Return what an update is multiplied by for the shape of its matrix."""
+    rows = parameter.shape[0]
+    return math.sqrt(max(1.0, rows * rows / parameter.numel()))
 
 
 # The order of a matrix's columns changes nothing: that of a weight in memory needs no copy.

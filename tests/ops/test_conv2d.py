@@ -28,7 +28,7 @@ BY_IMPL = pytest.mark.parametrize(
             entry.name, marks=pytest.mark.skipif(entry.unavailable() is not None, reason=str(entry.unavailable()))
         )
         for entry in CONV2D
-        if entry.name != "triton"  # which has tests of its own
+        if entry.name not in ("cuda", "triton")  # which have tests of their own
     ],
 )
 DIRECT = next(entry for entry in CONV2D if entry.name == "direct")

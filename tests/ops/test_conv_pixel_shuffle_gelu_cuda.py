@@ -53,23 +53,6 @@ SHAPES = [
 # ---- Without a GPU ----
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_emulated_ahead_of_time(tmp_path):
-    program = tmp_path / "emulation"
-    source = CSRC / "tests" / "test_conv_pixel_shuffle_gelu_cuda.cpp"
-    options = [
-        "-std=c++17",
-        "-O1",
-        "-pthread",
-        "-fno-strict-aliasing",
-        f"-I{CSRC / 'tests' / 'emulation'}",
-        f"-I{CSRC}",
-    ]
-    subprocess.run(["c++", *options, str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @needs_nvcc
 @pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("architecture", ["80", "100"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,16 +20,6 @@ ENTRY = next(entry for entry in OUTPUT_STAGE if entry.name == "cuda")
 needs_gpu = pytest.mark.skipif(
     ENTRY.unavailable() is not None and not requires("cuda"), reason=f"cuda: {ENTRY.unavailable()}"
 )
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_emulated_ahead_of_time(tmp_path):
-    program = tmp_path / "emulation"
-    source = CSRC / "tests" / "test_output_stage_cuda.cpp"
-    options = ["-std=c++17", "-O1", "-pthread", f"-I{CSRC / 'tests' / 'emulation'}", f"-I{CSRC}"]
-    subprocess.run(["c++", *options, "-fno-strict-aliasing", str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("channels", [1, 16, 28, 33])
