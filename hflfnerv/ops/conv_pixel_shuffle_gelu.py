@@ -162,17 +162,31 @@ def _cuda_rejects(call: Call) -> str | None:
 def _run_cuda(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
     keep_z = _wants_gradient(x, weight, bias)
-    packed, impl = None, _cuda.implementation(call.pixels_apart)
-    if not keep_z:
+    packed, impl, r = None, _cuda.implementation(call.pixels_apart), call.r
+    channels = filled = weight.shape[0] // (r * r)
+    if not keep_z and is_kept(call.weight):
+        filled = _cuda.filled_channels(weight.shape[0], r, call.pixels_apart)
+        if filled > channels:
+            more, key = (filled - channels) * r * r, ("cuda, filled", r, x.dtype)
+            weight = _filled(call.weight, weight, more, key)
+            bias = None if call.bias is None or bias is None else _filled(call.bias, bias, more, key)
+        columns = _cuda.columns(x, weight, r, call.pixels_apart)
         packed = kept_weight(
             call.weight,
-            lambda: (impl, call.r, x.dtype, _cuda.columns(x, weight, call.r, call.pixels_apart)),
-            lambda: _cuda.pack_weight(x, weight, call.r, call.pixels_apart),
+            lambda: (impl, r, x.dtype, filled, columns),
+            lambda: _cuda.pack_weight(x, weight, r, call.pixels_apart),
         )
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
-        x, weight, bias, packed, call.r, call.approximate, keep_z, impl, *_gradients_by_shape(x, weight)
+        x, weight, bias, packed, r, call.approximate, keep_z, impl, *_gradients_by_shape(x, weight)
     )[0]
-    return out
+    return out if filled == channels else out[:, :channels]
+
+
+def _filled(parameter: torch.Tensor, values: torch.Tensor, more: int, key: tuple[object, ...]) -> torch.Tensor:
+    """Return a parameter's values with so many zeros behind those of its first axis, as they are kept."""
+    zeros = [0, 0] * (values.dim() - 1) + [0, more]
+    made = kept_weight(parameter, lambda: key, lambda: F.pad(values, zeros))
+    return F.pad(values, zeros) if made is None else made
 
 
 def _cpp_rejects(call: Call) -> str | None:

@@ -15,7 +15,7 @@ import torch
 
 from hflfnerv import _ext, ops
 from hflfnerv.errors import BackendUnavailable
-from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, _cuda
+from hflfnerv.ops import CONV_PIXEL_SHUFFLE_GELU, PackedWeights, _cuda
 from hflfnerv.ops.conv_pixel_shuffle_gelu import Call
 from hflfnerv.reference import conv_pixel_shuffle_gelu as reference
 from hflfnerv.testing import (
@@ -151,6 +151,21 @@ def test_result_in_memory(channels, r, pixel, apart):
         assert y.stride() == (12 * r * r * expected, 1, 4 * r * expected, expected)
         assert _cuda.apart_of(_cuda.implementation(may)) == may
     assert _cuda.apart_of("triton") is None
+
+
+@pytest.mark.parametrize(
+    ("channels", "r", "apart", "filled"),
+    [
+        (5, 2, False, 8),
+        (10, 2, False, 16),
+        (12, 2, False, 12),
+        (12, 2, True, 16),
+        (12, 4, True, 12),
+        (33, 2, False, 33),
+    ],
+)
+def test_few_columns_are_filled_up_to_whole_pixels(channels, r, apart, filled):
+    assert _cuda.filled_channels(channels * r * r, r, apart) == filled
 
 
 def test_reads_aligned_pixels_as_they_are():
@@ -385,6 +400,22 @@ def test_backward_of_a_chain():
     for actual, true, rounded in zip(gradients, expected, same, strict=True):
         error, allowed = ((t.double() - true).norm() / true.norm() for t in (actual, rounded))
         assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "with_bias"), [(5, True), (10, False)])
+def test_results_filled_up_to_whole_pixels(channels, with_bias, dtype):
+    shape = (2, 12, channels, 2, 33, 70, (5, 5))
+    tensors = operands(shape, dtype, with_bias=with_bias)
+    parameters = [None if t is None else torch.nn.Parameter(t) for t in tensors[1:]]
+    with PackedWeights(), torch.inference_mode():
+        for _ in range(2):
+            with poisoned_empty():
+                y = run([tensors[0], *parameters], shape)
+    assert y.shape[1] == channels
+    assert y.stride(3) % 8 == 0
+    compare(y, tensors, shape)
 
 
 @needs_gpu
