@@ -78,7 +78,7 @@ __device__ Sums multiply(const float* left, const float* right, int pitch, int d
   const int lane = threadIdx.x % 32;
   left += (kSide * tile.i + lane / 4) * pitch + lane % 4;
   right += (kSide * tile.j + lane / 4) * pitch + lane % 4;
-  Sums sums;
+  Sums sums, low_by_high, high_by_low;  // three chains of products, since each waits for the one before
 #pragma unroll 2
   for (int k = 0; k < depth; k += 8, left += 8, right += 8) {
     std::uint32_t high[4], low[4];
@@ -89,10 +89,15 @@ __device__ Sums multiply(const float* left, const float* right, int pitch, int d
       std::uint32_t b_high[2], b_low[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) split(right[h * 8 * pitch + r * 4], b_high[r], b_low[r]);
-      ampere::multiply_add_tf32(sums.of[h], low, b_high[0], b_high[1]);
-      ampere::multiply_add_tf32(sums.of[h], high, b_low[0], b_low[1]);
+      ampere::multiply_add_tf32(low_by_high.of[h], low, b_high[0], b_high[1]);
+      ampere::multiply_add_tf32(high_by_low.of[h], high, b_low[0], b_low[1]);
       ampere::multiply_add_tf32(sums.of[h], high, b_high[0], b_high[1]);
     }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums.of[h][k] += low_by_high.of[h][k] + high_by_low.of[h][k];
   }
   return sums;
 }

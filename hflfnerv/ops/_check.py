@@ -12,6 +12,7 @@ __all__ = [
     "compute_dtype",
     "half_padding",
     "has_channels_last_pixels",
+    "lie_alike",
     "memory_format_of",
 ]
 
@@ -82,6 +83,12 @@ def channels_last_pixels(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     # PyTorch does not look at the strides of axes of size 1, which may be anything.
     return x.as_strided(x.shape, _strides_of_pixels(x, x.shape[1]))
+
+
+def lie_alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether two tensors have one shape and one order in memory, whatever the strides of axes of size 1 are."""
+    strides = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return x.shape == y.shape and all(a == b for size, a, b in strides if size > 1)
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:

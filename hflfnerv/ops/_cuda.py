@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import _ext
+from ._check import lie_alike
 from ._device_checks import device_checks
 
 __all__ = [
@@ -502,7 +503,7 @@ def rejects_list(*lists: Sequence[torch.Tensor]) -> str | None:
     """Return why the kernels for lists cannot take these, whose elements meet in the order of memory, or None."""
     for tensors in zip(*lists, strict=True):
         first = tensors[0]
-        if any(x.device != first.device or x.shape != first.shape or x.stride() != first.stride() for x in tensors):
+        if any(x.device != first.device or not lie_alike(x, first) for x in tensors):
             return "the tensors of two lists differ in shape, in memory or in their device"
         for x in tensors:
             reason = _rejects_listed(x.device, x.dtype)

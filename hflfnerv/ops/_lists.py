@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from . import _cuda
+from ._check import lie_alike
 
 __all__ = ["cast", "momentum", "subtract"]
 
 
 def cast(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Copy tensors to such of another dtype: in one kernel all those whose memory has the same order."""
-    alike = [(s, t) for s, t in zip(sources, targets, strict=True) if s.stride() == t.stride()]
+    alike = [(s, t) for s, t in zip(sources, targets, strict=True) if lie_alike(s, t)]
     if alike:
         together, made = (list(tensors) for tensors in zip(*alike, strict=True))
         if _of_one_dtype(together) and _of_one_dtype(made) and _cuda.rejects_list(together, made) is None:
@@ -25,7 +26,7 @@ def cast(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         else:
             torch._foreach_copy_(made, together)
     for source, target in zip(sources, targets, strict=True):
-        if source.stride() != target.stride():
+        if not lie_alike(source, target):
             target.copy_(source)
 
 

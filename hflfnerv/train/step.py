@@ -93,6 +93,7 @@ class TrainingStep:
             self._master_weights = MasterWeights(self._embed, self._dtype, apart="model.encoder.")
         encoder = set() if model.encoder is None else set(model.encoder.parameters())
         self._behind_embeddings = [parameter for parameter in model.parameters() if parameter not in encoder]
+        self._shares = torch.full((orders.shape[1],), 1.0 / orders.shape[1], device=orders.device)  # in the mean error
         self._orders = orders
         self._factors = factors
         self._steps_per_epoch = steps_per_epoch
@@ -125,7 +126,7 @@ class TrainingStep:
         errors = self._call(self._compare, weights, leaf, index, frames)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(errors.mean()).backward()
+        self.scaler.scale(errors).backward(self._shares)
         if embeddings is not None and leaf is not None:
             self._go_on(embeddings, leaf)
         if self.quantization is not None:
