@@ -67,4 +67,5 @@ def _encode(machine: Machine, model: str, source: Any, data: str, options: dict[
     row = {"what": "encode", "implementation": "hflfnerv", "baseline": "hflfnerv", "data": data, "metric": "throughput"}
     row |= {"dtype": "auto", "shape": list(source.shape), "unit": "steps/s", "p20": speed, "p50": speed, "p80": speed}
     row |= {"milliseconds": round(seconds * 1e3, 1), "runs": 1, "note": "milliseconds are those of the whole encode"}
+    facts["epochs_psnr_db"] = [round(epoch["psnr_db"], 3) for epoch in report["epochs"]]
     return row | facts | {"seconds": report["seconds"]} | machine.environment()

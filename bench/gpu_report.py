@@ -43,9 +43,12 @@ def points(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
         yield what, data, [row for row in rows if (row["what"], row["data"]) == (what, data)]
 
 
-def cell(row: Row | None) -> str:
-    """Return a contender's name and speed."""
-    return "" if row is None else f"{row['p50']:,.1f} ({row['implementation']})"
+def cell(row: Row | None, commit: str | None = None) -> str:
+    """Return a contender's name and speed, and its commit where that is another than the one given."""
+    if row is None:
+        return ""
+    other = "" if commit in (None, row["commit"]) else f", at {row['commit'][:7]}"
+    return f"{row['p50']:,.1f} ({row['implementation']}{other})"
 
 
 def part_table(part: str, title: str) -> str:
@@ -67,8 +70,9 @@ def part_table(part: str, title: str) -> str:
         ratio = "" if ours is None or rival is None else f"{ours['p50'] / rival['p50']:.2f} x"
         of_limit = f" | {100 * ours[f'share_of_{limit}']:.0f} %" if limit and ours else " |" * bool(limit)
         name = f"{what.split('.')[-1]}, {data}" if len({row["what"] for row in rows}) > 1 else data
-        commit = (ours or contenders[0])["commit"][:7]
-        lines.append(f"| {name} | {cell(eager)} | {cell(compiled)} | {cell(ours)} | {ratio}{of_limit} | {commit} |")
+        commit = (ours or contenders[0])["commit"]
+        cells = f"{cell(eager, commit)} | {cell(compiled, commit)} | {cell(ours)}"
+        lines.append(f"| {name} | {cells} | {ratio}{of_limit} | {commit[:7]} |")
     return "\n".join(lines)
 
 
@@ -105,7 +109,8 @@ def gpu_tables() -> str:
         f"`python -m bench.gpu` on one {row['device']} (driver {row['driver']}), torch {versions['torch']}, triton "
         f"{versions['triton']}; medians, each contender a CUDA graph whose replays alternate with the others', with "
         "cold caches for single operations. Every result was compared with float64 before it was timed. A row's commit "
-        "is that of the code it measured; rows in `bench/results/gpu-*.jsonl`."
+        "is that of the code it measured; PyTorch's own, which does not depend on it, has a commit beside it where it "
+        "was measured in another run. Rows in `bench/results/gpu-*.jsonl`."
     )
     texts = [source, limits_line(limits), *([check_line(checks)] if checks else [])]
     texts += [part_table(part, title) for part, title in PARTS if rows_of(part)]

@@ -167,3 +167,22 @@ def test_gradients_on_streams_of_a_graph_are_those_of_a_sequence(preset, optimiz
         # Float32 sums of up to a hundred thousand terms, in an order that cuDNN does not promise.
         bound = 100_000**0.5 * torch.finfo(torch.float32).eps
         assert (parameter.grad - same.grad).norm() <= bound * same.grad.norm(), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and not requires("cuda"), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model_name", ["hnerv", "hflf"])
+def test_a_gpu_learns_what_a_cpu_learns(model_name, precision, moving_frames):
+    config = {"optimizer": "muon", "lr": 0.02, "preset": "best", "batch_size": 1, "epochs": 40}
+    histories = []
+    for device, used in (("cpu", "fp32"), ("cuda", precision)):
+        with exact_convolutions():
+            trainer = make_trainer(model_name, moving_frames, device, precision=used, **config)
+            trainer.run()
+        histories.append(torch.tensor([epoch.psnr_db for epoch in trainer.history]))
+    expected, actual = histories
+    # The first epochs are the same up to rounding; later ones follow other paths to the same place, some tenths of a
+    # decibel apart from seed to seed.
+    assert (actual - expected)[:3].abs().max() < 0.3
+    assert actual[-5:].mean() > expected[-5:].mean() - 1.0
+    assert expected[-1] > expected[0] + 5
