@@ -63,8 +63,8 @@ def rate_term(trainer: Trainer) -> None:
     assert settings is not None
     worth: list[float] = []
 
-    def errors(index: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        made = plain(index, weights)
+    def errors(*arguments: Any) -> Tensor:
+        made = plain(*arguments)
         if step.quantization is None:
             return made
         levels = step.quantization.levels

@@ -123,7 +123,7 @@ class TrainingStep:
             embeddings = self.quantization.round_embeddings(embeddings)
         # The gradients stop at the embeddings first.
         leaf = None if embeddings is None else embeddings.detach().requires_grad_()
-        errors = self._call(self._compare, weights, leaf, index, frames)
+        errors = self._errors(weights, leaf, index, frames)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(errors).backward(self._shares)
@@ -135,6 +135,10 @@ class TrainingStep:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.errors.index_copy_(0, self._number % self._steps_per_epoch, errors.detach()[None])
+
+    def _errors(self, weights: dict[str, Tensor], embeddings: Tensor | None, index: Tensor, frames: Tensor) -> Tensor:
+        """Return the mean squared error of each frame."""
+        return self._call(self._compare, weights, embeddings, index, frames)
 
     def _call(self, part: _Part, weights: dict[str, Tensor], *arguments: Tensor | None) -> Tensor:
         """Call a part of the network with these weights in place of its own."""
