@@ -24,26 +24,6 @@ namespace {
 
 using namespace strips;
 
-// What is worth trying on a device: places for tiles in shared memory, and blocks on a multiprocessor.
-#ifndef HFLFNERV_CONV2D_FWD_STAGES
-#define HFLFNERV_CONV2D_FWD_STAGES(blocks) ((blocks) == 1 ? 6 : (blocks) <= 3 ? 4 : (blocks) == 8 ? 2 : 3)
-#endif
-#ifndef HFLFNERV_CONV2D_FWD_RESIDENT
-#define HFLFNERV_CONV2D_FWD_RESIDENT(blocks) ((blocks) == 1 ? 4 : (blocks) <= 3 ? 3 : 2)
-#endif
-#ifndef HFLFNERV_CONV2D_BWD_STAGES
-#define HFLFNERV_CONV2D_BWD_STAGES(blocks) ((blocks) == 1 ? 5 : (blocks) == 4 || (blocks) == 6 ? 3 : 4)
-#endif
-#ifndef HFLFNERV_CONV2D_BWD_RESIDENT
-#define HFLFNERV_CONV2D_BWD_RESIDENT(blocks) ((blocks) == 1 ? 4 : (blocks) == 2 ? 3 : (blocks) <= 4 ? 2 : 1)
-#endif
-#ifndef HFLFNERV_CONV2D_SEGMENT_ROWS
-#define HFLFNERV_CONV2D_SEGMENT_ROWS 8
-#endif
-#ifndef HFLFNERV_CONV2D_UNROLLED
-#define HFLFNERV_CONV2D_UNROLLED 4
-#endif
-
 constexpr int kTaps = 9, kMeetings = kTaps * kConv2dOutputs;
 
 // Of kBlocks times 8 channels.
@@ -51,7 +31,8 @@ template <int kBlocks>
 constexpr int kPixelPitch = pixel_pitch(8 * kBlocks);
 // Moves of chunks that are in the instructions one after the other.
 template <int kBlocks>
-constexpr int kUnrolled = kBlocks > 3 ? HFLFNERV_CONV2D_UNROLLED : 1;
+constexpr int kUnrolled = kBlocks > 3 ? 4 : 1;
+constexpr int kSegmentRows = 8;  // whose time the beginning and the end of a segment take
 
 // There are fewer than 2³¹ pixels.
 __device__ std::int64_t image_offset(const Conv2dCuda& call, int image, int apart) {
@@ -75,7 +56,9 @@ __device__ std::uint32_t weight_bits(const Conv2dCuda& call, int output, int cha
 template <int kBlocks>
 struct Forward {
   static constexpr int kPitch = kPixelPitch<kBlocks>, kSteps = (kBlocks + 1) / 2;  // of 16 channels
-  static constexpr int kStages = HFLFNERV_CONV2D_FWD_STAGES(kBlocks), kResident = HFLFNERV_CONV2D_FWD_RESIDENT(kBlocks);
+  // Places for steps in shared memory, and blocks on a multiprocessor.
+  static constexpr int kStages = kBlocks == 1 ? 6 : kBlocks <= 3 ? 4 : kBlocks == 8 ? 2 : 3;
+  static constexpr int kResident = kBlocks == 1 ? 4 : kBlocks <= 3 ? 3 : 2;
   static constexpr int kStageBytes = kStepPixels * kPitch;
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStepShares * 4;
   static_assert(3 * kSteps * 512 <= 2 * kStepShares * 4, "the weight takes the place of shares");
@@ -228,7 +211,8 @@ static_assert(kDyPitch % 16 == 0, "rows of matrices are aligned");
 template <int kBlocks>
 struct Backward {
   static constexpr int kPitch = kPixelPitch<kBlocks>, kChannels = 8 * kBlocks;
-  static constexpr int kStages = HFLFNERV_CONV2D_BWD_STAGES(kBlocks), kResident = HFLFNERV_CONV2D_BWD_RESIDENT(kBlocks);
+  static constexpr int kStages = kBlocks == 1 ? 5 : kBlocks == 4 || kBlocks == 6 ? 3 : 4;
+  static constexpr int kResident = kBlocks == 1 ? 4 : kBlocks == 2 ? 3 : kBlocks <= 4 ? 2 : 1;
   static constexpr int kStageBytes = kTilePixels * kPitch;
   static constexpr int kWeightBytes = 3 * kBlocks * 32 * 8;
   static constexpr int kSharedBytes = kWeightBytes + 2 * kDyBytes + kStages * kStageBytes;
@@ -605,7 +589,7 @@ cudaError_t forward(const Conv2dCuda& call, const Conv2dCudaForward& result, int
   if (error != cudaSuccess) return error;
   const int resident = multiprocessors * Shape::kResident;
   const ForwardArguments arguments{call, result,
-                                   cut(call.batch, call.height, call.width, resident, HFLFNERV_CONV2D_SEGMENT_ROWS),
+                                   cut(call.batch, call.height, call.width, resident, kSegmentRows),
                                    chunks_of(call.x, call.channels, call.pixel, Shape::kPitch)};
   return launch(conv2d_fwd_kernel<T, kBlocks>, arguments.cut.blocks, kThreads, Shape::kSharedBytes, stream, arguments);
 }

@@ -13,10 +13,7 @@ namespace {
 
 using namespace strips;
 
-#ifndef HFLFNERV_OUTPUT_STAGE_SEGMENT_ROWS
-#define HFLFNERV_OUTPUT_STAGE_SEGMENT_ROWS 8
-#endif
-
+constexpr int kSegmentRows = 8;  // whose time the beginning and the end of a segment take
 constexpr int kMostSharedBytes = 232448, kMostOfTwoBytes = 115712;  // of a block on Hopper, alone or with another one
 
 struct StageFeature {
@@ -203,7 +200,7 @@ const char* output_stage_cuda_fwd(const OutputStageCuda& call, int device, void*
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    arguments.cut = cut(call.batch, call.height, call.width, multiprocessors * resident, HFLFNERV_OUTPUT_STAGE_SEGMENT_ROWS);
+    arguments.cut = cut(call.batch, call.height, call.width, multiprocessors * resident, kSegmentRows);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     error = call.bfloat16 ? launch<__nv_bfloat16>(arguments, stages, bytes(stages), cuda_stream)
                           : launch<__half>(arguments, stages, bytes(stages), cuda_stream);
