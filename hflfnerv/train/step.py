@@ -93,7 +93,8 @@ class TrainingStep:
             self._master_weights = MasterWeights(self._embed, self._dtype, apart="model.encoder.")
         encoder = set() if model.encoder is None else set(model.encoder.parameters())
         self._behind_embeddings = [parameter for parameter in model.parameters() if parameter not in encoder]
-        self._shares = torch.full((orders.shape[1],), 1.0 / orders.shape[1], device=orders.device)  # in the mean error
+        batch = orders.shape[1]
+        self._shares = torch.full((batch,), 1.0 / batch, dtype=torch.float32, device=orders.device)  # in the mean error
         self._orders = orders
         self._factors = factors
         self._steps_per_epoch = steps_per_epoch
