@@ -123,8 +123,6 @@ SUMMARY = [
     ("the same, forward and backward", "block-training", "", "s5, batch 8, bfloat16"),
     ("decoding HNeRV 1.5M at 640x1280, batch 8", "decode", "decode", "hnerv 1.5M, 640x1280, batch 8"),
     ("decoding the dual stream as published, batch 8", "decode", "decode", "hflf 1.5M, 640x1280, batch 8"),
-    ("a training step of HNeRV 1.5M `best` at 640x1280, batch 1", "training", "training_step", "hnerv 1.5M best"),
-    ("the same of the dual stream", "training", "training_step", "hflf 1.5M best"),
 ]
 
 
