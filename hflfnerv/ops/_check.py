@@ -70,15 +70,18 @@ def _strides_of_pixels(x: torch.Tensor, pixel: int) -> tuple[int, int, int, int]
     return height * width * pixel, 1, width * pixel, pixel
 
 
+def _has_strides_of_pixels(x: torch.Tensor) -> bool:
+    return x.stride(3) >= x.shape[1] and x.stride() == _strides_of_pixels(x, x.stride(3))
+
+
 def has_channels_last_pixels(x: torch.Tensor) -> bool:
     """Return whether x is channels-last, also if there are gaps between its pixels, as the CUDA kernels leave them."""
-    apart = x.stride(3) >= x.shape[1] and x.stride() == _strides_of_pixels(x, x.stride(3))
-    return apart or x.is_contiguous(memory_format=torch.channels_last)
+    return _has_strides_of_pixels(x) or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def channels_last_pixels(x: torch.Tensor) -> torch.Tensor:
     """Return x channels-last, its pixels ``x.stride(3)`` elements apart: x itself where it is that already."""
-    if x.stride(3) >= x.shape[1] and x.stride() == _strides_of_pixels(x, x.stride(3)):
+    if _has_strides_of_pixels(x):
         return x
     x = x.contiguous(memory_format=torch.channels_last)
     # PyTorch does not look at the strides of axes of size 1, which may be anything.
