@@ -80,7 +80,7 @@ def _in_order(places: Sequence[Sequence[int]], results: Sequence[Sequence[Tensor
 
 
 def _run_cuda(matrices: Sequence[Tensor]) -> list[Tensor]:
-    return _cuda.orthogonalise([x.contiguous() for x in matrices], (_A, _B, _C), _STEPS)
+    return _cuda.orthogonalise_matrices([x.contiguous() for x in matrices], (_A, _B, _C), _STEPS)
 
 
 def _cuda_rejects(x: Tensor) -> str | None:

@@ -118,12 +118,12 @@ def test_says_why_not(monkeypatch):
 
 
 def test_compute_capability(monkeypatch):
-    _cuda._capability.cache_clear()
+    _cuda.device._capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
-    assert "capability 10.0 of cuda:3 is not 9.0" in _cuda._capability(3)
+    assert "capability 10.0 of cuda:3 is not 9.0" in _cuda.device._capability(3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(cuda_architectures="80,100"))
-    assert "built for 80,100 (HFLFNERV_CUDA_ARCHITECTURES), not for 90a" in _cuda._capability(4)
+    assert "built for 80,100 (HFLFNERV_CUDA_ARCHITECTURES), not for 90a" in _cuda.device._capability(4)
     guarded = []
 
     @contextlib.contextmanager
@@ -136,9 +136,9 @@ def test_compute_capability(monkeypatch):
     for index, reason in ((5, None), (6, "the driver is too old")):
         module = SimpleNamespace(cuda_architectures="80,90a", cuda_device_unavailable={index: reason}.__getitem__)
         monkeypatch.setattr(_ext, "load", lambda module=module: module)
-        assert _cuda._capability(index) == reason
+        assert _cuda.device._capability(index) == reason
         assert guarded[-2:] == [index, "restored"]
-    _cuda._capability.cache_clear()
+    _cuda.device._capability.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_channels_are_filled_up_to_whole_pixels(channels, r, apart, filled):
 def test_reads_aligned_pixels_as_they_are():
     wide = torch.arange(2 * 4 * 6 * 16, dtype=torch.float32).half().view(2, 4, 6, 16).permute(0, 3, 1, 2)
     for x in (wide, wide[:, :9], wide[:, 8:11], wide[:, :, 1:3, 2:5], wide[1:, :5]):
-        prepared, strides = _cuda._prepare(x)
+        prepared, strides = _cuda.pixels.prepare(x)
         assert prepared.data_ptr() == x.data_ptr()
         assert strides == [384, 96, 16]
     # An axis of size 1 may have any stride.
-    assert _cuda._prepare(wide[:1].as_strided((1, 16, 1, 6), (1, 1, 3, 16)))[1] == [96, 96, 16]
+    assert _cuda.pixels.prepare(wide[:1].as_strided((1, 16, 1, 6), (1, 1, 3, 16)))[1] == [96, 96, 16]
     for x in (wide[:, 1:], wide[..., ::2].contiguous(), wide[:, :3].contiguous(memory_format=torch.channels_last)):
-        prepared, (image, row, pixel) = _cuda._prepare(x)
+        prepared, (image, row, pixel) = _cuda.pixels.prepare(x)
         assert torch.equal(prepared, x)
         assert prepared.stride() == (image, 1, row, pixel)
         assert pixel % 8 == 0
@@ -236,10 +236,10 @@ def test_what_the_kernel_is_told_of_a_gradient(monkeypatch):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_weights_are_packed_from_where_they_lie(kernel, layout):
     weight = torch.arange(6 * 5 * kernel[0] * kernel[1]).view(6, 5, *kernel).contiguous(memory_format=layout)
-    taps = weight.as_strided((6, 5, kernel[0] * kernel[1]), _cuda._weight_strides(weight))
+    taps = weight.as_strided((6, 5, kernel[0] * kernel[1]), _cuda.conv_pixel_shuffle_gelu._weight_strides(weight))
     assert torch.equal(taps, weight.flatten(2))
     apart = torch.zeros(6, 5, *(2 * size for size in kernel))[:, :, ::2, ::2]
-    assert _cuda._weight_strides(apart) is None or 1 in kernel
+    assert _cuda.conv_pixel_shuffle_gelu._weight_strides(apart) is None or 1 in kernel
 
 
 def test_gradient_fake():
@@ -335,7 +335,7 @@ def test_chain_of_blocks(channels, pixel):
     with poisoned_empty():
         y = run(tensors, first, pixels_apart=True)
     assert y.stride(3) == pixel
-    x, (*_, read) = _cuda._prepare(y)
+    x, (*_, read) = _cuda.pixels.prepare(y)
     assert (x.data_ptr(), read) == (y.data_ptr(), pixel)
     following = (y, *operands(second, torch.float16)[1:])
     compare(run(following, second), following, second)
