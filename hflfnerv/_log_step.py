@@ -7,13 +7,26 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_EXPONENT", "MAX_ZERO_POINT", "MIN_EXPONENT", "STEPS_PER_OCTAVE", "Levels", "log_steps"]
+__all__ = [
+    "MAX_BITS",
+    "MAX_EXPONENT",
+    "MAX_ZERO_POINT",
+    "MIN_BITS",
+    "MIN_EXPONENT",
+    "STEPS_PER_OCTAVE",
+    "Levels",
+    "log_steps",
+]
 
 #: Steps per octave, and the range of their exponent: 2**-126 to just under 2**128, normal float32 numbers.
 STEPS_PER_OCTAVE: Final = 16
 MIN_EXPONENT: Final = -126 * STEPS_PER_OCTAVE
 MAX_EXPONENT: Final = 128 * STEPS_PER_OCTAVE - 1
 MAX_ZERO_POINT: Final = 32767
+
+#: Bits of a symbol, at least and at most.
+MIN_BITS: Final = 2
+MAX_BITS: Final = 12
 
 # round(2**(23 + i / 16)): the significands of the steps within one octave. Written out, since they are the format.
 _SIGNIFICANDS = np.array(
@@ -31,7 +44,7 @@ class Levels(NamedTuple):
     Attributes:
         exponent: of the step, ``MIN_EXPONENT .. MAX_EXPONENT``.
         low: at least ``-MAX_ZERO_POINT``.
-        high: above ``low`` by less than ``2**12``.
+        high: above ``low`` by less than ``2**MAX_BITS``.
     """
 
     exponent: int

@@ -29,6 +29,10 @@ SCHEDULES = ("cosine", "linear")
 MATRICES = ("bt601", "bt709", "smpte240m", "fcc")
 #: In which a decoder can compute; see ``Decoder``.
 DECODE_PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int16", "int8")
+# Bits of weights and of embeddings: as published, between the extremes; and of the finest steps by what they cost, for
+# some small tensors are worth more than those.
+_PUBLISHED_BITS = 8, 6
+_FINEST_BITS = 10, 10
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -113,8 +117,9 @@ class EncodeConfig:
         rate_weight: how much the size of the file counts beside its error: one per cent of its bits is worth so many
             per cent of the mean squared error. The step of each tensor follows from it. 0 for steps between a tensor's
             extremes; None for the preset's.
-        weight_bits: bits of a quantised weight, 2 to 8; with ``rate_weight``, of the weights of the finest steps.
-        embedding_bits: bits of a quantised embedding value, 2 to 8; the same.
+        weight_bits: bits of a quantised weight, 2 to 12; with ``rate_weight``, of the weights of the finest steps when
+            these are chosen. None for 8, as published, or for 10 with ``rate_weight``.
+        embedding_bits: bits of a quantised embedding value, 2 to 12; the same, but 6 as published.
         entropy: the entropy coder, ``"huffman"`` or ``"range"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         precision: compute type of the training step, ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the
@@ -141,8 +146,8 @@ class EncodeConfig:
     highpass_removed: float = 0.8
     quantization_share: float | None = None
     rate_weight: float | None = None
-    weight_bits: int = 8
-    embedding_bits: int = 6
+    weight_bits: int | None = None
+    embedding_bits: int | None = None
     entropy: str = "huffman"
     device: str = "auto"
     precision: str = "fp32"
@@ -169,8 +174,8 @@ class EncodeConfig:
         for name, low, high in (
             ("epochs", 1, None),
             ("seed", 0, 2**31 - 1),
-            ("weight_bits", 2, 8),
-            ("embedding_bits", 2, 8),
+            ("weight_bits", 2, 12),
+            ("embedding_bits", 2, 12),
             ("batch_size", 1, None),
         ):
             self._keep(name, _integer, low, high)
@@ -207,6 +212,8 @@ class EncodeConfig:
             ValueError: there is another optimiser than the preset's and no learning rate for it.
         """
         defaults = PRESETS[self.preset][self.model]
+        rate_weight = defaults.rate_weight if self.rate_weight is None else self.rate_weight
+        weight_bits, embedding_bits = _FINEST_BITS if rate_weight else _PUBLISHED_BITS
         optimizer = defaults.optimizer if self.optimizer is None else self.optimizer
         if self.lr is None and optimizer != defaults.optimizer:
             raise ValueError(
@@ -224,7 +231,9 @@ class EncodeConfig:
             quantization_share=(
                 defaults.quantization_share if self.quantization_share is None else self.quantization_share
             ),
-            rate_weight=defaults.rate_weight if self.rate_weight is None else self.rate_weight,
+            rate_weight=rate_weight,
+            weight_bits=weight_bits if self.weight_bits is None else self.weight_bits,
+            embedding_bits=embedding_bits if self.embedding_bits is None else self.embedding_bits,
         )
 
 

@@ -61,8 +61,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="so many per cent of the error are worth one per cent of the file; more makes it smaller, 0 takes "
         "--weight-bits for every weight (default: the preset's)",
     )
-    parser.add_argument("--weight-bits", type=int, default=8, help="with --rate-weight, at most (default: 8)")
-    parser.add_argument("--embedding-bits", type=int, default=6, help="with --rate-weight, at most (default: 6)")
+    parser.add_argument("--weight-bits", type=int, help="with --rate-weight, of the finest steps (default: 8, or 10)")
+    parser.add_argument(
+        "--embedding-bits", type=int, help="with --rate-weight, of the finest steps (default: 6, or 10)"
+    )
     parser.add_argument("--entropy", choices=("huffman", "range"), default="huffman", help="(default: huffman)")
     add_device(parser, ("auto", "fp32", "bf16", "fp16"), "fp32")
     parser.add_argument("--seed", type=int, default=1, help="(default: 1)")

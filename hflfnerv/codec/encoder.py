@@ -249,6 +249,8 @@ def code(
     """
     tensors = {name: p.detach().cpu().contiguous().numpy() for name, p in model.coded_parameters().items()}
     values = None if embeddings is None else embeddings.numpy()
+    assert config.weight_bits is not None
+    assert config.embedding_bits is not None
     if levels is None:
         weights = quantize_tensors(tensors, config.weight_bits)
         quantised = None if values is None else quantize(values, config.embedding_bits)
@@ -266,6 +268,8 @@ def quantization_config(config: EncodeConfig) -> QuantizationConfig | None:
     """
     assert config.quantization_share is not None
     assert config.rate_weight is not None
+    assert config.weight_bits is not None
+    assert config.embedding_bits is not None
     epochs = round(config.quantization_share * config.epochs)
     if not epochs and not config.rate_weight:
         return None

@@ -19,7 +19,16 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
+from .._log_step import (
+    MAX_BITS,
+    MAX_EXPONENT,
+    MAX_ZERO_POINT,
+    MIN_BITS,
+    MIN_EXPONENT,
+    STEPS_PER_OCTAVE,
+    Levels,
+    log_steps,
+)
 from .planes import plane_bits
 
 __all__ = [
@@ -39,8 +48,6 @@ __all__ = [
 Scheme = Literal["log", "minmax"]
 Array = NDArray[Any]
 
-MIN_BITS: Final = 2
-MAX_BITS: Final = 12
 MAX_RANK: Final = 8
 
 _MAX_MAGNITUDE = 2.0**100

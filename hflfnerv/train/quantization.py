@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._log_step import MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
+from .._log_step import MAX_BITS, MAX_EXPONENT, MAX_ZERO_POINT, MIN_EXPONENT, STEPS_PER_OCTAVE, Levels, log_steps
 from ..models import VideoNetwork
 from .clip import Clip, embed_all
 
@@ -34,7 +34,9 @@ class QuantizationConfig:
             network that was trained without.
         rate_weight: w of ``ln(mean squared error) + w ln(bits)``, of which the steps are the optimum: one per cent of
             the file is worth w per cent of the error. 0 for steps between the extremes.
-        weight_bits: no weight has more bits than these, and no step is finer than so many bits between the extremes.
+        weight_bits: no step is finer than so many bits between the extremes that a tensor's values have when steps are
+            chosen. Without a rate weight no weight has more bits either; with it they may go on to grow, as far as a
+            file has bits for them.
         embedding_bits: the same for the embeddings.
     """
 
@@ -49,11 +51,14 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-        return torch.round(x / step).clamp_(low, high).mul_(step)
+        levels = torch.round(x / step)
+        ctx.save_for_backward((levels >= low) & (levels <= high))
+        return levels.clamp_(low, high).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradients[0], None, None, None
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None
 
 
 def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
@@ -66,7 +71,8 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
         high: the largest.
 
     Returns:
-        float32 in the shape of ``x``; its gradient is that of the identity (the straight-through estimator).
+        float32 in the shape of ``x``; its gradient is that of the identity (the straight-through estimator) within the
+        range, and zero beyond it: what nothing holds back would grow there without end.
 
     Numerics:
         One division and one multiplication, as :func:`hflfnerv.codec.quantization.quantize_to_levels` and the file.
@@ -128,7 +134,7 @@ class StepChooser:
             self.curvatures[EMBEDDINGS] = scale * embedding_square / len(clip)
 
     def choose(self, config: QuantizationConfig) -> dict[str, Levels]:
-        """Return the levels of each tensor."""
+        """Return the levels of each tensor: with a rate weight as many as a file can have, its own in the middle."""
         bits_of = {name: config.embedding_bits if name == EMBEDDINGS else config.weight_bits for name in self.values}
         finest = {name: _finest(value, bits_of[name]) for name, value in self.values.items()}
         exponents = finest
@@ -140,6 +146,7 @@ class StepChooser:
                 bit_worth = config.rate_weight * self.error / bits
                 exponents = {name: self._exponent(name, bit_worth, finest[name]) for name in finest}
                 bits = math.sqrt(bits * max(self.bits(exponents), 1.0))
+            bits_of = dict.fromkeys(bits_of, MAX_BITS)  # of which a tensor takes those that its values need
         return {name: _levels(self.values[name], exponents[name], bits_of[name]) for name in exponents}
 
     def bits(self, exponents: Mapping[str, int]) -> float:
@@ -224,23 +231,28 @@ class Quantization:
         self._exact = [torch.empty_like(parameter) for parameter in self._parameters]
         sizes = dict(zip(levels, steps.tolist(), strict=True))
         self._sizes = [sizes[name] for name in parameters]
-        self._lows, self._highs = zip(*((levels[name].low, levels[name].high) for name in parameters), strict=True)
+        self._lows = [levels[name].low * sizes[name] for name in parameters]
+        self._highs = [levels[name].high * sizes[name] for name in parameters]
         self._embeddings = steps[list(levels).index(EMBEDDINGS)] if EMBEDDINGS in levels else None
 
     @torch.no_grad()
     def round_weights(self) -> None:
-        """Round the weights in their place, as :func:`fake_quantize` does; :meth:`restore_weights` brings them back."""
-        torch._foreach_copy_(self._exact, self._parameters)
+        """Round the weights in their place, as :func:`fake_quantize` does; :meth:`restore_weights` brings them back.
+
+        Weights beyond their range are moved to its end, and stay there: their gradients are those of the end, and would
+        take them further with each step.
+        """
         # A few kernels for all of them, where each would take five of its own.
-        torch._foreach_div_(self._parameters, self._sizes)
-        torch._foreach_round_(self._parameters)
         torch._foreach_clamp_min_(self._parameters, self._lows)
         torch._foreach_clamp_max_(self._parameters, self._highs)
+        torch._foreach_copy_(self._exact, self._parameters)
+        torch._foreach_div_(self._parameters, self._sizes)
+        torch._foreach_round_(self._parameters)
         torch._foreach_mul_(self._parameters, self._sizes)
 
     @torch.no_grad()
     def restore_weights(self) -> None:
-        """Undo :meth:`round_weights`."""
+        """Undo the rounding of :meth:`round_weights`."""
         torch._foreach_copy_(self._parameters, self._exact)
 
     def round_embeddings(self, embeddings: Tensor) -> Tensor:

@@ -329,7 +329,7 @@ def test_any_frame_rate_is_stored(moving_frames):
         ({"lr": 0.0}, "lr must be"),
         ({"lr": float("nan")}, "lr must be"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"weight_bits": 9}, "weight_bits must be"),
+        ({"weight_bits": 13}, "weight_bits must be"),
         ({"embedding_bits": 1}, "embedding_bits must be"),
         ({"crop": (0, 4)}, "crop must be"),
         ({"resize": (4,)}, "resize must be"),

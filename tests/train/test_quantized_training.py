@@ -51,11 +51,11 @@ def test_rounds_as_the_file_does(exponent):
         assert np.array_equal(ours, dequantize(quantize_to_levels(values, Levels(exponent, low, high))))
 
 
-def test_the_gradient_is_that_of_the_identity():
-    x = torch.randn(5, 6, requires_grad=True)
-    gradient = torch.randn(5, 6)
+def test_the_gradient_is_that_of_the_identity_within_the_range():
+    x = torch.tensor([-50.0, -0.88, -0.87, 0.1, 1.12, 1.13, 7.0], requires_grad=True)
+    gradient = torch.randn(7)
     fake_quantize(x, torch.tensor(0.25), -3, 4).backward(gradient)
-    assert torch.equal(x.grad, gradient)
+    assert torch.equal(x.grad, gradient * torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]))
 
 
 def test_levels_take_as_many_bits_as_they_need():
@@ -183,7 +183,7 @@ def test_the_network_sees_what_the_file_holds(moving_frames):
 
 def test_all_weights_are_rounded_as_one_is(trained):
     levels = StepChooser(trained.model, trained.clip, seed=0).choose(QUANTIZATION)
-    narrow = {name: of._replace(low=of.low // 3, high=of.high // 3) for name, of in levels.items()}
+    narrow = {name: of._replace(low=-2, high=3) for name, of in levels.items()}
     parameters = trained.model.coded_parameters()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for chosen in (levels, narrow):
@@ -193,7 +193,40 @@ def test_all_weights_are_rounded_as_one_is(trained):
             step, of = torch.from_numpy(log_steps(np.array(chosen[name].exponent))), chosen[name]
             assert torch.equal(parameter, fake_quantize(before[name], step, of.low, of.high)), name
         quantization.restore_weights()
-        assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+        for name, parameter in parameters.items():
+            # As they were, but for those beyond the range.
+            step, of = float(log_steps(np.array(chosen[name].exponent))), chosen[name]
+            assert torch.equal(parameter, before[name].clamp(of.low * step, of.high * step)), name
+        moved = [not torch.equal(parameter, before[name]) for name, parameter in parameters.items()]
+        assert any(moved) == (chosen is narrow)
+
+
+def test_with_a_rate_weights_may_grow(trained):
+    chooser = StepChooser(trained.model, trained.clip, seed=0)
+    levels = chooser.choose(QUANTIZATION)
+    for name, values in chooser.values.items():
+        step, of = float(log_steps(np.array(levels[name].exponent))), levels[name]
+        assert of.high - of.low == 2**12 - 1
+        for extreme in (values.min() - 7 * np.ptp(values), values.max() + 7 * np.ptp(values)):
+            assert of.low <= extreme / step <= of.high, name
+
+
+def test_weights_stay_in_their_range(moving_frames):
+    quantization = QuantizationConfig(epochs=12, rate_weight=0.0, weight_bits=3, embedding_bits=3)
+    trainer = make_trainer("hflf", moving_frames, dataclasses.replace(CONFIG, epochs=16, quantization=quantization))
+    exact = []
+    trainer.run(lambda t: exact.append({name: p.detach().clone() for name, p in t.model.coded_parameters().items()}))
+    reached = set()
+    for name, of in trainer.levels.items():
+        if name == EMBEDDINGS:
+            continue
+        step = float(log_steps(np.array(of.exponent)))
+        before, after = (state[name] / step for state in exact[-2:])
+        # A step of the optimisers may leave it, and the next begins at the end again.
+        moved = (after - before.clamp(of.low, of.high)).abs().max()
+        assert (after - after.clamp(of.low, of.high)).abs().max() <= moved + 1e-3, name
+        reached |= {name} if (before.clamp(of.low, of.high) != before).any() else set()
+    assert reached
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "muon"), ("bf16", "muon"), ("fp16", "adam")])
