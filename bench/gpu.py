@@ -129,9 +129,10 @@ PARTS = {
     "fuse": Part(
         "published networks before and after hflfnerv.fuse, and their memory", "bench.ops.bench_fuse:gpu_points"
     ),
+    "learning": Part("short encodes, with and without the kernels of each operation (--clip)", "bench.learning:points"),
     "encode": Part("whole encodes of a clip with both, 300 epochs (--clip)", "bench.encode:points"),
 }
-NOT_TO_WARM = ("limits", "encode")  # which compile little, and take the time that they take
+NOT_TO_WARM = ("limits", "learning", "encode")  # which compile little, and take the time that they take
 GROUPS = {
     "conv": ["cudnn", "gradients", "block", "int8", "block-training", "streams"],
     "models": ["decode", "training"],
@@ -217,11 +218,21 @@ def table(rows: list[Row]) -> Iterator[str]:
             yield f"  {data}"
             for row in contenders:
                 share = next((f"{key[9:]} {100 * row[key]:5.1f} %" for key in row if key.startswith("share_of_")), "")
-                ratio = f"{row['p50'] / base:6.2f} x" if base else ""
+                ratio, form = _compared(row, base) if base else "", _form(row)
                 yield (
-                    f"    {row['implementation']:<48.48s} {row['p50']:10.1f}  ({row['p20']:.1f} .. {row['p80']:.1f})  "
+                    f"    {row['implementation']:<48.48s} {row['p50']:10{form}}  "
+                    f"({row['p20']:{form}} .. {row['p80']:{form}})  "
                     f"{row['milliseconds']:9.4f} ms {ratio}  {share}"
                 )
+
+
+def _form(row: Row) -> str:
+    return ".2f" if row["metric"] == "quality" else ".1f"
+
+
+def _compared(row: Row, base: float) -> str:
+    """Return how a row stands to a rate, or to a quality in decibels."""
+    return f"{row['p50'] - base:+6.2f} dB" if row["metric"] == "quality" else f"{row['p50'] / max(base, 1e-9):6.2f} x"
 
 
 def is_limit(row: Row) -> bool:
@@ -259,8 +270,8 @@ def _standing(ours: list[Row], rivals: list[Row], contenders: list[Row]) -> str:
     rival = best(rivals or [other for other in contenders if other["implementation"] == other["baseline"]])
     share = next((f", {100 * row[key]:.0f} % of {key[9:]}" for key in row if key.startswith("share_of_")), "")
     alone = rival is None or rival is row
-    ratio = "" if alone else f", {row['p50'] / max(rival['p50'], 1e-9):.2f} x {rival['implementation']}"
-    return f"{row['implementation']} {row['p50']:.1f} {row['unit']}{share}{ratio}"
+    ratio = "" if alone else f", {_compared(row, rival['p50']).strip()} {rival['implementation']}"
+    return f"{row['implementation']} {row['p50']:{_form(row)}} {row['unit']}{share}{ratio}"
 
 
 def start(name: str, arguments: argparse.Namespace, *options: str, **pipes: Any) -> subprocess.Popen[bytes]:
@@ -327,7 +338,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="go through it all on the CPU with tiny shapes; times nothing"
     )
     parser.add_argument(
-        "--clip", metavar="PATH", help="video of the part encode (default: bunny.mp4 of the shared data)"
+        "--clip", metavar="PATH", help="video of the parts learning and encode (default: bunny.mp4 of the shared data)"
     )
     parser.add_argument(
         "--compile",

@@ -1,0 +1,224 @@
+"""What a network learns, by how its training steps are computed: whole encodes of few epochs, and their quality.
+
+The same seed, frames and schedule throughout, quantised epochs included: what differs is the device, the precision, and
+which operations are PyTorch's own. A kernel whose gradients are wrong shows here, and which one it is. It is a part of
+the suite for a GPU (``python -m bench.gpu --parts learning``), and ``python -m bench.learning`` trains on the CPU, for
+which the rows are in ``bench/results/learning_cpu.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+# Before torch is loaded; see hflfnerv.cli.main.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+
+from hflfnerv._impl import ImplementationTable, tables
+from hflfnerv._memory import keep_freed_memory
+from hflfnerv.cli._options import argument, size_hw
+from hflfnerv.codec import Decoder, evaluate
+from hflfnerv.codec.encoder import code, encoding_header, quantization_config
+from hflfnerv.config import EncodeConfig
+from hflfnerv.data import Video, load_video
+from hflfnerv.models import MODELS, build_model
+from hflfnerv.ops import _cuda
+from hflfnerv.train import TrainConfig, Trainer, embed_all, prepare_clip
+
+from .device import Machine
+from .encode import find_clip
+from .gpu import keep
+from .run import RESULTS, environment
+
+Row = dict[str, Any]
+Change = Callable[[Trainer], None]
+PATH = RESULTS / "learning_cpu.jsonl"
+NETWORKS = ("hnerv", "hflf")
+EPOCHS = 30
+_CROP = 640, 1280
+BASELINE = "PyTorch's operations, fp32"
+
+
+class Way(NamedTuple):
+    """How steps are computed.
+
+    Attributes:
+        precision: of the step.
+        plain: operations that are PyTorch's own; None for all of them.
+        change: what is done to the trainer before it runs.
+    """
+
+    precision: str
+    plain: tuple[str, ...] | None = ()
+    change: Change = lambda trainer: None
+
+
+def _on_one_stream(trainer: Trainer) -> None:
+    trainer.training_step.concurrent = False
+
+
+def _launched(trainer: Trainer) -> None:
+    trainer._taker = lambda: trainer.training_step  # type: ignore[method-assign]
+
+
+def ways(*, on_gpu: bool) -> dict[str, Way]:
+    """Return all ways by name: the plainest first, what an encode does, and that with one thing changed."""
+    found = {BASELINE: Way("fp32", None), "fp32": Way("fp32"), "bf16": Way("bf16")}
+    if not on_gpu:
+        return found
+    found["PyTorch's operations, bf16"] = Way("bf16", None)
+    found["bf16 on one stream"] = Way("bf16", change=_on_one_stream)
+    found["bf16 without a graph"] = Way("bf16", change=_launched)
+    for name in (*_OPERATIONS, _LISTS):
+        found[f"bf16, PyTorch's {name}"] = Way("bf16", (name,))
+    return found
+
+
+_OPERATIONS = (
+    "channel_norm",
+    "conv2d",
+    "conv_pixel_shuffle_gelu",
+    "depthwise_conv2d",
+    "orthogonalise",
+    "pixel_shuffle_gelu",
+    "scale_residual",
+    "stream_loss",
+)
+_LISTS = "lists"  # which have no table
+
+
+@contextlib.contextmanager
+def plain_operations(names: tuple[str, ...] | None) -> Iterator[None]:
+    """Let some operations, or all where it is None, be PyTorch's own meanwhile."""
+    chosen = [table for table in tables() if names is None or table.op in names]
+    rejects_list = _cuda.rejects_list
+
+    def of_pytorch(table: ImplementationTable) -> Callable[..., Any]:
+        return lambda impl, *arguments, **options: table.entries[-1]
+
+    try:
+        for table in chosen:
+            table.select = of_pytorch(table)  # type: ignore[method-assign]
+        if names is None or _LISTS in names:
+            _cuda.rejects_list = lambda *lists: "left out by a benchmark"
+        yield
+    finally:
+        for table in chosen:
+            del table.select  # type: ignore[method-assign]
+        _cuda.rejects_list = rejects_list
+
+
+def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) -> Row:
+    """Encode a clip and return what became of it: the PSNR of each epoch and of the file, its bytes, and seconds."""
+    config = config.resolved()
+    assert config.optimizer is not None
+    assert config.lr is not None
+    assert config.batch_size is not None
+    assert config.schedule is not None
+    count, height, width = video.shape
+    spec = MODELS[config.model].plan(config.parameters, count, height, width, preset=config.preset)
+    clip = prepare_clip(video.frames, config.encoder_input, crop=None, removed=config.highpass_removed)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        model = build_model(spec)
+    training = TrainConfig(
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        precision=way.precision,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        quantization=quantization_config(config),
+    )
+    with plain_operations(way.plain):
+        trainer = Trainer(model, clip, training, device=device)
+        way.change(trainer)
+        began = time.perf_counter()
+        trainer.run()
+        seconds = time.perf_counter() - began
+    header = encoding_header(spec, video, config)
+    file = code(model, embed_all(model, trainer.clip), header, config, trainer.levels)
+    quality = evaluate(Decoder(file, device=device, precision="fp32"), trainer.clip.frames)
+    return {
+        "p20": quality["psnr_db"],
+        "p50": quality["psnr_db"],
+        "p80": quality["psnr_db"],
+        "milliseconds": round(1e3 * seconds, 1),
+        "bytes": len(file),
+        "shape": [*video.frames.shape],
+        "epochs_psnr_db": [round(epoch.psnr_db, 3) for epoch in trainer.history],
+    }
+
+
+def _rows(
+    video: Video, clip: str, network: str, device: torch.device, *, epochs: int, only: str = "", size: str = "1.5M"
+) -> Iterator[Row]:
+    config = EncodeConfig(model=network, size=size, epochs=epochs)
+    data = f"{network} {size}, {clip}, {len(video.frames)} frames, {epochs} epochs"
+    for name, way in ways(on_gpu=device.type == "cuda").items():
+        if only not in f"{data}: {name}":
+            continue
+        row = {"what": "learning", "data": data, "implementation": name, "baseline": BASELINE, "dtype": way.precision}
+        row |= {"metric": "quality", "unit": "dB", "note": "PSNR of the file; milliseconds are those of training"}
+        yield row | learn(video, config, way, device)
+
+
+def points(machine: Machine) -> Iterator[Row]:
+    """Train both networks in all ways on a GPU."""
+    if machine.dry:
+        video = load_video(torch.randint(0, 256, (4, 96, 160, 3), dtype=torch.uint8))
+        name, epochs, size = "random frames", 1, "100k"
+    else:
+        path = find_clip(machine.clip)
+        video, name, epochs, size = load_video(path, crop=_CROP), path.stem, EPOCHS, "1.5M"
+    for network in NETWORKS:
+        if machine.wants(f"{network} {size}, {name}", seconds=200):
+            with machine.room(network):
+                for row in _rows(video, name, network, machine.device, epochs=epochs, size=size):
+                    print(f"{row['data']}, {row['implementation']}: {row['p50']:.2f} dB", file=sys.stderr, flush=True)
+                    yield row | machine.environment()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train on the CPU and keep the rows."""
+    parser = argparse.ArgumentParser(prog="python -m bench.learning", description=__doc__.split("\n")[0])
+    parser.add_argument("--clip", metavar="PATH", help="video (default: bunny.mp4 of the shared data)")
+    parser.add_argument(
+        "--crop", type=argument(size_hw), default=(640, 1280), metavar="HxW", help="(default: 640x1280)"
+    )
+    parser.add_argument("--resize", type=argument(size_hw), metavar="HxW", help="before that")
+    parser.add_argument("--size", default="1.5M", help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
+    parser.add_argument("--network", choices=NETWORKS, default=NETWORKS[0], help="(default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
+    parser.add_argument("--results", type=pathlib.Path, default=PATH, help="file of the rows")
+    arguments = parser.parse_args(argv)
+    keep_freed_memory()
+    path = find_clip(arguments.clip)
+    video = load_video(path, crop=arguments.crop, resize=arguments.resize)
+    name = f"{path.stem} {'x'.join(map(str, video.shape[1:]))}"
+    for row in _rows(
+        video,
+        name,
+        arguments.network,
+        torch.device("cpu"),
+        epochs=arguments.epochs,
+        only=arguments.only,
+        size=arguments.size,
+    ):
+        keep(arguments.results, row | {"threads": torch.get_num_threads()} | environment())
+        print(f"{row['data']}, {row['implementation']}: {row['p50']:.2f} dB, {row['bytes']} bytes", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
