@@ -52,12 +52,12 @@ class Way(NamedTuple):
 
     Attributes:
         precision: of the step.
-        plain: operations that are PyTorch's own; None for all of them.
+        plain: operations that are PyTorch's own.
         change: what is done to the trainer before it runs.
     """
 
     precision: str
-    plain: tuple[str, ...] | None = ()
+    plain: tuple[str, ...] = ()
     change: Change = lambda trainer: None
 
 
@@ -71,13 +71,13 @@ def _launched(trainer: Trainer) -> None:
 
 def ways(*, on_gpu: bool) -> dict[str, Way]:
     """Return all ways by name: the plainest first, what an encode does, and that with one thing changed."""
-    found = {BASELINE: Way("fp32", None), "fp32": Way("fp32"), "bf16": Way("bf16")}
+    found = {BASELINE: Way("fp32", _ALL), "fp32": Way("fp32"), "bf16": Way("bf16")}
     if not on_gpu:
         return found
-    found["PyTorch's operations, bf16"] = Way("bf16", None)
+    found["PyTorch's operations, bf16"] = Way("bf16", _ALL)
     found["bf16 on one stream"] = Way("bf16", change=_on_one_stream)
     found["bf16 without a graph"] = Way("bf16", change=_launched)
-    for name in (*_OPERATIONS, _LISTS):
+    for name in _ALL:
         found[f"bf16, PyTorch's {name}"] = Way("bf16", (name,))
     return found
 
@@ -93,12 +93,13 @@ _OPERATIONS = (
     "stream_loss",
 )
 _LISTS = "lists"  # which have no table
+_ALL = (*_OPERATIONS, _LISTS)
 
 
 @contextlib.contextmanager
-def plain_operations(names: tuple[str, ...] | None) -> Iterator[None]:
-    """Let some operations, or all where it is None, be PyTorch's own meanwhile."""
-    chosen = [table for table in tables() if names is None or table.op in names]
+def plain_operations(names: tuple[str, ...]) -> Iterator[None]:
+    """Let some operations be PyTorch's own meanwhile."""
+    chosen = [table for table in tables() if table.op in names]
     rejects_list = _cuda.rejects_list
 
     def of_pytorch(table: ImplementationTable) -> Callable[..., Any]:
@@ -107,7 +108,7 @@ def plain_operations(names: tuple[str, ...] | None) -> Iterator[None]:
     try:
         for table in chosen:
             table.select = of_pytorch(table)  # type: ignore[method-assign]
-        if names is None or _LISTS in names:
+        if _LISTS in names:
             _cuda.rejects_list = lambda *lists: "left out by a benchmark"
         yield
     finally:
