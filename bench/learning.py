@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+from torch import Tensor
 
+from hflfnerv._device import exact_convolutions
 from hflfnerv._impl import ImplementationTable, tables
 from hflfnerv._memory import keep_freed_memory
 from hflfnerv.cli._options import argument, size_hw
@@ -30,6 +32,8 @@ from hflfnerv.codec.encoder import code, encoding_header, quantization_config
 from hflfnerv.config import EncodeConfig
 from hflfnerv.data import Video, load_video
 from hflfnerv.models import MODELS, build_model
+from hflfnerv.models.convnext import use_pytorch
+from hflfnerv.models.streams import use_implementation
 from hflfnerv.ops import _cuda
 from hflfnerv.train import TrainConfig, Trainer, embed_all, prepare_clip
 
@@ -42,8 +46,10 @@ Row = dict[str, Any]
 Change = Callable[[Trainer], None]
 PATH = RESULTS / "learning_cpu.jsonl"
 NETWORKS = ("hnerv", "hflf")
+HALF = "PyTorch's operations, bf16"
 EPOCHS = 30
 _CROP = 640, 1280
+_STEPS = 5  # after three on a GPU one is captured, and replayed
 BASELINE = "PyTorch's operations, fp32"
 
 
@@ -61,6 +67,11 @@ class Way(NamedTuple):
     change: Change = lambda trainer: None
 
 
+def _plain(trainer: Trainer) -> None:
+    use_implementation(trainer.model, "reference")
+    use_pytorch(trainer.model)
+
+
 def _on_one_stream(trainer: Trainer) -> None:
     trainer.training_step.concurrent = False
 
@@ -71,10 +82,10 @@ def _launched(trainer: Trainer) -> None:
 
 def ways(*, on_gpu: bool) -> dict[str, Way]:
     """Return all ways by name: the plainest first, what an encode does, and that with one thing changed."""
-    found = {BASELINE: Way("fp32", _ALL), "fp32": Way("fp32"), "bf16": Way("bf16")}
+    found = {BASELINE: Way("fp32", _ALL, _plain), HALF: Way("bf16", _ALL, _plain)}
+    found |= {"fp32": Way("fp32"), "bf16": Way("bf16")}
     if not on_gpu:
         return found
-    found["PyTorch's operations, bf16"] = Way("bf16", _ALL)
     found["bf16 on one stream"] = Way("bf16", change=_on_one_stream)
     found["bf16 without a graph"] = Way("bf16", change=_launched)
     for name in _ALL:
@@ -117,9 +128,8 @@ def plain_operations(names: tuple[str, ...]) -> Iterator[None]:
         _cuda.rejects_list = rejects_list
 
 
-def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) -> Row:
-    """Encode a clip and return what became of it: the PSNR of each epoch and of the file, its bytes, and seconds."""
-    config = config.resolved()
+def _trainer(video: Video, config: EncodeConfig, way: Way, device: torch.device) -> Trainer:
+    """Return what :func:`hflfnerv.encode` trains with, in this way."""
     assert config.optimizer is not None
     assert config.lr is not None
     assert config.batch_size is not None
@@ -140,16 +150,28 @@ def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) ->
         schedule=config.schedule,
         quantization=quantization_config(config),
     )
+    trainer = Trainer(model, clip, training, device=device)
+    way.change(trainer)
+    return trainer
+
+
+def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) -> tuple[Row, Trainer]:
+    """Encode a clip.
+
+    Returns:
+        What became of it, the PSNR of each epoch and of the file, its bytes and seconds; and the trainer at the end.
+    """
     with plain_operations(way.plain):
-        trainer = Trainer(model, clip, training, device=device)
-        way.change(trainer)
+        trainer = _trainer(video, config, way, device)
         began = time.perf_counter()
         trainer.run()
         seconds = time.perf_counter() - began
-    header = encoding_header(spec, video, config)
-    file = code(model, embed_all(model, trainer.clip), header, config, trainer.levels)
+    model = trainer.model
+    file = code(
+        model, embed_all(model, trainer.clip), encoding_header(model.spec, video, config), config, trainer.levels
+    )
     quality = evaluate(Decoder(file, device=device, precision="fp32"), trainer.clip.frames)
-    return {
+    row = {
         "p20": quality["psnr_db"],
         "p50": quality["psnr_db"],
         "p80": quality["psnr_db"],
@@ -158,19 +180,86 @@ def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) ->
         "shape": [*video.frames.shape],
         "epochs_psnr_db": [round(epoch.psnr_db, 3) for epoch in trainer.history],
     }
+    return row, trainer
+
+
+def gradients(
+    video: Video, config: EncodeConfig, way: Way, device: torch.device, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the gradients of a step, by parameter, of a network in the given state, as training takes them."""
+    with plain_operations(way.plain), exact_convolutions():
+        trainer = _trainer(video, config, way, device)
+        trainer.model.load_state_dict(state)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = 0.0  # so that the weights stay as they are
+        take_step = trainer._taker()
+        for _ in range(_STEPS):
+            trainer.training_step.seek(0)
+            take_step()
+    found = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(trainer.model.parameters()))
+    return found
+
+
+def gradient_rows(
+    video: Video, clip: str, network: str, device: torch.device, *, size: str = "1.5M", epochs: int = 2
+) -> Iterator[Row]:
+    """Yield, for each way, how far the gradient of each parameter is from that of PyTorch's operations in float32.
+
+    A norm over all parameters would be that of the largest, and the updates of Muon are as long however small a
+    gradient is. ``wrong`` has those parameters whose errors are over four times those of PyTorch's operations in
+    bfloat16, and by more than its roundoff: some have a few values only, whose errors are large or small by chance.
+    """
+    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved()
+    data = f"{network} {size}, {clip}, after {epochs} epochs"
+    # Untrained, the blocks of an encoder add a millionth of what they compute.
+    state = learn(video, config, Way("fp32"), device)[1].model.state_dict()
+    exact: dict[str, Tensor] = {}
+    of_half: dict[str, float] = {}
+    for name, way in ways(on_gpu=device.type == "cuda").items():
+        if len(way.plain) == 1:
+            continue
+        found = gradients(video, config, way, device, state)
+        exact = exact or found
+        errors = {each: _distance(found[each], true) for each, true in exact.items()}
+        of_half = of_half or (errors if name == HALF else {})
+        row: Row = {
+            "what": "gradients of a step",
+            "data": data,
+            "implementation": name,
+            "baseline": BASELINE,
+            "dtype": way.precision,
+        }
+        row |= {"metric": "relative error", "unit": "", "p50": max(errors.values())}
+        row["errors"] = {each: float(f"{error:.3g}") for each, error in errors.items()}
+        bound = {each: 4.0 * error + torch.finfo(torch.bfloat16).eps for each, error in of_half.items()}
+        row["wrong"] = [each for each, most in bound.items() if not errors[each] <= most]
+        yield row
+
+
+def _distance(actual: Tensor, exact: Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def _rows(
     video: Video, clip: str, network: str, device: torch.device, *, epochs: int, only: str = "", size: str = "1.5M"
 ) -> Iterator[Row]:
-    config = EncodeConfig(model=network, size=size, epochs=epochs)
+    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved()
     data = f"{network} {size}, {clip}, {len(video.frames)} frames, {epochs} epochs"
     for name, way in ways(on_gpu=device.type == "cuda").items():
         if only not in f"{data}: {name}":
             continue
         row = {"what": "learning", "data": data, "implementation": name, "baseline": BASELINE, "dtype": way.precision}
         row |= {"metric": "quality", "unit": "dB", "note": "PSNR of the file; milliseconds are those of training"}
-        yield row | learn(video, config, way, device)
+        yield row | learn(video, config, way, device)[0]
+
+
+def _complaints(row: Row) -> list[str]:
+    if not row["wrong"]:
+        return []
+    errors = ", ".join(f"{name} {row['errors'][name]:.1e}" for name in row["wrong"])
+    return [f"{row['data']}, {row['implementation']}: gradients are wrong ({errors})"]
 
 
 def points(machine: Machine) -> Iterator[Row]:
@@ -182,6 +271,13 @@ def points(machine: Machine) -> Iterator[Row]:
         path = find_clip(machine.clip)
         video, name, epochs, size = load_video(path, crop=_CROP), path.stem, EPOCHS, "1.5M"
     for network in NETWORKS:
+        if machine.wants(f"{network} {size}, gradients", seconds=60):
+            with machine.room(network):
+                for row in gradient_rows(video, name, network, machine.device, size=size, epochs=min(epochs, 2)):
+                    if row["wrong"]:
+                        machine.failures += _complaints(row)
+                    else:
+                        yield row | machine.environment()
         if machine.wants(f"{network} {size}, {name}", seconds=200):
             with machine.room(network):
                 for row in _rows(video, name, network, machine.device, epochs=epochs, size=size):
@@ -193,29 +289,28 @@ def main(argv: list[str] | None = None) -> int:
     """Train on the CPU and keep the rows."""
     parser = argparse.ArgumentParser(prog="python -m bench.learning", description=__doc__.split("\n")[0])
     parser.add_argument("--clip", metavar="PATH", help="video (default: bunny.mp4 of the shared data)")
-    parser.add_argument(
-        "--crop", type=argument(size_hw), default=(640, 1280), metavar="HxW", help="(default: 640x1280)"
-    )
+    parser.add_argument("--crop", type=argument(size_hw), default=_CROP, metavar="HxW", help="(default: 640x1280)")
     parser.add_argument("--resize", type=argument(size_hw), metavar="HxW", help="before that")
     parser.add_argument("--size", default="1.5M", help="(default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
     parser.add_argument("--network", choices=NETWORKS, default=NETWORKS[0], help="(default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
+    parser.add_argument("--gradients", action="store_true", help="compare those of a step, in place of an encode")
     parser.add_argument("--results", type=pathlib.Path, default=PATH, help="file of the rows")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     path = find_clip(arguments.clip)
     video = load_video(path, crop=arguments.crop, resize=arguments.resize)
     name = f"{path.stem} {'x'.join(map(str, video.shape[1:]))}"
-    for row in _rows(
-        video,
-        name,
-        arguments.network,
-        torch.device("cpu"),
-        epochs=arguments.epochs,
-        only=arguments.only,
-        size=arguments.size,
-    ):
+    subject = video, name, arguments.network, torch.device("cpu")
+    if arguments.gradients:
+        complaints = []
+        for row in gradient_rows(*subject, size=arguments.size):
+            complaints += _complaints(row)
+            print(f"{row['data']}, {row['implementation']}: largest error {row['p50']:.2e}", flush=True)
+        print("\n".join(complaints) or "all gradients are right")
+        return len(complaints)
+    for row in _rows(*subject, epochs=arguments.epochs, only=arguments.only, size=arguments.size):
         keep(arguments.results, row | {"threads": torch.get_num_threads()} | environment())
         print(f"{row['data']}, {row['implementation']}: {row['p50']:.2f} dB, {row['bytes']} bytes", flush=True)
     return 0

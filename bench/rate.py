@@ -99,11 +99,13 @@ class Variant:
 
 
 def _after(what: str, **changes: Any) -> Variant:
-    return Variant(what, {**_COSINE, "quantization_share": 0.0, "rate_weight": 0.0, **changes})
+    return Variant(what, {**_COSINE, **_EIGHT_BITS, "quantization_share": 0.0, "rate_weight": 0.0, **changes})
 
 
-_COSINE = {"schedule": "cosine"}  # which `best` had when these were measured
-_BEST = {**_COSINE, "quantization_share": 0.3, "rate_weight": 0.5}
+# What `best` had when these were measured.
+_COSINE = {"schedule": "cosine"}
+_EIGHT_BITS = {"weight_bits": 8, "embedding_bits": 6}
+_BEST = {**_COSINE, **_EIGHT_BITS, "quantization_share": 0.3, "rate_weight": 0.5}
 VARIANTS: dict[str, Variant] = {
     BEFORE: _after("8 bits between the extremes, afterwards"),
     **{
@@ -122,7 +124,8 @@ VARIANTS: dict[str, Variant] = {
         for bits in (5, 4)
     },
     AFTER: Variant("steps by curvature, w = 0.5, trained with them for 30 % of the epochs (A)", _BEST),
-    "detail": Variant("**`best`**, all of it", {}, plan={}),
+    "detail": Variant("`best`, its finest steps of 8 bits, of embeddings 6", _EIGHT_BITS, plan={}),
+    "finer": Variant("**`best`**, all of it", {}, plan={}),
     **{
         f"qat-{weight:g}": Variant(f"A, w = {weight:g}", {**_BEST, "rate_weight": weight})
         for weight in (0.25, 1.0, 1.5)

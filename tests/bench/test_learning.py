@@ -50,7 +50,7 @@ def test_changes_reach_the_trainer(monkeypatch):
 
     monkeypatch.setattr(learning, "Trainer", Watched)
     video = learning.load_video(torch.randint(0, 256, (2, 96, 160, 3), dtype=torch.uint8))
-    config = learning.EncodeConfig(model="hnerv", size="100k", epochs=1)
+    config = learning.EncodeConfig(model="hnerv", size="100k", epochs=1).resolved()
     ways = learning.ways(on_gpu=True)
     for name in ("bf16 on one stream", "bf16 without a graph"):
         learning.learn(video, config, ways[name]._replace(precision="fp32"), torch.device("cpu"))
@@ -69,3 +69,21 @@ def test_rows_on_a_cpu(tmp_path):
         assert row["shape"] == [24, 80, 160, 3]
         assert len(row["epochs_psnr_db"]) == 1
         assert 5 < row["p50"] < 40
+
+
+def test_a_wrong_gradient_is_named(monkeypatch):
+    """However small it is beside the others."""
+
+    def half_of_one(trainer):
+        trainer.model.get_parameter("encoder.stages.0.0.gamma").register_hook(lambda gradient: gradient / 2)
+
+    ways = {name: way._replace(precision="fp32") for name, way in learning.ways(on_gpu=False).items()}
+    ways["wrong"] = learning.Way("fp32", change=half_of_one)
+    monkeypatch.setattr(learning, "ways", lambda *, on_gpu: ways)
+    video = learning.load_video(torch.randint(0, 256, (2, 96, 160, 3), dtype=torch.uint8))
+    rows = list(learning.gradient_rows(video, "noise", "hnerv", torch.device("cpu"), size="100k", epochs=1))
+    assert [row["implementation"] for row in rows] == list(ways)
+    assert all(row["p50"] < 1e-3 for row in rows[:-1])
+    assert [learning._complaints(row) for row in rows[:-1]] == [[]] * 4
+    (complaint,) = learning._complaints(rows[-1])
+    assert complaint.endswith("wrong: gradients are wrong (encoder.stages.0.0.gamma 5.0e-01)")
