@@ -15,8 +15,16 @@ from hflfnerv.testing import assert_close_to_reference, assert_gradient_close_to
 
 from ..registry import Contender, Point, Skipped, suite
 
-# Input channels, r, height and width: the three large blocks of the 1.5 M network at 640x1280, and a small, odd one.
-SHAPES = [(112, 2, 320, 640), (132, 2, 160, 320), (640, 4, 40, 80), (75, 5, 61, 90)]
+# Input channels, r, height and width: the three large blocks of the 1.5 M network at 640x1280; a small, odd one; r = 5
+# with as many channels as networks have; and the activation alone, of an encoder's block.
+SHAPES = [
+    (112, 2, 320, 640),
+    (132, 2, 160, 320),
+    (640, 4, 40, 80),
+    (75, 5, 61, 90),
+    (1000, 5, 32, 64),
+    (256, 1, 64, 128),
+]
 BASELINE = "PyTorch, two operations"
 
 

@@ -1,11 +1,12 @@
 // The loops of pixel_shuffle_gelu, compiled once for each instruction set: the including file defines Simd.
 //
 // r = 2 and 4 shuffle in registers: r columns interleave (contiguous), or r² channels part (channels-last); where the last
-// vector would overrun, it starts earlier and computes some elements again. Any other case goes through a buffer in the
-// first cache: vectors on its one side, and on the other permutations by tables, or single elements where the tables would
-// be too large.
+// vector would overrun, it starts earlier and computes some elements again. With r = 1 there is nothing to shuffle. Any other
+// case goes through a buffer in the first cache: vectors on its one side, and on the other squares that are transposed, where
+// there are channels enough (channels-last), or permutations by tables, or single elements where the tables would be too large.
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "partial.inl"
 #include "permutation.inl"
@@ -55,6 +56,7 @@ struct Kernel {
   // Whether the few channels behind whole vectors part one by one.
   bool rest_by_element() const { return sizeof(T) == 4 && C % L <= 2; }
   bool in_registers() const { return (r == 2 || r == 4) && (s.channels_last ? C : W) >= L; }
+  bool in_squares() const { return s.channels_last && C >= L; }
 
   // Row h of the channels from `first` on becomes one row of y.
   template <int R>
@@ -124,6 +126,16 @@ struct Kernel {
     return biases;
   }
 
+  // GELU of the n elements of a piece, into a buffer that may be written in whole vectors.
+  void gelu_of_piece(const Gelu& gelu, const float* biases, const T* from, std::int64_t n, float* buffer) const {
+    for (std::int64_t k = 0; k < n; k += L) {
+      prefetch(from + k);
+      F z = load_some(from + k, n - k);
+      if (task.biased) z = Simd::add(z, Simd::load(biases + k));
+      Simd::store(buffer + k, gelu(z));
+    }
+  }
+
   // The same with GELU first, of whole pieces; see in_pieces().
   template <int R>
   void fwd_pieces_fixed(const Gelu& gelu, const float* biases, const T* from, T* y) const {
@@ -131,12 +143,7 @@ struct Kernel {
     const std::int64_t row = W * R * C, in_vectors = rest_by_element() ? C / L * L : C;
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
-      for (std::int64_t k = 0; k < n; k += L) {
-        prefetch(from + k);
-        F z = load_some(from + k, n - k);
-        if (task.biased) z = Simd::add(z, Simd::load(biases + k));
-        Simd::store(buffer + k, gelu(z));
-      }
+      gelu_of_piece(gelu, biases, from, n, buffer);
       from += n;
       for (std::int64_t p = 0; p < pixels; ++p, y += R * C) {
         const float* const pixel = buffer + p * K;
@@ -179,7 +186,7 @@ struct Kernel {
   // Rows of items; `self` is this kernel, or one that has another way where the shuffle does not fit registers.
   template <class Self>
   void fwd(const Self& self, std::int64_t begin, std::int64_t end) const {
-    const bool fits = !Self::kByTable && in_registers();
+    const bool fits = std::is_same_v<Self, Kernel> && in_registers();
     const Gelu gelu(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
     const std::int64_t step = fits ? 1 : rows_at_once;
@@ -305,6 +312,18 @@ struct Kernel {
     }
   }
 
+  // dx of the n elements of a piece from `at` on, whose dy are in the order of x.
+  template <class Dy>
+  void slope_of_piece(const GeluGradient& slope, const float* biases, std::int64_t at, std::int64_t n, const Dy* dy_of,
+                      float* sums) const {
+    for (std::int64_t k = 0; k < n; k += L) {
+      const F z = Simd::add(load_some(x + at + k, n - k), load_some(biases + k, n - k));
+      const F v = Simd::mul(load_some(dy_of + k, n - k), slope(z));
+      store_some(out + at + k, v, n - k);
+      Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
+    }
+  }
+
   void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     T* buffer = reinterpret_cast<T*>(scratch);
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
@@ -318,19 +337,13 @@ struct Kernel {
           }
         }
       }
-      for (std::int64_t k = 0; k < n; k += L) {
-        const std::int64_t here = at + w0 * K + k;
-        const F z = Simd::add(load_some(x + here, n - k), load_some(biases + k, n - k));
-        const F v = Simd::mul(load_some(buffer + k, n - k), slope(z));
-        store_some(out + here, v, n - k);
-        Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
-      }
+      slope_of_piece(slope, biases, at + w0 * K, n, buffer, sums);
     }
   }
 
   template <class Self>
   void bwd(const Self& self, std::int64_t begin, std::int64_t end) const {
-    const bool fits = !Self::kByTable && in_registers();
+    const bool fits = std::is_same_v<Self, Kernel> && in_registers();
     const GeluGradient slope(*task.table);
     const float* biases = s.channels_last ? repeated_biases() : nullptr;
     const std::int64_t row_sums = !s.channels_last ? 0 : fits || Self::kByTable ? K : piece * K;
@@ -340,9 +353,9 @@ struct Kernel {
       const std::int64_t plane = item / task.row_blocks(), first = item % task.row_blocks() * task.item_rows();
       const std::int64_t last = first + task.item_rows() < H ? first + task.item_rows() : H;
       double* sums = task.sums + item * task.item_sums();
+      if (s.channels_last) std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + 64) * sizeof(float));
       for (std::int64_t h = first; h < last; h += step) {
         if (s.channels_last) {
-          std::memset(pixel_sums, 0, static_cast<std::size_t>(row_sums + 64) * sizeof(float));
           const T* from = dy + out_pixels(plane, h * r);
           if (!fits) {
             self.bwd_pixels(slope, biases, in_pixels(plane, h), from, pixel_sums);
@@ -350,9 +363,6 @@ struct Kernel {
             bwd_pixels_fixed<2>(slope, in_pixels(plane, h), from, pixel_sums);
           } else {
             bwd_pixels_fixed<4>(slope, in_pixels(plane, h), from, pixel_sums);
-          }
-          for (std::int64_t at = 0; at < row_sums; at += K) {
-            for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
           }
           continue;
         }
@@ -368,6 +378,9 @@ struct Kernel {
             bwd_plane_row_fixed<4>(slope, b, k, h, from, sums + i * r);
           }
         }
+      }
+      for (std::int64_t at = 0; at < row_sums; at += K) {  // none of contiguous tensors
+        for (std::int64_t k = 0; k < K; ++k) sums[k] += pixel_sums[at + k];
       }
     }
   }
@@ -432,11 +445,7 @@ struct TableKernel : Kernel<T> {
     const int vectors = order.vectors() / static_cast<int>(r);
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
-      for (std::int64_t k = 0; k < n; k += L) {
-        F z = load_some(from + w0 * K + k, n - k);
-        if (task.biased) z = Simd::add(z, Simd::load(biases + k));
-        Simd::store(buffer + k, gelu(z));
-      }
+      this->gelu_of_piece(gelu, biases, from + w0 * K, n, buffer);
       for (std::int64_t i = 0; i < r; ++i) {
         // What the last vector of a pixel writes behind it is the next one's, or its first vector's, which comes after it.
         for (int v = vectors - 1; v >= 0; --v) {
@@ -510,11 +519,139 @@ struct TableKernel : Kernel<T> {
   }
 };
 
+// Shuffles nothing: r = 1.
+template <class T>
+struct PlainKernel : Kernel<T> {
+  using Kernel<T>::task, Kernel<T>::C, Kernel<T>::W, Kernel<T>::x, Kernel<T>::out, Kernel<T>::piece;
+
+  void fwd_plane_rows(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
+    const T* const from = x + this->in_row(b, first, h);
+    const F bias = Simd::set(task.bias[first]);
+    for (std::int64_t w = 0; w < rows * W; w += L) {
+      prefetch(from + w);
+      store_some(y + w, gelu(Simd::add(load_some(from + w, rows * W - w), bias)), rows * W - w);
+    }
+  }
+
+  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t n = (W - w0 < piece ? W - w0 : piece) * C;
+      for (std::int64_t k = 0; k < n; k += L) {
+        prefetch(from + w0 * C + k);
+        F z = load_some(from + w0 * C + k, n - k);
+        if (task.biased) z = Simd::add(z, Simd::load(biases + k));
+        store_some(y + w0 * C + k, gelu(z), n - k);
+      }
+    }
+  }
+
+  void bwd_plane_rows(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
+                      const T* from, double* sums) const {
+    const std::int64_t at = this->in_row(b, first, h);
+    const F bias = Simd::set(task.bias[first]);
+    F sum = Simd::zero();
+    for (std::int64_t w = 0; w < rows * W; w += L) {
+      const std::int64_t left = rows * W - w;
+      const F v = Simd::mul(load_some(from + w, left), slope(Simd::add(load_some(x + at + w, left), bias)));
+      store_some(out + at + w, v, left);
+      sum = Simd::add(sum, v);  // beyond the end dy is zero
+    }
+    sums[0] += Simd::sum(sum);
+  }
+
+  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t n = (W - w0 < piece ? W - w0 : piece) * C;
+      this->slope_of_piece(slope, biases, at + w0 * C, n, from + w0 * C, sums);
+    }
+  }
+};
+
+// Shuffles by transposing squares of as many channels of y as a vector has lanes, and as many of the r² places of a pixel:
+// channels-last tensors with at least so many channels. The last square begins earlier where it would overrun, and does some
+// elements again; where there are fewer places than lanes, what it reads or writes behind them is the next channel's.
+template <class T>
+struct SquareKernel : Kernel<T> {
+  using Kernel<T>::scratch, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::W, Kernel<T>::piece;
+
+  const std::int64_t square = r * r;
+
+  // f(c, m, n) for each square: channels from c on, n places from m on.
+  template <class Function>
+  void for_squares(const Function& f) const {
+    const std::int64_t n = square < L ? square : L;
+    for (std::int64_t c = 0; c < C; c += L) {
+      if (c > C - L) c = C - L;
+      for (std::int64_t m = 0; m < square; m += n) {
+        if (m > square - n) m = square - n;
+        f(c, m, n);
+      }
+    }
+  }
+  // Of the places of y (and dy) that a pixel becomes, behind the first one.
+  const std::vector<std::int64_t> places = [this] {
+    std::vector<std::int64_t> all;
+    for (std::int64_t m = 0; m < square; ++m) all.push_back(m / r * W * r * C + m % r * C);
+    return all;
+  }();
+
+  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+    float* const buffer = scratch;
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece;
+      this->gelu_of_piece(gelu, biases, from + w0 * K, pixels * K, buffer);
+      for (std::int64_t p = 0; p < pixels; ++p) {
+        T* const to = y + (w0 + p) * r * C;
+        for_squares([&](std::int64_t c, std::int64_t m, std::int64_t n) __attribute__((always_inline)) {
+          F v[L];
+          Simd::load_transposed(buffer + p * K + square * c + m, square, v);
+          if (n == L) {
+            for (int u = 0; u < L; ++u) Simd::store(to + places[m + u] + c, v[u]);
+          } else {
+            for (std::int64_t u = 0; u < n; ++u) Simd::store(to + places[m + u] + c, v[u]);
+          }
+        });
+      }
+    }
+  }
+
+  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+    float* const buffer = scratch;
+    for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
+      const std::int64_t pixels = W - w0 < piece ? W - w0 : piece;
+      for (std::int64_t p = 0; p < pixels; ++p) {
+        const T* const dy_of = from + (w0 + p) * r * C;
+        for_squares([&](std::int64_t c, std::int64_t m, std::int64_t n) {
+          F v[L];
+          for (int u = 0; u < L; ++u) v[u] = u < n ? Simd::load(dy_of + places[m + u] + c) : Simd::zero();
+          Simd::transpose(v);
+          for (int t = 0; t < L; ++t) Simd::store(buffer + p * K + square * (c + t) + m, v[t]);
+        });
+      }
+      this->slope_of_piece(slope, biases, at + w0 * K, pixels * K, buffer, sums);
+    }
+  }
+};
+
+// Functions of their own, so that the compiler inlines as much in those below as it would without.
+template <class Self>
+__attribute__((noinline)) void fwd_apart(const Self self, std::int64_t begin, std::int64_t end) {
+  self.fwd(self, begin, end);
+}
+template <class Self>
+__attribute__((noinline)) void bwd_apart(const Self self, std::int64_t begin, std::int64_t end) {
+  self.bwd(self, begin, end);
+}
+
 void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t end, float* scratch) {
   with_type(task.type, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{task, scratch};
-    if (kernel.in_registers()) return kernel.fwd(kernel, begin, end);
+    // With r = 4 squares take less time than registers, as far as none is done again (measured with long vectors).
+    const bool whole_squares = L == 16 && kernel.r == 4 && kernel.in_squares() && kernel.C % L == 0;
+    if (!whole_squares && kernel.in_registers()) return kernel.fwd(kernel, begin, end);
+    if (kernel.r == 1) return fwd_apart(PlainKernel<T>{{task, scratch}}, begin, end);
+    if (kernel.in_squares()) return fwd_apart(SquareKernel<T>{{task, scratch}}, begin, end);
     TableKernel<T> by_table{{task, scratch}};
     by_table.forward_order() ? by_table.fwd(by_table, begin, end) : kernel.fwd(kernel, begin, end);
   });
@@ -525,6 +662,8 @@ void bwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t en
     using T = decltype(zero);
     const Kernel<T> kernel{task, scratch};
     if (kernel.in_registers()) return kernel.bwd(kernel, begin, end);
+    if (kernel.r == 1) return bwd_apart(PlainKernel<T>{{task, scratch}}, begin, end);
+    if (kernel.in_squares()) return bwd_apart(SquareKernel<T>{{task, scratch}}, begin, end);
     TableKernel<T> by_table{{task, scratch}};
     by_table.backward_order() ? by_table.bwd(by_table, begin, end) : kernel.bwd(kernel, begin, end);
   });

@@ -157,7 +157,7 @@ struct Simd {
     to[2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
     to[3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
   }
-  // 8x8.
+  // Of as many vectors as there are lanes.
   static void transpose(F* v) {
     F low[4], high[4];
     transpose_halves(v[0], v[1], v[2], v[3], low);
@@ -165,6 +165,18 @@ struct Simd {
     for (int i = 0; i < 4; ++i) {
       v[i] = _mm256_permute2f128_ps(low[i], high[i], 0x20);
       v[i + 4] = _mm256_permute2f128_ps(low[i], high[i], 0x31);
+    }
+  }
+
+  // The same of rows in memory, `stride` apart: their halves are read to where they belong.
+  static inline __attribute__((always_inline)) void load_transposed(const float* from, std::int64_t stride, F* v) {
+    for (int column = 0; column < 8; column += 4) {
+      F rows[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* const p = from + i * stride + column;
+        rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+      }
+      transpose_halves(rows[0], rows[1], rows[2], rows[3], v + column);
     }
   }
 

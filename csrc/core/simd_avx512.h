@@ -147,6 +147,29 @@ struct Simd {
     }
   }
 
+  // Of as many vectors as there are lanes.
+  static inline __attribute__((always_inline)) void transpose(F* v) { part<kLanes>(v); }
+  // The same of rows in memory, `stride` apart: their quarters are read to where they belong, so that what is left to do is
+  // within quarters, which takes half as long as across them.
+  static inline __attribute__((always_inline)) void load_transposed(const float* from, std::int64_t stride, F* v) {
+    for (int column = 0; column < 16; column += 4) {
+      F rows[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* const p = from + i * stride + column;
+        rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x00f0, _mm_loadu_ps(p + 4 * stride));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, _mm_loadu_ps(p + 8 * stride));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, _mm_loadu_ps(p + 12 * stride));
+      }
+      const F a = _mm512_unpacklo_ps(rows[0], rows[1]), b = _mm512_unpackhi_ps(rows[0], rows[1]);
+      const F c = _mm512_unpacklo_ps(rows[2], rows[3]), d = _mm512_unpackhi_ps(rows[2], rows[3]);
+      v[column] = _mm512_shuffle_ps(a, c, 0x44);
+      v[column + 1] = _mm512_shuffle_ps(a, c, 0xee);
+      v[column + 2] = _mm512_shuffle_ps(b, d, 0x44);
+      v[column + 3] = _mm512_shuffle_ps(b, d, 0xee);
+    }
+  }
+
   // v with its first n lanes zeroed.
   static F drop(F v, int n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(0xffffu << n), v); }
 

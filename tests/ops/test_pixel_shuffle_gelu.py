@@ -28,6 +28,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD_SHAPES = [(2, 3, 2, 5, 7), (1, 33, 2, 3, 9), (1, 5, 3, 4, 5), (2, 2, 5, 3, 1), (1, 4, 1, 3, 3), (1, 1, 4, 1, 1)]
 # Rows and channels that just fill vectors of 8 and 16, or do not; several blocks of rows; rows of several pieces.
 VECTOR_SHAPES = [(2, 9, 2, 17, 40), (1, 16, 4, 3, 16), (1, 20, 2, 5, 23), (1, 12, 4, 9, 19), (2, 3, 3, 9, 700)]
+# No shuffle; squares of channels and places, which fill vectors or do not.
+VECTOR_SHAPES += [(2, 20, 1, 17, 23), (1, 3, 1, 9, 1100), (2, 16, 3, 4, 9), (1, 33, 5, 3, 7)]
 # Those for any dtype and layout; "cuda" has a file of its own.
 ANY = [of for of in implementations(PIXEL_SHUFFLE_GELU) if of.id != "cuda"]
 BY_IMPL = pytest.mark.parametrize(("impl", "device"), ANY)
