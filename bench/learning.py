@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -28,14 +29,14 @@ from hflfnerv._impl import ImplementationTable, tables
 from hflfnerv._memory import keep_freed_memory
 from hflfnerv.cli._options import argument, size_hw
 from hflfnerv.codec import Decoder, evaluate
-from hflfnerv.codec.encoder import code, encoding_header, quantization_config
+from hflfnerv.codec.encoder import code, encoding_header, initial_model, training_config
 from hflfnerv.config import EncodeConfig
 from hflfnerv.data import Video, load_video
-from hflfnerv.models import MODELS, build_model
+from hflfnerv.models import MODELS
 from hflfnerv.models.convnext import use_pytorch
 from hflfnerv.models.streams import use_implementation
 from hflfnerv.ops import _cuda
-from hflfnerv.train import TrainConfig, Trainer, embed_all, prepare_clip
+from hflfnerv.train import Trainer, embed_all, prepare_clip
 
 from .device import Machine
 from .encode import find_clip
@@ -46,11 +47,23 @@ Row = dict[str, Any]
 Change = Callable[[Trainer], None]
 PATH = RESULTS / "learning_cpu.jsonl"
 NETWORKS = ("hnerv", "hflf")
+BASELINE = "PyTorch's operations, fp32"
 HALF = "PyTorch's operations, bf16"
 EPOCHS = 30
 _CROP = 640, 1280
 _STEPS = 5  # after three on a GPU one is captured, and replayed
-BASELINE = "PyTorch's operations, fp32"
+_OPERATIONS = (
+    "channel_norm",
+    "conv2d",
+    "conv_pixel_shuffle_gelu",
+    "depthwise_conv2d",
+    "orthogonalise",
+    "pixel_shuffle_gelu",
+    "scale_residual",
+    "stream_loss",
+)
+_LISTS = "lists"  # which have no table
+_ALL = (*_OPERATIONS, _LISTS)
 
 
 class Way(NamedTuple):
@@ -93,20 +106,6 @@ def ways(*, on_gpu: bool) -> dict[str, Way]:
     return found
 
 
-_OPERATIONS = (
-    "channel_norm",
-    "conv2d",
-    "conv_pixel_shuffle_gelu",
-    "depthwise_conv2d",
-    "orthogonalise",
-    "pixel_shuffle_gelu",
-    "scale_residual",
-    "stream_loss",
-)
-_LISTS = "lists"  # which have no table
-_ALL = (*_OPERATIONS, _LISTS)
-
-
 @contextlib.contextmanager
 def plain_operations(names: tuple[str, ...]) -> Iterator[None]:
     """Let some operations be PyTorch's own meanwhile."""
@@ -130,27 +129,11 @@ def plain_operations(names: tuple[str, ...]) -> Iterator[None]:
 
 def _trainer(video: Video, config: EncodeConfig, way: Way, device: torch.device) -> Trainer:
     """Return what :func:`hflfnerv.encode` trains with, in this way."""
-    assert config.optimizer is not None
-    assert config.lr is not None
-    assert config.batch_size is not None
-    assert config.schedule is not None
     count, height, width = video.shape
     spec = MODELS[config.model].plan(config.parameters, count, height, width, preset=config.preset)
     clip = prepare_clip(video.frames, config.encoder_input, crop=None, removed=config.highpass_removed)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.seed)
-        model = build_model(spec)
-    training = TrainConfig(
-        epochs=config.epochs,
-        lr=config.lr,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        precision=way.precision,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        quantization=quantization_config(config),
-    )
-    trainer = Trainer(model, clip, training, device=device)
+    training = training_config(dataclasses.replace(config, precision=way.precision), device)
+    trainer = Trainer(initial_model(spec, config.seed), clip, training, device=device)
     way.change(trainer)
     return trainer
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from hflfnerv._memory import keep_freed_memory
 from hflfnerv.codec import Bitstream, Decoder, Header, bjontegaard, evaluate
-from hflfnerv.codec.encoder import code, encoding_header, quantization_config
+from hflfnerv.codec.encoder import code, encoding_header, quantization_config, training_config
 from hflfnerv.config import EncodeConfig, parse_size
 from hflfnerv.data import Video, load_video
 from hflfnerv.errors import BackendUnavailable
 from hflfnerv.models import MODELS, build_model
-from hflfnerv.train import QuantizationConfig, StepChooser, TrainConfig, Trainer, embed_all, prepare_clip
+from hflfnerv.train import QuantizationConfig, StepChooser, Trainer, embed_all, prepare_clip
 
 from .ablations import CLIPS, CROP, DOCUMENT, EPOCHS, FRAMES, RESIZE, check_variants, variants_parser
 from .reproduce import append_row, is_done, read_rows, results_path
@@ -195,16 +195,9 @@ def _trained(config: EncodeConfig, variant: Variant, clip: str, data: pathlib.Pa
         network = MODELS[config.model]
         spec = network.plan(config.parameters, len(video), *CROP, preset=config.preset, **variant.plan)
         model = build_model(spec)
-        settings = TrainConfig(
-            config.epochs,
-            config.lr,
-            config.batch_size,
-            config.seed,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            quantization=quantization,
-        )
-        trainer = Trainer(model, prepared, settings, device=torch.device("cpu"))
+        device = torch.device("cpu")
+        settings = dataclasses.replace(training_config(config, device), quantization=quantization)
+        trainer = Trainer(model, prepared, settings, device=device)
         for patch in variant.patches:
             patch(trainer)
         started = time.perf_counter()

@@ -126,13 +126,14 @@ struct Kernel {
     return biases;
   }
 
-  // GELU of the n elements of a piece, into a buffer that may be written in whole vectors.
-  void gelu_of_piece(const Gelu& gelu, const float* biases, const T* from, std::int64_t n, float* buffer) const {
+  // GELU of the n elements of a piece.
+  template <class To>
+  void gelu_of_piece(const Gelu& gelu, const float* biases, const T* from, std::int64_t n, To* to) const {
     for (std::int64_t k = 0; k < n; k += L) {
       prefetch(from + k);
       F z = load_some(from + k, n - k);
       if (task.biased) z = Simd::add(z, Simd::load(biases + k));
-      Simd::store(buffer + k, gelu(z));
+      store_some(to + k, gelu(z), n - k);
     }
   }
 
@@ -536,12 +537,7 @@ struct PlainKernel : Kernel<T> {
   void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t n = (W - w0 < piece ? W - w0 : piece) * C;
-      for (std::int64_t k = 0; k < n; k += L) {
-        prefetch(from + w0 * C + k);
-        F z = load_some(from + w0 * C + k, n - k);
-        if (task.biased) z = Simd::add(z, Simd::load(biases + k));
-        store_some(y + w0 * C + k, gelu(z), n - k);
-      }
+      this->gelu_of_piece(gelu, biases, from + w0 * C, n, y + w0 * C);
     }
   }
 

@@ -37,7 +37,17 @@ from .evaluation import evaluate
 from .quantization import quantize, quantize_tensors, quantize_to_levels
 from .sections import MAX_ELEMENTS
 
-__all__ = ["EncodeObserver", "EncodeResult", "code", "encode", "encoding_header", "make_header", "quantization_config"]
+__all__ = [
+    "EncodeObserver",
+    "EncodeResult",
+    "code",
+    "encode",
+    "encoding_header",
+    "initial_model",
+    "make_header",
+    "quantization_config",
+    "training_config",
+]
 
 
 class EncodeObserver(Protocol):
@@ -159,11 +169,7 @@ def encode(
         del video  # and whole frames with it
 
     with stages("train"):
-        with torch.random.fork_rng([]):
-            torch.manual_seed(config.seed)
-            # The caller's default device and dtype are no part of the configuration.
-            with torch.device("cpu"), _float32_by_default():
-                model = build_model(spec)
+        model = initial_model(spec, config.seed)
         trainer = _train(model, clip, config, device, stages.observer)
 
     with stages("code"):
@@ -199,23 +205,10 @@ def encode(
 def _train(
     model: VideoNetwork, clip: Clip, config: EncodeConfig, device: torch.device, observer: EncodeObserver
 ) -> Trainer:
-    assert config.optimizer is not None
-    assert config.lr is not None
-    assert config.batch_size is not None
-    assert config.schedule is not None
     trainer = Trainer(
         model,
         clip,
-        TrainConfig(
-            epochs=config.epochs,
-            lr=config.lr,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            precision=training_precision(config.precision, device),
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            quantization=quantization_config(config),
-        ),
+        training_config(config, device),
         device=device,
         workdir=None if config.workdir is None else Path(config.workdir),
         checkpoint_seconds=config.checkpoint_seconds,
@@ -258,6 +251,38 @@ def code(
         weights = {name: quantize_to_levels(tensor, levels[name]) for name, tensor in tensors.items()}
         quantised = None if values is None else quantize_to_levels(values, levels[EMBEDDINGS])
     return write_bitstream(header, weights, quantised, entropy=config.entropy)
+
+
+def initial_model(spec: ModelSpec, seed: int) -> VideoNetwork:
+    """Return a network, its encoder included, as training begins with it; random state stays as it is."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        # The caller's default device and dtype are no part of the configuration.
+        with torch.device("cpu"), _float32_by_default():
+            return build_model(spec)
+
+
+def training_config(config: EncodeConfig, device: torch.device) -> TrainConfig:
+    """Return the numbers of an encode's training.
+
+    Args:
+        config: resolved.
+        device: where to train, which decides what the precision ``"auto"`` is.
+    """
+    assert config.optimizer is not None
+    assert config.lr is not None
+    assert config.batch_size is not None
+    assert config.schedule is not None
+    return TrainConfig(
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        precision=training_precision(config.precision, device),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        quantization=quantization_config(config),
+    )
 
 
 def quantization_config(config: EncodeConfig) -> QuantizationConfig | None:
