@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test bench lint clean
 
 help:
-	@echo "make demo    encode, decode and score a bundled clip (about two minutes on two cores)"
+	@echo "make demo    encode, decode and score a bundled clip (about one minute on two cores)"
 	@echo "make test    run the tests"
 	@echo "make bench   run the CPU benchmarks and write bench/results"
 	@echo "make lint    ruff and mypy"
