@@ -50,9 +50,9 @@ struct Kernel {
   // again, but not in float32 with long vectors and r = 2, which waits for memory rather than for arithmetic, unless there is
   // next to nothing in that vector; and in 16 bits with short vectors.
   bool in_pieces() const {
-    const bool wasteful = (C + L - 1) / L * L * 6 >= C * 7;
-    return L == 8 ? wasteful || sizeof(T) == 2 : wasteful && (sizeof(T) == 2 || r == 4 || rest_by_element());
+    return L == 8 ? wasteful() || sizeof(T) == 2 : wasteful() && (sizeof(T) == 2 || r == 4 || rest_by_element());
   }
+  bool wasteful() const { return (C + L - 1) / L * L * 6 >= C * 7; }
   // Whether the few channels behind whole vectors part one by one.
   bool rest_by_element() const { return sizeof(T) == 4 && C % L <= 2; }
   bool in_registers() const { return (r == 2 || r == 4) && (s.channels_last ? C : W) >= L; }
@@ -643,9 +643,10 @@ void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t en
   with_type(task.type, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{task, scratch};
-    // With r = 4 squares take less time than registers, as far as none is done again (measured with long vectors).
-    const bool whole_squares = L == 16 && kernel.r == 4 && kernel.in_squares() && kernel.C % L == 0;
-    if (!whole_squares && kernel.in_registers()) return kernel.fwd(kernel, begin, end);
+    // With r = 4 and long vectors squares take less time than registers where none is done again, in 16 bits where few are.
+    const bool few_again = kernel.C % L == 0 || (sizeof(T) == 2 && !kernel.wasteful());
+    const bool by_squares = L == 16 && kernel.r == 4 && kernel.in_squares() && few_again;
+    if (!by_squares && kernel.in_registers()) return kernel.fwd(kernel, begin, end);
     if (kernel.r == 1) return fwd_apart(PlainKernel<T>{{task, scratch}}, begin, end);
     if (kernel.in_squares()) return fwd_apart(SquareKernel<T>{{task, scratch}}, begin, end);
     TableKernel<T> by_table{{task, scratch}};
