@@ -150,9 +150,8 @@ def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) ->
         trainer.run()
         seconds = time.perf_counter() - began
     model = trainer.model
-    file = code(
-        model, embed_all(model, trainer.clip), encoding_header(model.spec, video, config), config, trainer.levels
-    )
+    embeddings = embed_all(model, trainer.clip, precision=way.precision)
+    file = code(model, embeddings, encoding_header(model.spec, video, config), config, trainer.levels)
     quality = evaluate(Decoder(file, device=device, precision="fp32"), trainer.clip.frames)
     row = {
         "p20": quality["psnr_db"],

@@ -149,7 +149,7 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
     quantization = quantization_config(config)
     if levels is None and quantization is not None:
         levels = StepChooser(trainer.model, trainer.clip, seed=seed).choose(quantization)
-    embeddings = embed_all(trainer.model, trainer.clip)
+    embeddings = embed_all(trainer.model, trainer.clip, precision=trainer.config.precision)
     header = encoding_header(trainer.model.spec, video, config)
     file = code(trainer.model, embeddings, header, config, levels)
     quality = evaluate(Decoder(file, device="cpu", precision="fp32"), trainer.clip.frames)

@@ -173,7 +173,7 @@ def encode(
         trainer = _train(model, clip, config, device, stages.observer)
 
     with stages("code"):
-        embeddings = embed_all(model, trainer.clip)
+        embeddings = embed_all(model, trainer.clip, precision=trainer.config.precision)
         psnr_before = [float(psnr(made, original)) for made, original in _predictions(model, trainer.clip, embeddings)]
         data = code(model, embeddings, header, config, trainer.levels)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._device import autocast_dtype
 from .._optional import Lazy
 from ..data import centre_crop
 from ..errors import MediaError
@@ -128,13 +129,22 @@ def prepare_clip(
 
 
 @torch.inference_mode()
-def embed_all(model: VideoNetwork, clip: Clip) -> Tensor | None:
-    """Embeddings of all frames, float32 ``[T, C, h, w]`` on the CPU, or None."""
+def embed_all(model: VideoNetwork, clip: Clip, *, precision: str = "fp32") -> Tensor | None:
+    """Embeddings of all frames, float32 ``[T, C, h, w]`` on the CPU, or None.
+
+    Args:
+        model: the network, its encoder included.
+        clip: what the encoder sees.
+        precision: that of training, for the embeddings that the decoder has learned from: ``"fp32"``, ``"bf16"`` or
+            ``"fp16"``.
+    """
     if model.encoder is None:
         return None
+    device, dtype = clip.frames.device, autocast_dtype(precision)
     rows = []
-    for index in torch.arange(len(clip), device=clip.frames.device).split(1):
+    for index in torch.arange(len(clip), device=device).split(1):
         inputs = clip.inputs(index)
         assert inputs is not None
-        rows.append(model.embed(inputs).float().cpu())
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            rows.append(model.embed(inputs).float().cpu())
     return torch.cat(rows).contiguous()

@@ -12,7 +12,7 @@ from hflfnerv import _concurrent
 from hflfnerv._device import exact_convolutions
 from hflfnerv.models import MODELS, build_model
 from hflfnerv.testing import requires
-from hflfnerv.train import TrainConfig, Trainer, prepare_clip
+from hflfnerv.train import TrainConfig, Trainer, embed_all, prepare_clip
 from hflfnerv.train import graph as graph_module
 from hflfnerv.train.graph import CapturedStep
 
@@ -55,6 +55,23 @@ def test_a_step_reads_nothing_back(model_name, config, moving_frames):
     assert len(first.names) > 50
     assert not READS_BACK & set(first.names)
     assert first.names == second.names  # a replay does what the captured call did
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_embeddings_of_all_frames_are_those_that_the_decoder_learns_from(precision, moving_frames):
+    trainer = make_trainer("hnerv", moving_frames, precision=precision, lr=0.0, batch_size=1, epochs=1)
+    step, seen = trainer.training_step, {}
+
+    def errors(weights, embeddings, index, frames):
+        seen[int(index)] = embeddings.detach()[0]
+        return type(step)._errors(step, weights, embeddings, index, frames)
+
+    step._errors = errors
+    trainer.run()
+    embedded = embed_all(trainer.model, trainer.clip, precision=precision)
+    assert sorted(seen) == list(range(len(moving_frames)))
+    assert all(torch.equal(embedded[frame], embedding.float()) for frame, embedding in seen.items())
+    assert torch.equal(embedded, embed_all(trainer.model, trainer.clip)) == (precision == "fp32")
 
 
 def test_the_step_number_is_all_that_moves_it(moving_frames):
