@@ -52,7 +52,8 @@ struct Shape {
   bool tall;  // its columns lie one after the other
 };
 
-void check(const std::vector<Shape>& shapes, float scale) {
+// Normal values times `scale`, and on them one matrix of rank 1, `dominant` times as large: gradients are like that.
+void check(const std::vector<Shape>& shapes, float scale, float dominant = 0) {
   std::mt19937 generator(1);
   std::normal_distribution<float> normal(0, 1);
   std::vector<std::vector<float>> xs, ys;
@@ -60,7 +61,15 @@ void check(const std::vector<Shape>& shapes, float scale) {
   for (const Shape& shape : shapes) {
     const auto count = static_cast<std::size_t>(shape.rows * shape.columns);
     xs.emplace_back(count);
-    for (float& value : xs.back()) value = scale * normal(generator);
+    std::vector<float> of_row(static_cast<std::size_t>(shape.rows)), of_column(static_cast<std::size_t>(shape.columns));
+    for (auto* of : {&of_row, &of_column}) {
+      for (float& value : *of) value = normal(generator);
+    }
+    for (std::size_t at = 0; at < count; ++at) {
+      const auto rows = static_cast<std::size_t>(shape.rows), columns = static_cast<std::size_t>(shape.columns);
+      const std::size_t row = shape.tall ? at % rows : at / columns, column = shape.tall ? at / rows : at % columns;
+      xs.back()[at] = scale * (normal(generator) + dominant * of_row[row] * of_column[column]);
+    }
     ys.emplace_back(count + 2, -7.0f);
   }
   for (std::size_t i = 0; i < shapes.size(); ++i) {
@@ -114,6 +123,7 @@ void check_what_is_zero_or_not_finite() {
 int main() {
   check({{20, 150, false}, {33, 40, true}, {1, 1, false}, {16, 300, true}}, 1.0f);
   check({{17, 70, false}}, 1e-15f);
+  check({{17, 70, false}, {33, 40, true}}, 1e-9f, 1000.0f);
   check_what_is_zero_or_not_finite();
   std::printf("orthogonalise_cuda: ok\n");
   return 0;
