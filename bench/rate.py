@@ -25,11 +25,11 @@ from torch import Tensor
 
 from hflfnerv._memory import keep_freed_memory
 from hflfnerv.codec import Bitstream, Decoder, Header, bjontegaard, evaluate
-from hflfnerv.codec.encoder import code, encoding_header, quantization_config, training_config
+from hflfnerv.codec.encoder import code, encoding_header, initial_model, quantization_config, training_config
 from hflfnerv.config import EncodeConfig, parse_size
 from hflfnerv.data import Video, load_video
 from hflfnerv.errors import BackendUnavailable
-from hflfnerv.models import MODELS, build_model
+from hflfnerv.models import MODELS
 from hflfnerv.train import QuantizationConfig, StepChooser, Trainer, embed_all, prepare_clip
 
 from .ablations import CLIPS, CROP, DOCUMENT, EPOCHS, FRAMES, RESIZE, check_variants, variants_parser
@@ -191,13 +191,11 @@ def _trained(config: EncodeConfig, variant: Variant, clip: str, data: pathlib.Pa
         _last.clear()
         video = load_video(data / "davis480p" / clip, frames=FRAMES, resize=RESIZE)
         prepared = prepare_clip(video.frames, config.encoder_input, crop=CROP, removed=config.highpass_removed)
-        torch.manual_seed(config.seed)
         network = MODELS[config.model]
         spec = network.plan(config.parameters, len(video), *CROP, preset=config.preset, **variant.plan)
-        model = build_model(spec)
         device = torch.device("cpu")
         settings = dataclasses.replace(training_config(config, device), quantization=quantization)
-        trainer = Trainer(model, prepared, settings, device=device)
+        trainer = Trainer(initial_model(spec, config.seed), prepared, settings, device=device)
         for patch in variant.patches:
             patch(trainer)
         started = time.perf_counter()
