@@ -52,6 +52,7 @@ struct Kernel {
   bool in_pieces() const {
     return L == 8 ? wasteful() || sizeof(T) == 2 : wasteful() && (sizeof(T) == 2 || r == 4 || rest_by_element());
   }
+  // Whether channels in whole vectors are more than there are by a sixth.
   bool wasteful() const { return (C + L - 1) / L * L * 6 >= C * 7; }
   // Whether the few channels behind whole vectors part one by one.
   bool rest_by_element() const { return sizeof(T) == 4 && C % L <= 2; }
