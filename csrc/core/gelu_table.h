@@ -18,9 +18,9 @@ namespace hflfnerv {
 
 constexpr int kGeluPieces = 16;
 constexpr int kGeluMaxTerms = 7;
-constexpr float kGeluStep = 0.40625f;  // exact, so that a - piece * step is exact as well
+constexpr float kGeluStep = 0.5f;  // a power of two, so that adding a number rounds to whole steps
 constexpr float kGeluLimit = (kGeluPieces - 1) * kGeluStep;
-constexpr float kTanhScale = 1.4f;
+constexpr float kTanhScale = 1.1375f;
 constexpr float kTanhLimit = 10;  // from where on tanh is 1
 constexpr float kGeluRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 

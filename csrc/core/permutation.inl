@@ -65,12 +65,13 @@ class Permutation {
       case 7: return steps<7>(vector, from, outer, inner, sink);
       case 8: return steps<8>(vector, from, outer, inner, sink);
     }
+    const Simd::I index = Simd::load_ints(index_[vector]);
     for (std::int64_t o = 0; o < outer.count; ++o) {
       for (std::int64_t i = 0; i < inner.count; ++i) {
         const float* const source = from + o * outer.distance + i * inner.distance;
         Simd::F value = Simd::zero();
         for (int step = first_[vector]; step < first_[vector + 1]; ++step) {
-          value = Simd::permute(value, masks_[step], index_[vector], source + offsets_[step]);
+          value = Simd::permute(value, masks_[step], index, source + offsets_[step]);
         }
         sink(o, i, value);
       }
@@ -84,6 +85,7 @@ class Permutation {
   void steps(int vector, const float* from, Places outer, Places inner, const Sink& sink) const {
     Simd::Mask masks[kSteps];
     const float* sources[kSteps];
+    const Simd::I index = Simd::load_ints(index_[vector]);
     for (int step = 0; step < kSteps; ++step) {
       masks[step] = masks_[first_[vector] + step];
       sources[step] = from + offsets_[first_[vector] + step];
@@ -92,7 +94,7 @@ class Permutation {
       for (std::int64_t i = 0; i < inner.count; ++i) {
         Simd::F value = Simd::zero();
         for (int step = 0; step < kSteps; ++step) {
-          value = Simd::permute(value, masks[step], index_[vector], sources[step] + o * outer.distance + i * inner.distance);
+          value = Simd::permute(value, masks[step], index, sources[step] + o * outer.distance + i * inner.distance);
         }
         sink(o, i, value);
       }
@@ -105,7 +107,7 @@ class Permutation {
 
   int vectors_ = 0;
   int first_[kMaxVectors + 1];
-  alignas(64) int index_[kMaxVectors][Simd::kLanes];
+  alignas(64) std::int32_t index_[kMaxVectors][Simd::kLanes];
   Simd::Mask masks_[kMaxSteps];
   std::int64_t offsets_[kMaxSteps];
 };

@@ -38,9 +38,9 @@ void run(const PixelShuffleTask& task, Items kernel, int threads) {
   advise_large_pages(task.out, static_cast<std::size_t>(elements * size_bytes(task.type)));
   threads = static_cast<int>(std::min<std::int64_t>(threads, 1 + elements / kElementsPerThread));
   const std::int64_t floats = task.scratch_floats();
-  std::vector<float> scratch(static_cast<std::size_t>(floats) * static_cast<std::size_t>(std::max(threads, 1)));
+  const Aligned<float> scratch = new_zeros<float>(floats * std::max(threads, 1));
   parallel_parts(task.items(), threads, [&](int thread, std::int64_t begin, std::int64_t end) {
-    kernel(task, begin, end, scratch.data() + thread * floats);
+    kernel(task, begin, end, scratch.get() + thread * floats);
   });
 }
 

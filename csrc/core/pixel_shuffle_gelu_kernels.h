@@ -43,10 +43,10 @@ struct PixelShuffleTask {
     const std::int64_t columns = (shape.width + 15) / 16 * 16, rows = kBufferElements / shape.r / columns;
     return shape.channels_last || rows < 1 ? 1 : rows < kMaxItemRows ? rows : kMaxItemRows;
   }
-  // What belongs to a piece, and vectors behind each of its rows.
+  // What belongs to a piece, and vectors behind each of its rows: whole cache lines.
   std::int64_t piece_floats() const {
     const std::int64_t columns = rows_at_once() * ((piece() + 15) / 16 * 16);
-    return columns * (shape.channels_last ? shape.in_channels() : shape.r) + (shape.r + 4) * 16;
+    return (columns * (shape.channels_last ? shape.in_channels() : shape.r) + (shape.r + 4) * 16 + 15) / 16 * 16;
   }
   // Floats of scratch that each thread needs: elements, biases and sums of a piece.
   std::int64_t scratch_floats() const { return 3 * piece_floats(); }

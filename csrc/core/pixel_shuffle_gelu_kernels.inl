@@ -2,8 +2,9 @@
 //
 // r = 2 and 4 shuffle in registers: r columns interleave (contiguous), or r² channels part (channels-last); where the last
 // vector would overrun, it starts earlier and computes some elements again. With r = 1 there is nothing to shuffle. Any other
-// case goes through a buffer in the first cache: vectors on its one side, and on the other squares that are transposed, where
-// there are channels enough (channels-last), or permutations by tables, or single elements where the tables would be too large.
+// case, and some of these, go through a buffer in the first cache: vectors on its one side, and on the other squares that are
+// transposed, where there are channels enough (channels-last), or permutations by tables, or single elements where the tables
+// would be too large.
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -47,10 +48,10 @@ struct Kernel {
   std::int64_t out_pixels(std::int64_t b, std::int64_t row) const { return (b * H * r + row) * W * r * C; }
 
   // Whether GELU goes over whole pieces before the channels part: where a good part of the last vector would be computed
-  // again, but not in float32 with long vectors and r = 2, which waits for memory rather than for arithmetic, unless there is
-  // next to nothing in that vector; and in 16 bits with short vectors.
+  // again, but not in float32 with long vectors, which waits for memory rather than for arithmetic, unless there is next to
+  // nothing in that vector; and in 16 bits with short vectors.
   bool in_pieces() const {
-    return L == 8 ? wasteful() || sizeof(T) == 2 : wasteful() && (sizeof(T) == 2 || r == 4 || rest_by_element());
+    return L == 8 ? wasteful() || sizeof(T) == 2 : wasteful() && (sizeof(T) == 2 || rest_by_element());
   }
   // Whether channels in whole vectors are more than there are by a sixth.
   bool wasteful() const { return (C + L - 1) / L * L * 6 >= C * 7; }
@@ -61,7 +62,7 @@ struct Kernel {
 
   // Row h of the channels from `first` on becomes one row of y.
   template <int R>
-  void fwd_plane_row_fixed(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
+  void fwd_plane_row_fixed(const Gelu gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
     const T* rows[R];
     F biases[R];
     for (int j = 0; j < R; ++j) {
@@ -80,7 +81,7 @@ struct Kernel {
     }
   }
 
-  void fwd_plane_row(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
+  void fwd_plane_row(const Gelu gelu, std::int64_t b, std::int64_t first, std::int64_t h, T* y) const {
     T* buffer = reinterpret_cast<T*>(scratch);
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t n = W - w0 < piece ? W - w0 : piece;
@@ -96,12 +97,12 @@ struct Kernel {
     }
   }
   // Rows from h on. Those of y are r rows apart.
-  void fwd_plane_rows(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
+  void fwd_plane_rows(const Gelu gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
     for (std::int64_t row = 0; row < rows; ++row) fwd_plane_row(gelu, b, first, h + row, y + row * next_rows());
   }
 
   template <int R>
-  void fwd_pixels_fixed(const Gelu& gelu, const T* from, T* y) const {
+  void fwd_pixels_fixed(const Gelu gelu, const T* from, T* y) const {
     const std::int64_t row = W * R * C;
     for (std::int64_t w = 0; w < W; ++w, from += R * R * C, y += R * C) {
       for (std::int64_t c = 0; c < C; c += L) {
@@ -129,18 +130,27 @@ struct Kernel {
 
   // GELU of the n elements of a piece.
   template <class To>
-  void gelu_of_piece(const Gelu& gelu, const float* biases, const T* from, std::int64_t n, To* to) const {
-    for (std::int64_t k = 0; k < n; k += L) {
-      prefetch(from + k);
-      F z = load_some(from + k, n - k);
-      if (task.biased) z = Simd::add(z, Simd::load(biases + k));
-      store_some(to + k, gelu(z), n - k);
+  __attribute__((noinline)) void gelu_of_piece(const Gelu gelu, const float* biases, const T* from, std::int64_t n, To* to) const {
+    std::int64_t k = 0;
+    if (task.biased) {
+      for (; k <= n - L; k += L) {
+        prefetch(from + k);
+        Simd::store(to + k, gelu(Simd::add(Simd::load(from + k), Simd::load(biases + k))));
+      }
+    } else {
+      for (; k <= n - L; k += L) {
+        prefetch(from + k);
+        Simd::store(to + k, gelu(Simd::load(from + k)));
+      }
     }
+    if (k == n) return;
+    const F z = Simd::add(load_some(from + k, n - k), Simd::load(biases + k));
+    store_some(to + k, gelu(z), n - k);
   }
 
   // The same with GELU first, of whole pieces; see in_pieces().
   template <int R>
-  void fwd_pieces_fixed(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+  void fwd_pieces_fixed(const Gelu gelu, const float* biases, const T* from, T* y) const {
     float* buffer = scratch;
     const std::int64_t row = W * R * C, in_vectors = rest_by_element() ? C / L * L : C;
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
@@ -165,7 +175,7 @@ struct Kernel {
     }
   }
 
-  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+  void fwd_pixels(const Gelu gelu, const float* biases, const T* from, T* y) const {
     T* buffer = reinterpret_cast<T*>(scratch);
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
@@ -226,7 +236,7 @@ struct Kernel {
 
   // One row of dy becomes row h of the channels from `first` on; sums has one place for each of these.
   template <int R>
-  void bwd_plane_row_fixed(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
+  void bwd_plane_row_fixed(const GeluGradient slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
                            double* sums) const {
     std::int64_t rows[R];
     F biases[R], row_sums[R];
@@ -257,7 +267,7 @@ struct Kernel {
     for (int j = 0; j < R; ++j) sums[j] += Simd::sum(row_sums[j]);
   }
 
-  void bwd_plane_row(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
+  void bwd_plane_row(const GeluGradient slope, std::int64_t b, std::int64_t first, std::int64_t h, const T* from,
                      double* sums) const {
     T* buffer = reinterpret_cast<T*>(scratch);
     for (std::int64_t j = 0; j < r; ++j) {
@@ -277,7 +287,7 @@ struct Kernel {
       sums[j] += Simd::sum(sum);
     }
   }
-  void bwd_plane_rows(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
+  void bwd_plane_rows(const GeluGradient slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
                       const T* from, double* sums) const {
     for (std::int64_t row = 0; row < rows; ++row) {
       bwd_plane_row(slope, b, first, h + row, from + row * next_rows(), sums);
@@ -285,7 +295,7 @@ struct Kernel {
   }
 
   template <int R>
-  void bwd_pixels_fixed(const GeluGradient& slope, std::int64_t at, const T* from, float* sums) const {
+  void bwd_pixels_fixed(const GeluGradient slope, std::int64_t at, const T* from, float* sums) const {
     const std::int64_t row = W * R * C;
     for (std::int64_t w = 0; w < W; ++w, at += K, from += R * C) {
       for (std::int64_t c = 0; c < C; c += L) {
@@ -316,17 +326,23 @@ struct Kernel {
 
   // dx of the n elements of a piece from `at` on, whose dy are in the order of x.
   template <class Dy>
-  void slope_of_piece(const GeluGradient& slope, const float* biases, std::int64_t at, std::int64_t n, const Dy* dy_of,
-                      float* sums) const {
-    for (std::int64_t k = 0; k < n; k += L) {
-      const F z = Simd::add(load_some(x + at + k, n - k), load_some(biases + k, n - k));
-      const F v = Simd::mul(load_some(dy_of + k, n - k), slope(z));
-      store_some(out + at + k, v, n - k);
+  __attribute__((noinline)) void slope_of_piece(const GeluGradient slope, const float* biases, std::int64_t at, std::int64_t n,
+                                                const Dy* dy_of, float* sums) const {
+    const T* const from = x + at;
+    T* const to = out + at;
+    std::int64_t k = 0;
+    for (; k <= n - L; k += L) {
+      const F v = Simd::mul(Simd::load(dy_of + k), slope(Simd::add(Simd::load(from + k), Simd::load(biases + k))));
+      Simd::store(to + k, v);
       Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
     }
+    if (k == n) return;
+    const F v = Simd::mul(load_some(dy_of + k, n - k), slope(Simd::add(load_some(from + k, n - k), Simd::load(biases + k))));
+    store_some(to + k, v, n - k);
+    Simd::store(sums + k, Simd::add(Simd::load(sums + k), v));
   }
 
-  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+  void bwd_pixels(const GeluGradient slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     T* buffer = reinterpret_cast<T*>(scratch);
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, n = pixels * K;
@@ -419,7 +435,7 @@ struct TableKernel : Kernel<T> {
     });
   }
 
-  void fwd_plane_rows(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
+  void fwd_plane_rows(const Gelu gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
     float* const buffer = scratch;
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t n = W - w0 < piece ? W - w0 : piece;
@@ -442,7 +458,7 @@ struct TableKernel : Kernel<T> {
     }
   }
 
-  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+  void fwd_pixels(const Gelu gelu, const float* biases, const T* from, T* y) const {
     float* const buffer = scratch;
     const int vectors = order.vectors() / static_cast<int>(r);
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
@@ -462,7 +478,7 @@ struct TableKernel : Kernel<T> {
     }
   }
 
-  void bwd_plane_rows(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
+  void bwd_plane_rows(const GeluGradient slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
                       const T* from, double* sums) const {
     float* const buffer = scratch;
     float* const row_sums = scratch + task.piece_floats();  // lane by lane
@@ -495,7 +511,7 @@ struct TableKernel : Kernel<T> {
     for (std::int64_t j = 0; j < r; ++j) sums[j] += Simd::sum(Simd::load(row_sums + j * L));
   }
 
-  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+  void bwd_pixels(const GeluGradient slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     float* const buffer = scratch;
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece, elements = pixels * run;
@@ -526,7 +542,7 @@ template <class T>
 struct PlainKernel : Kernel<T> {
   using Kernel<T>::task, Kernel<T>::C, Kernel<T>::W, Kernel<T>::x, Kernel<T>::out, Kernel<T>::piece;
 
-  void fwd_plane_rows(const Gelu& gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
+  void fwd_plane_rows(const Gelu gelu, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows, T* y) const {
     const T* const from = x + this->in_row(b, first, h);
     const F bias = Simd::set(task.bias[first]);
     for (std::int64_t w = 0; w < rows * W; w += L) {
@@ -535,14 +551,14 @@ struct PlainKernel : Kernel<T> {
     }
   }
 
-  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+  void fwd_pixels(const Gelu gelu, const float* biases, const T* from, T* y) const {
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t n = (W - w0 < piece ? W - w0 : piece) * C;
       this->gelu_of_piece(gelu, biases, from + w0 * C, n, y + w0 * C);
     }
   }
 
-  void bwd_plane_rows(const GeluGradient& slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
+  void bwd_plane_rows(const GeluGradient slope, std::int64_t b, std::int64_t first, std::int64_t h, std::int64_t rows,
                       const T* from, double* sums) const {
     const std::int64_t at = this->in_row(b, first, h);
     const F bias = Simd::set(task.bias[first]);
@@ -556,7 +572,7 @@ struct PlainKernel : Kernel<T> {
     sums[0] += Simd::sum(sum);
   }
 
-  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+  void bwd_pixels(const GeluGradient slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t n = (W - w0 < piece ? W - w0 : piece) * C;
       this->slope_of_piece(slope, biases, at + w0 * C, n, from + w0 * C, sums);
@@ -564,9 +580,9 @@ struct PlainKernel : Kernel<T> {
   }
 };
 
-// Shuffles by transposing squares of as many channels of y as a vector has lanes, and as many of the r² places of a pixel:
-// channels-last tensors with at least so many channels. The last square begins earlier where it would overrun, and does some
-// elements again; where there are fewer places than lanes, what it reads or writes behind them is the next channel's.
+// Shuffles by transposing as many channels of y as a vector has lanes, and of the r² places of a pixel 8 or 4 (forward) or as
+// many (backward): channels-last tensors with at least so many channels. The last channels and places begin earlier where they
+// would overrun, and are done again; where there are fewer places than lanes, what is written behind them is the next channel's.
 template <class T>
 struct SquareKernel : Kernel<T> {
   using Kernel<T>::scratch, Kernel<T>::r, Kernel<T>::C, Kernel<T>::K, Kernel<T>::W, Kernel<T>::piece;
@@ -592,27 +608,35 @@ struct SquareKernel : Kernel<T> {
     return all;
   }();
 
-  void fwd_pixels(const Gelu& gelu, const float* biases, const T* from, T* y) const {
+  void fwd_pixels(const Gelu gelu, const float* biases, const T* from, T* y) const {
     float* const buffer = scratch;
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece;
       this->gelu_of_piece(gelu, biases, from + w0 * K, pixels * K, buffer);
       for (std::int64_t p = 0; p < pixels; ++p) {
+        const float* const pixel = buffer + p * K;
         T* const to = y + (w0 + p) * r * C;
-        for_squares([&](std::int64_t c, std::int64_t m, std::int64_t n) __attribute__((always_inline)) {
-          F v[L];
-          Simd::load_transposed(buffer + p * K + square * c + m, square, v);
-          if (n == L) {
-            for (int u = 0; u < L; ++u) Simd::store(to + places[m + u] + c, v[u]);
-          } else {
-            for (std::int64_t u = 0; u < n; ++u) Simd::store(to + places[m + u] + c, v[u]);
-          }
-        });
+        std::int64_t m = 0;
+        for (; m + 8 <= square; m += 8) store_places<8>(pixel, m, to);
+        // The squares of numbers have 0, 1 or 4 more.
+        if (m < square) store_places<4>(pixel, square - 4, to);
       }
     }
   }
+  // Writes n places from m on, of all channels.
+  template <int n>
+  inline __attribute__((always_inline)) void store_places(const float* pixel, std::int64_t m, T* to) const {
+    T* to_place[n];
+    for (int u = 0; u < n; ++u) to_place[u] = to + places[m + u];
+    for (std::int64_t c = 0; c < C; c += L) {
+      if (c > C - L) c = C - L;
+      F v[n];
+      Simd::load_columns<n>(pixel + square * c + m, square, v);
+      for (int u = 0; u < n; ++u) Simd::store(to_place[u] + c, v[u]);
+    }
+  }
 
-  void bwd_pixels(const GeluGradient& slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
+  void bwd_pixels(const GeluGradient slope, const float* biases, std::int64_t at, const T* from, float* sums) const {
     float* const buffer = scratch;
     for (std::int64_t w0 = 0; w0 < W; w0 += piece) {
       const std::int64_t pixels = W - w0 < piece ? W - w0 : piece;
@@ -644,9 +668,9 @@ void fwd_items(const PixelShuffleTask& task, std::int64_t begin, std::int64_t en
   with_type(task.type, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{task, scratch};
-    // With r = 4 and long vectors squares take less time than registers where none is done again, in 16 bits where few are.
-    const bool few_again = kernel.C % L == 0 || (sizeof(T) == 2 && !kernel.wasteful());
-    const bool by_squares = L == 16 && kernel.r == 4 && kernel.in_squares() && few_again;
+    // Of long vectors squares take less time than registers with r = 4, and with r = 2 in 16 bits where few are done again.
+    const bool few_again = sizeof(T) == 2 && kernel.C > L && !kernel.wasteful();
+    const bool by_squares = L == 16 && kernel.in_squares() && (kernel.r == 4 || (kernel.r == 2 && few_again));
     if (!by_squares && kernel.in_registers()) return kernel.fwd(kernel, begin, end);
     if (kernel.r == 1) return fwd_apart(PlainKernel<T>{{task, scratch}}, begin, end);
     if (kernel.in_squares()) return fwd_apart(SquareKernel<T>{{task, scratch}}, begin, end);

@@ -16,6 +16,7 @@ namespace {
 
 struct Simd {
   using F = __m256;
+  using I = __m256i;  // integers of 32 bits, each of which may be a pair of 16 bits
   static constexpr int kLanes = 8;
 
   static F zero() { return _mm256_setzero_ps(); }
@@ -81,8 +82,8 @@ struct Simd {
     for (int i = 0; i < kLanes; ++i) mask.lanes[i] = -static_cast<int>(lanes[i]);
     return mask;
   }
-  static F permute(F v, const Mask& mask, const int* index, const float* p) {
-    const F all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(index)));
+  static F permute(F v, const Mask& mask, I index, const float* p) {
+    const F all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index);
     return _mm256_blendv_ps(v, all, _mm256_load_ps(reinterpret_cast<const float*>(mask.lanes)));
   }
 
@@ -168,9 +169,10 @@ struct Simd {
     }
   }
 
-  // The same of rows in memory, `stride` apart: their halves are read to where they belong.
-  static inline __attribute__((always_inline)) void load_transposed(const float* from, std::int64_t stride, F* v) {
-    for (int column = 0; column < 8; column += 4) {
+  // n = 4 or 8 columns of as many rows in memory as there are lanes, `stride` apart: halves are read to where they belong.
+  template <int n>
+  static inline __attribute__((always_inline)) void load_columns(const float* from, std::int64_t stride, F* v) {
+    for (int column = 0; column < n; column += 4) {
       F rows[4];
       for (int i = 0; i < 4; ++i) {
         const float* const p = from + i * stride + column;
@@ -203,7 +205,6 @@ struct Simd {
     return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
 
-  using I = __m256i;
   static I zero_ints() { return _mm256_setzero_si256(); }
   static I set_ints(std::int32_t v) { return _mm256_set1_epi32(v); }
   static I load_ints(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -14,6 +14,7 @@ namespace {
 
 struct Simd {
   using F = __m512;
+  using I = __m512i;  // integers of 32 bits, each of which may be a pair of 16 bits
   static constexpr int kLanes = 16;
 
   static F zero() { return _mm512_setzero_ps(); }
@@ -87,8 +88,8 @@ struct Simd {
     return static_cast<Mask>(bits);
   }
   // In lanes of the mask, those of the vector at p whose numbers are in index; elsewhere v.
-  static F permute(F v, Mask mask, const int* index, const float* p) {
-    return _mm512_mask_permutexvar_ps(v, mask, _mm512_load_si512(index), _mm512_loadu_ps(p));
+  static F permute(F v, Mask mask, I index, const float* p) {
+    return _mm512_mask_permutexvar_ps(v, mask, index, _mm512_loadu_ps(p));
   }
 
   // a, b = the even and the odd elements of the 32 in a, b.
@@ -149,25 +150,44 @@ struct Simd {
 
   // Of as many vectors as there are lanes.
   static inline __attribute__((always_inline)) void transpose(F* v) { part<kLanes>(v); }
-  // The same of rows in memory, `stride` apart: their quarters are read to where they belong, so that what is left to do is
-  // within quarters, which takes half as long as across them.
-  static inline __attribute__((always_inline)) void load_transposed(const float* from, std::int64_t stride, F* v) {
-    for (int column = 0; column < 16; column += 4) {
-      F rows[4];
+  // n = 4 or 8 columns of as many rows in memory as there are lanes, `stride` apart: quarters or halves are read to where they
+  // belong, so that less is left to do in registers.
+  template <int n>
+  static inline __attribute__((always_inline)) void load_columns(const float* from, std::int64_t stride, F* v) {
+    F rows[4];
+    if constexpr (n == 4) {
       for (int i = 0; i < 4; ++i) {
-        const float* const p = from + i * stride + column;
+        const float* const p = from + i * stride;
         rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
         rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x00f0, _mm_loadu_ps(p + 4 * stride));
         rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, _mm_loadu_ps(p + 8 * stride));
         rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, _mm_loadu_ps(p + 12 * stride));
       }
-      const F a = _mm512_unpacklo_ps(rows[0], rows[1]), b = _mm512_unpackhi_ps(rows[0], rows[1]);
-      const F c = _mm512_unpacklo_ps(rows[2], rows[3]), d = _mm512_unpackhi_ps(rows[2], rows[3]);
-      v[column] = _mm512_shuffle_ps(a, c, 0x44);
-      v[column + 1] = _mm512_shuffle_ps(a, c, 0xee);
-      v[column + 2] = _mm512_shuffle_ps(b, d, 0x44);
-      v[column + 3] = _mm512_shuffle_ps(b, d, 0xee);
+      transpose_quarters(rows, v);
+    } else {
+      static_assert(n == 8);
+      F low[4], high[4];  // of the first eight rows and of the others
+      for (F* part : {low, high}) {
+        for (int i = 0; i < 4; ++i) {
+          const float* const p = from + (part == low ? i : i + 8) * stride;
+          rows[i] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(p)), _mm256_loadu_ps(p + 4 * stride), 1);
+        }
+        transpose_quarters(rows, part);
+      }
+      for (int i = 0; i < 4; ++i) {
+        v[i] = _mm512_shuffle_f32x4(low[i], high[i], 0x88);
+        v[i + 4] = _mm512_shuffle_f32x4(low[i], high[i], 0xdd);
+      }
     }
+  }
+  // 4x4 in each quarter of four registers.
+  static inline __attribute__((always_inline)) void transpose_quarters(const F* v, F* to) {
+    const F a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
+    const F c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+    to[0] = _mm512_shuffle_ps(a, c, 0x44);
+    to[1] = _mm512_shuffle_ps(a, c, 0xee);
+    to[2] = _mm512_shuffle_ps(b, d, 0x44);
+    to[3] = _mm512_shuffle_ps(b, d, 0xee);
   }
 
   // v with its first n lanes zeroed.
@@ -196,8 +216,6 @@ struct Simd {
   // The sums of even and odd quarters of a, then of b.
   static F halves(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
 
-  // Integers of 32 bits, each of which may be a pair of 16 bits.
-  using I = __m512i;
   static I zero_ints() { return _mm512_setzero_si512(); }
   static I set_ints(std::int32_t v) { return _mm512_set1_epi32(v); }
   static I load_ints(const std::int32_t* p) { return _mm512_loadu_si512(p); }
@@ -229,9 +247,9 @@ struct Simd {
       for (int i = 0; i < kTerms; ++i) c[i] = _mm512_load_ps(table.coefficients[i]);
     }
     inline __attribute__((always_inline)) F operator()(F a) const {
-      const F rounded = _mm512_fmadd_ps(a, _mm512_set1_ps(1 / kGeluStep), _mm512_set1_ps(kGeluRound));
+      const F rounded = _mm512_add_ps(a, _mm512_set1_ps(kGeluRound * kGeluStep));
       const __m512i piece = _mm512_castps_si512(rounded);
-      const F d = _mm512_fnmadd_ps(_mm512_sub_ps(rounded, _mm512_set1_ps(kGeluRound)), _mm512_set1_ps(kGeluStep), a);
+      const F d = _mm512_sub_ps(a, _mm512_sub_ps(rounded, _mm512_set1_ps(kGeluRound * kGeluStep)));
       F value = _mm512_permutexvar_ps(piece, c[kTerms - 1]);
       for (int i = kTerms - 2; i >= 0; --i) value = _mm512_fmadd_ps(value, d, _mm512_permutexvar_ps(piece, c[i]));
       return value;
@@ -244,8 +262,8 @@ struct Simd {
   struct Gelu {
     explicit Gelu(const GeluTable& table) : t(table) {}
     inline __attribute__((always_inline)) F operator()(F x) const {
-      const F a = limited_abs(x);
-      return _mm512_fnmadd_ps(a, t(a), _mm512_max_ps(zero(), x));
+      const F a = _mm512_range_ps(x, _mm512_set1_ps(kGeluLimit), 0x0a);  // of the smaller magnitude, its sign cleared
+      return _mm512_fnmadd_ps(a, t(a), _mm512_max_ps(zero(), x));  // a NaN is none in a, but in the maximum
     }
     Polynomial<kGeluTerms> t;
   };
