@@ -13,30 +13,36 @@ class Permutation {
   static constexpr int kMaxVectors = 32, kMaxSteps = 160, kMaxStepsEach = 8;  // beyond which single elements are as fast
 
   // source(e) is where element e of the result comes from, counted from the same place in memory, or less than 0. What is
-  // read of memory are whole vectors, which begin at multiples of the lanes after multiples of `stride`.
+  // read are whole vectors. Each begins where some element comes from, or where that place is `aligned`, as a load takes less
+  // time that reads one cache line, at multiples of the lanes.
   template <class Source>
-  bool make(std::int64_t elements, std::int64_t stride, const Source& source) {
+  bool make(std::int64_t elements, bool aligned, const Source& source) {
     vectors_ = 0;
     int steps = 0;
     first_[0] = 0;
     for (std::int64_t begin = 0; begin < elements; begin += Simd::kLanes) {
       if (vectors_ == kMaxVectors) return false;
-      bool known[Simd::kLanes] = {};
+      std::int64_t from[Simd::kLanes];
       for (int lane = 0; lane < Simd::kLanes; ++lane) {
-        const std::int64_t from = begin + lane < elements ? source(begin + lane) : -1;
+        from[lane] = begin + lane < elements ? source(begin + lane) : -1;
         index_[vectors_][lane] = 0;
-        known[lane] = from < 0;
-        if (!known[lane]) index_[vectors_][lane] = static_cast<int>(from % stride % Simd::kLanes);
       }
-      for (int lane = 0; lane < Simd::kLanes; ++lane) {
-        if (known[lane]) continue;
+      // The vector from the first element on that is still to be found, until none is.
+      while (true) {
+        std::int64_t first = -1;
+        for (const std::int64_t one : from) {
+          if (one >= 0 && (first < 0 || one < first)) first = one;
+        }
+        if (first < 0) break;
+        if (aligned) first -= first % Simd::kLanes;
         if (steps == kMaxSteps) return false;
-        const std::int64_t offset = vector_of(source(begin + lane), stride);
-        offsets_[steps] = offset;
+        offsets_[steps] = first;
         bool taken[Simd::kLanes] = {};
-        for (int other = lane; other < Simd::kLanes; ++other) {
-          taken[other] = !known[other] && vector_of(source(begin + other), stride) == offset;
-          known[other] = known[other] || taken[other];
+        for (int lane = 0; lane < Simd::kLanes; ++lane) {
+          taken[lane] = from[lane] >= 0 && from[lane] < first + Simd::kLanes;
+          if (!taken[lane]) continue;
+          index_[vectors_][lane] = static_cast<std::int32_t>(from[lane] - first);
+          from[lane] = -1;
         }
         masks_[steps++] = Simd::mask(taken);
       }
@@ -99,10 +105,6 @@ class Permutation {
         sink(o, i, value);
       }
     }
-  }
-
-  static std::int64_t vector_of(std::int64_t from, std::int64_t stride) {
-    return from / stride * stride + from % stride / Simd::kLanes * Simd::kLanes;
   }
 
   int vectors_ = 0;

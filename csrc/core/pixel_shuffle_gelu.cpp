@@ -45,9 +45,9 @@ void run(const PixelShuffleTask& task, Items kernel, int threads) {
 }
 
 // The biases of all channels: zeros where there are none.
-std::vector<float> biases_of(const PixelShuffleShape& shape, const float* bias) {
-  std::vector<float> all(static_cast<std::size_t>(shape.in_channels()), 0.0f);
-  if (bias != nullptr) std::copy(bias, bias + shape.in_channels(), all.begin());
+Aligned<float> biases_of(const PixelShuffleShape& shape, const float* bias) {
+  Aligned<float> all = new_zeros<float>(shape.in_channels());
+  if (bias != nullptr) std::copy(bias, bias + shape.in_channels(), all.get());
   return all;
 }
 
@@ -66,17 +66,17 @@ SimdLevel pixel_shuffle_gelu_level() {
 
 void pixel_shuffle_gelu_fwd(const PixelShuffleShape& shape, const GeluForm& form, const void* x, const float* bias, void* y,
                             int threads, SimdLevel level) {
-  const std::vector<float> biases = biases_of(shape, bias);
+  const Aligned<float> biases = biases_of(shape, bias);
   const GeluTable& table = gelu_table(form.tanh_form, false);
-  const PixelShuffleTask task{shape, form.type, &table, x, biases.data(), bias != nullptr, nullptr, y, nullptr};
+  const PixelShuffleTask task{shape, form.type, &table, x, biases.get(), bias != nullptr, nullptr, y, nullptr};
   run(task, kernel_of(shape, level, true), threads);
 }
 
 void pixel_shuffle_gelu_bwd(const PixelShuffleShape& shape, const GeluForm& form, const void* dy, const void* x,
                             const float* bias, void* dx, float* dbias, int threads, SimdLevel level) {
-  const std::vector<float> biases = biases_of(shape, bias);
+  const Aligned<float> biases = biases_of(shape, bias);
   const GeluTable& table = gelu_table(form.tanh_form, true);
-  PixelShuffleTask task{shape, form.type, &table, x, biases.data(), bias != nullptr, dy, dx, nullptr};
+  PixelShuffleTask task{shape, form.type, &table, x, biases.get(), bias != nullptr, dy, dx, nullptr};
   std::vector<double> sums(static_cast<std::size_t>(task.items() * task.item_sums()), 0.0);
   task.sums = sums.data();
   run(task, kernel_of(shape, level, false), threads);

@@ -419,17 +419,17 @@ struct TableKernel : Kernel<T> {
 
   bool forward_order() {
     if (!s.channels_last) {
-      return order.make(r * L, buffer_row, [&](std::int64_t e) { return e % r * buffer_row + e / r; });
+      return order.make(r * L, true, [&](std::int64_t e) { return e % r * buffer_row + e / r; });
     }
     const std::int64_t vectors = (run + L - 1) / L;
-    return order.make(r * vectors * L, K + L, [&](std::int64_t e) {
+    return order.make(r * vectors * L, false, [&](std::int64_t e) {
       const std::int64_t i = e / (vectors * L), q = e % (vectors * L);
       return q < run ? (q % C * r + i) * r + q / C : -1;
     });
   }
   bool backward_order() {
-    if (!s.channels_last) return order.make(r * L, r * L, [&](std::int64_t e) { return e % L * r + e / L; });
-    return order.make(K, buffer_run, [&](std::int64_t k) {
+    if (!s.channels_last) return order.make(r * L, true, [&](std::int64_t e) { return e % L * r + e / L; });
+    return order.make(K, false, [&](std::int64_t k) {
       const std::int64_t c = k / (r * r), i = k / r % r, j = k % r;
       return i * buffer_run + j * C + c;
     });
@@ -448,10 +448,11 @@ struct TableKernel : Kernel<T> {
         }
       }
       for (int v = 0; v < order.vectors(); ++v) {
+        // Copies, since a store of a vector may be one to any member, as far as the compiler knows.
         T* const to = y + w0 * r + v * L;
-        const std::int64_t left = n * r - v * L;
-        const auto put = [&](std::int64_t row, std::int64_t i, F value) __attribute__((always_inline)) {
-          store_some(to + row * this->next_rows() + i * r * L, value, left - i * r * L);
+        const std::int64_t left = n * r - v * L, next_rows = this->next_rows(), next = r * L;
+        const auto put = [=](std::int64_t row, std::int64_t i, F value) __attribute__((always_inline)) {
+          store_some(to + row * next_rows + i * next, value, left - i * next);
         };
         order.each(v, buffer, {rows, n}, {(left + r * L - 1) / (r * L), L}, put);
       }
@@ -468,9 +469,9 @@ struct TableKernel : Kernel<T> {
         // What the last vector of a pixel writes behind it is the next one's, or its first vector's, which comes after it.
         for (int v = vectors - 1; v >= 0; --v) {
           T* const to = y + (i * W + w0) * run + v * L;
-          const std::int64_t left = pixels * run - v * L;
-          const auto put = [&](std::int64_t, std::int64_t p, F value) __attribute__((always_inline)) {
-            store_some(to + p * run, value, left - p * run);
+          const std::int64_t left = pixels * run - v * L, next = run;
+          const auto put = [=](std::int64_t, std::int64_t p, F value) __attribute__((always_inline)) {
+            store_some(to + p * next, value, left - p * next);
           };
           order.each(static_cast<int>(i) * vectors + v, buffer, {1, 0}, {pixels, K}, put);
         }
@@ -495,13 +496,15 @@ struct TableKernel : Kernel<T> {
         }
       }
       for (int j = 0; j < order.vectors(); ++j) {
-        const std::int64_t at = this->in_row(b, first + j, h) + w0;
+        const std::int64_t at = this->in_row(b, first + j, h) + w0, next = W;
+        const T* const x_row = x + at;
+        T* const dx_row = out + at;
         const F bias = Simd::set(task.bias[first + j]);
         F sum = Simd::load(row_sums + j * L);
-        const auto put = [&](std::int64_t row, std::int64_t i, F dy) __attribute__((always_inline)) {
-          const std::int64_t here = at + row * W + i * L, left = n - i * L;
-          const F v = Simd::mul(dy, slope(Simd::add(load_some(x + here, left), bias)));
-          store_some(out + here, v, left);
+        const auto put = [=, &slope, &sum](std::int64_t row, std::int64_t i, F dy) __attribute__((always_inline)) {
+          const std::int64_t here = row * next + i * L, left = n - i * L;
+          const F v = Simd::mul(dy, slope(Simd::add(load_some(x_row + here, left), bias)));
+          store_some(dx_row + here, v, left);
           sum = Simd::add(sum, v);  // beyond the end dy is zero
         };
         order.each(j, buffer, {rows, padded}, {(n + L - 1) / L, r * L}, put);
@@ -521,13 +524,15 @@ struct TableKernel : Kernel<T> {
         for (std::int64_t e = 0; e < elements; e += L) Simd::store(to + e, load_some(row + e, elements - e));
       }
       for (int v = order.vectors() - 1; v >= 0; --v) {  // see fwd_pixels
-        const std::int64_t first = at + w0 * K + v * L, left = pixels * K - v * L;
+        const std::int64_t first = at + w0 * K + v * L, left = pixels * K - v * L, next = K;
+        const T* const x_pixels = x + first;
+        T* const dx_pixels = out + first;
         const F bias = Simd::load(biases + v * L);
         F sum = Simd::load(sums + v * L);
-        const auto put = [&](std::int64_t, std::int64_t p, F dy) __attribute__((always_inline)) {
-          const F z = Simd::add(load_some(x + first + p * K, left - p * K), bias);
+        const auto put = [=, &slope, &sum](std::int64_t, std::int64_t p, F dy) __attribute__((always_inline)) {
+          const F z = Simd::add(load_some(x_pixels + p * next, left - p * next), bias);
           const F value = Simd::mul(dy, slope(z));
-          store_some(out + first + p * K, value, left - p * K);
+          store_some(dx_pixels + p * next, value, left - p * next);
           sum = Simd::add(sum, value);  // of lanes beyond the last channel nobody asks
         };
         order.each(v, buffer, {1, 0}, {pixels, run}, put);
