@@ -1,9 +1,10 @@
 """What a network learns, by how its training steps are computed: whole encodes of few epochs, and their quality.
 
 The same seed, frames and schedule throughout, quantised epochs included: what differs is the device, the precision, and
-which operations are PyTorch's own. A kernel whose gradients are wrong shows here, and which one it is. It is a part of
-the suite for a GPU (``python -m bench.gpu --parts learning``), and ``python -m bench.learning`` trains on the CPU, for
-which the rows are in ``bench/results/learning_cpu.jsonl``.
+which operations are PyTorch's own. A kernel whose gradients are wrong shows here, and which one it is; of one step so
+do the gradients of each parameter, and what is added to it. It is a part of the suite for a GPU
+(``python -m bench.gpu --parts learning``), and ``python -m bench.learning`` trains on the CPU, for which the rows are
+in ``bench/results/learning_cpu.jsonl``.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ HALF = "PyTorch's operations, bf16"
 EPOCHS = 30
 _CROP = 640, 1280
 _STEPS = 5  # after three on a GPU one is captured, and replayed
+_NOISE = 0.05
 _OPERATIONS = (
     "channel_norm",
     "conv2d",
@@ -165,59 +167,84 @@ def learn(video: Video, config: EncodeConfig, way: Way, device: torch.device) ->
     return row, trainer
 
 
-def gradients(
-    video: Video, config: EncodeConfig, way: Way, device: torch.device, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the gradients of a step, by parameter, of a network in the given state, as training takes them."""
+class Step(NamedTuple):
+    """What a training step makes of the network, by parameter.
+
+    Attributes:
+        gradients: of its loss.
+        updates: what it adds to the weights.
+    """
+
+    gradients: dict[str, Tensor]
+    updates: dict[str, Tensor]
+
+
+def step(video: Video, config: EncodeConfig, way: Way, device: torch.device, state: dict[str, Tensor]) -> Step:
+    """Take the last of a few training steps from the given state, as training takes it.
+
+    The steps before it, of which one is captured on a GPU, see other frames and other weights: what was computed once
+    and is not computed anew shows.
+    """
     with plain_operations(way.plain), exact_convolutions():
         trainer = _trainer(video, config, way, device)
+        parameters = dict(trainer.model.named_parameters())
         trainer.model.load_state_dict(state)
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = 0.0  # so that the weights stay as they are
+        generator = torch.Generator().manual_seed(config.seed)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(device)
+                parameter.add_(noise, alpha=_NOISE * float(parameter.square().mean().sqrt()))
+        last = trainer.total_steps - 1
+        trainer.training_step._factors.zero_()
+        trainer.training_step._factors[last] = 1.0
         take_step = trainer._taker()
-        for _ in range(_STEPS):
-            trainer.training_step.seek(0)
+        for number in range(_STEPS - 1):
+            trainer.training_step.seek(number % last)
             take_step()
-    found = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    assert len(found) == len(list(trainer.model.parameters()))
-    return found
+        trainer.model.load_state_dict(state)
+        trainer.training_step.seek(last)
+        take_step()
+    made = {name: p.grad.float() for name, p in parameters.items() if p.grad is not None}
+    assert len(made) == len(parameters)
+    return Step(made, {name: p.detach() - state[name] for name, p in parameters.items()})
 
 
-def gradient_rows(
+def step_rows(
     video: Video, clip: str, network: str, device: torch.device, *, size: str = "1.5M", epochs: int = 2
 ) -> Iterator[Row]:
-    """Yield, for each way, how far the gradient of each parameter is from that of PyTorch's operations in float32.
+    """Yield, for each way, how far gradient and update of each parameter are from those of PyTorch's in float32.
 
     A norm over all parameters would be that of the largest, and the updates of Muon are as long however small a
     gradient is. ``wrong`` has those parameters whose errors are over four times those of PyTorch's operations in
     bfloat16, and by more than its roundoff: some have a few values only, whose errors are large or small by chance.
     """
     config = EncodeConfig(model=network, size=size, epochs=epochs).resolved()
-    data = f"{network} {size}, {clip}, after {epochs} epochs"
     # Untrained, the blocks of an encoder add a millionth of what they compute.
-    state = learn(video, config, Way("fp32"), device)[1].model.state_dict()
-    exact: dict[str, Tensor] = {}
-    of_half: dict[str, float] = {}
+    trained = learn(video, config, Way("fp32"), device)[1].model.state_dict()
+    state = {name: value.clone() for name, value in trained.items()}
+    exact: Step | None = None
+    half: dict[str, dict[str, float]] = {}
     for name, way in ways(on_gpu=device.type == "cuda").items():
         if len(way.plain) == 1:
             continue
-        found = gradients(video, config, way, device, state)
+        found = step(video, config, way, device, state)
         exact = exact or found
-        errors = {each: _distance(found[each], true) for each, true in exact.items()}
-        of_half = of_half or (errors if name == HALF else {})
-        row: Row = {
-            "what": "gradients of a step",
-            "data": data,
-            "implementation": name,
-            "baseline": BASELINE,
-            "dtype": way.precision,
-        }
-        row |= {"metric": "relative error", "unit": "", "p50": max(errors.values())}
-        row["errors"] = {each: float(f"{error:.3g}") for each, error in errors.items()}
-        bound = {each: 4.0 * error + torch.finfo(torch.bfloat16).eps for each, error in of_half.items()}
-        row["wrong"] = [each for each, most in bound.items() if not errors[each] <= most]
-        yield row
+        for what, made in found._asdict().items():
+            errors = {each: _distance(made[each], true) for each, true in getattr(exact, what).items()}
+            if name == HALF:
+                half[what] = errors
+            row: Row = {
+                "what": f"{what} of a step",
+                "data": f"{network} {size}, {clip}, after {epochs} epochs",
+                "implementation": name,
+                "baseline": BASELINE,
+                "dtype": way.precision,
+            }
+            row |= {"metric": "relative error", "unit": "", "p50": max(errors.values())}
+            row["errors"] = {each: float(f"{error:.3g}") for each, error in errors.items()}
+            bounds = {each: 4.0 * error + torch.finfo(torch.bfloat16).eps for each, error in half.get(what, {}).items()}
+            row["wrong"] = [each for each, bound in bounds.items() if not errors[each] <= bound]
+            yield row
 
 
 def _distance(actual: Tensor, exact: Tensor) -> float:
@@ -241,7 +268,7 @@ def _complaints(row: Row) -> list[str]:
     if not row["wrong"]:
         return []
     errors = ", ".join(f"{name} {row['errors'][name]:.1e}" for name in row["wrong"])
-    return [f"{row['data']}, {row['implementation']}: gradients are wrong ({errors})"]
+    return [f"{row['data']}, {row['implementation']}: {row['what']} are wrong ({errors})"]
 
 
 def points(machine: Machine) -> Iterator[Row]:
@@ -253,9 +280,9 @@ def points(machine: Machine) -> Iterator[Row]:
         path = find_clip(machine.clip)
         video, name, epochs, size = load_video(path, crop=_CROP), path.stem, EPOCHS, "1.5M"
     for network in NETWORKS:
-        if machine.wants(f"{network} {size}, gradients", seconds=60):
+        if machine.wants(f"{network} {size}, steps", seconds=60):
             with machine.room(network):
-                for row in gradient_rows(video, name, network, machine.device, size=size, epochs=min(epochs, 2)):
+                for row in step_rows(video, name, network, machine.device, size=size, epochs=min(epochs, 2)):
                     if row["wrong"]:
                         machine.failures += _complaints(row)
                     else:
@@ -277,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
     parser.add_argument("--network", choices=NETWORKS, default=NETWORKS[0], help="(default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
-    parser.add_argument("--gradients", action="store_true", help="compare those of a step, in place of an encode")
+    parser.add_argument("--step", action="store_true", help="compare what a step makes, in place of an encode")
     parser.add_argument("--results", type=pathlib.Path, default=PATH, help="file of the rows")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
@@ -285,12 +312,12 @@ def main(argv: list[str] | None = None) -> int:
     video = load_video(path, crop=arguments.crop, resize=arguments.resize)
     name = f"{path.stem} {'x'.join(map(str, video.shape[1:]))}"
     subject = video, name, arguments.network, torch.device("cpu")
-    if arguments.gradients:
+    if arguments.step:
         complaints = []
-        for row in gradient_rows(*subject, size=arguments.size):
+        for row in step_rows(*subject, size=arguments.size):
             complaints += _complaints(row)
-            print(f"{row['data']}, {row['implementation']}: largest error {row['p50']:.2e}", flush=True)
-        print("\n".join(complaints) or "all gradients are right")
+            print(f"{row['data']}, {row['implementation']}: {row['what']}, largest error {row['p50']:.2e}", flush=True)
+        print("\n".join(complaints) or "all gradients and updates are right")
         return len(complaints)
     for row in _rows(*subject, epochs=arguments.epochs, only=arguments.only, size=arguments.size):
         keep(arguments.results, row | {"threads": torch.get_num_threads()} | environment())

@@ -71,19 +71,39 @@ def test_rows_on_a_cpu(tmp_path):
         assert 5 < row["p50"] < 40
 
 
-def test_a_wrong_gradient_is_named(monkeypatch):
+def half_a_gradient(trainer):
+    trainer.model.get_parameter("encoder.stages.0.0.gamma").register_hook(lambda gradient: gradient / 2)
+
+
+def no_update(trainer):
+    weight, optimizer = trainer.model.get_parameter("encoder.downsample_layers.0.0.weight"), trainer.optimizers[0]
+    step = optimizer.step
+
+    def step_without_it():
+        before = weight.detach().clone()
+        step()
+        weight.data.copy_(before)
+
+    optimizer.step = step_without_it
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (half_a_gradient, {"gradients": ["encoder.stages.0.0.gamma"], "updates": ["encoder.stages.0.0.gamma"]}),
+        (no_update, {"gradients": [], "updates": ["encoder.downsample_layers.0.0.weight"]}),
+    ],
+)
+def test_what_is_wrong_in_a_step_is_named(monkeypatch, change, named):
     """However small it is beside the others."""
-
-    def half_of_one(trainer):
-        trainer.model.get_parameter("encoder.stages.0.0.gamma").register_hook(lambda gradient: gradient / 2)
-
     ways = {name: way._replace(precision="fp32") for name, way in learning.ways(on_gpu=False).items()}
-    ways["wrong"] = learning.Way("fp32", change=half_of_one)
+    ways["wrong"] = learning.Way("fp32", change=change)
     monkeypatch.setattr(learning, "ways", lambda *, on_gpu: ways)
     video = learning.load_video(torch.randint(0, 256, (2, 96, 160, 3), dtype=torch.uint8))
-    rows = list(learning.gradient_rows(video, "noise", "hnerv", torch.device("cpu"), size="100k", epochs=1))
-    assert [row["implementation"] for row in rows] == list(ways)
-    assert all(row["p50"] < 1e-3 for row in rows[:-1])
-    assert [learning._complaints(row) for row in rows[:-1]] == [[]] * 4
-    (complaint,) = learning._complaints(rows[-1])
-    assert complaint.endswith("wrong: gradients are wrong (encoder.stages.0.0.gamma 5.0e-01)")
+    rows = list(learning.step_rows(video, "noise", "hnerv", torch.device("cpu"), size="100k", epochs=1))
+    assert [row["implementation"] for row in rows] == [name for name in ways for _ in named]
+    assert all(row["p50"] < 1e-2 for row in rows[:-2])
+    assert [learning._complaints(row) for row in rows[:-2]] == [[]] * 8
+    assert {row["what"].split()[0]: row["wrong"] for row in rows[-2:]} == named
+    *_, complaint = (complaint for row in rows[-2:] for complaint in learning._complaints(row))
+    assert complaint.startswith("hnerv 100k, noise, after 1 epochs, wrong: updates of a step are wrong (encoder.")
