@@ -223,8 +223,8 @@ def _shuffled(block: Any, x: Tensor) -> Tensor:
 
 
 def without_quantization(settings: TrainingDefaults) -> TrainingDefaults:
-    """Return the settings of a training with float weights: what quantisation does is the matter of bench.rate."""
-    return settings._replace(quantization_share=0.0, rate_weight=0.0)
+    """Return the settings of a training with float weights: what a file takes is the matter of bench.rate."""
+    return settings._replace(quantization_share=0.0, rate_weight=0.0, weight_decay=0.0)
 
 
 def training_of(settings: TrainingDefaults, epochs: int, seed: int, precision: str = "fp32") -> TrainConfig:
@@ -237,6 +237,7 @@ def training_of(settings: TrainingDefaults, epochs: int, seed: int, precision: s
         precision,
         optimizer=settings.optimizer,
         schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
     )
 
 

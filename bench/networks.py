@@ -269,7 +269,7 @@ def trainers_step(
     highpass = torch.randn(shape, device=machine.device).half() if used.encoder_input == "highpass" else None
     clip = Clip(frames, highpass, used.encoder_input)
     # More steps than the clock will take.
-    config = TrainConfig(2000, used.lr, batch, 0, "bf16", used.optimizer, used.schedule)
+    config = TrainConfig(2000, used.lr, batch, 0, "bf16", used.optimizer, used.schedule, weight_decay=used.weight_decay)
     step = Trainer(copy.deepcopy(network), clip, config, device=machine.device).training_step
     step.concurrent = concurrent
     return CapturedStep(step, machine.device) if captured and not machine.dry else step

@@ -173,6 +173,7 @@ def run(name: str, clip: str, size: str, seed: int, data: pathlib.Path, *, epoch
 _SETTINGS = (
     "optimizer",
     "lr",
+    "weight_decay",
     "schedule",
     "batch_size",
     "quantization_share",

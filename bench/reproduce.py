@@ -67,7 +67,13 @@ WORK = ROOT / "build" / "reproduce"
 #: What an encode's result does not depend on.
 _INCIDENTAL = ("device", "workdir", "tensorboard", "checkpoint_seconds")
 #: What encodes were like before there were these settings; rows from then do not have them.
-BEFORE = {"quantization_share": 0.0, "rate_weight": 0.0, "schedule": "cosine", "untagged_matrix": "bt601"}
+BEFORE = {
+    "quantization_share": 0.0,
+    "rate_weight": 0.0,
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+    "untagged_matrix": "bt601",
+}
 #: Which frames of a clip.
 SELECTION = ("frames", "resize", "crop")
 #: What a preset fixes, and a block of a profile may try other values of.

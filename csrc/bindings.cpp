@@ -726,10 +726,12 @@ void list_momentum(const std::vector<ListTensor>& tensors, float mu, int device,
   for_lists(tensors, [&](const auto& list) { return hflfnerv::list_momentum(list, mu, device, pointer<void>(stream)); });
 }
 
-void list_subtract(const std::vector<ListTensor>& tensors, std::uintptr_t rate, int device, std::uintptr_t stream) {
+void list_subtract(const std::vector<ListTensor>& tensors, std::uintptr_t rate, float decay, int device,
+                   std::uintptr_t stream) {
   const py::gil_scoped_release release;
-  for_lists(tensors,
-            [&](const auto& list) { return hflfnerv::list_subtract(list, pointer<float>(rate), device, pointer<void>(stream)); });
+  for_lists(tensors, [&](const auto& list) {
+    return hflfnerv::list_subtract(list, pointer<float>(rate), decay, device, pointer<void>(stream));
+  });
 }
 
 #endif
@@ -913,7 +915,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("as_bytes"), py::arg("stream"));
   module.def("list_cast", &list_cast, py::arg("tensors"), py::arg("from"), py::arg("to"), py::arg("device"), py::arg("stream"));
   module.def("list_momentum", &list_momentum, py::arg("tensors"), py::arg("mu"), py::arg("device"), py::arg("stream"));
-  module.def("list_subtract", &list_subtract, py::arg("tensors"), py::arg("rate"), py::arg("device"), py::arg("stream"));
+  module.def("list_subtract", &list_subtract, py::arg("tensors"), py::arg("rate"), py::arg("decay"), py::arg("device"),
+             py::arg("stream"));
   module.attr("orthogonalise_cuda_matrices") = hflfnerv::kMostMatrices;
   module.def(
       "orthogonalise_cuda_scratch",

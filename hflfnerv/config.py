@@ -46,6 +46,7 @@ class TrainingDefaults(NamedTuple):
     quantization_share: float = 0.0
     rate_weight: float = 0.0
     schedule: str = "cosine"
+    weight_decay: float = 0.0
 
 
 #: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with. ``best``:
@@ -57,9 +58,9 @@ PRESETS: dict[str, dict[str, TrainingDefaults]] = {
         "nerv": TrainingDefaults("adam", lr=1e-3, batch_size=2, encoder_input=None),
     },
     "best": {
-        "hflf": TrainingDefaults("muon", 0.02, 1, "frame", 0.3, 0.5, "linear"),
-        "hnerv": TrainingDefaults("muon", 0.02, 1, "frame", 0.3, 0.5, "linear"),
-        "nerv": TrainingDefaults("muon", 0.02, 1, None, 0.3, 0.5, "linear"),
+        "hflf": TrainingDefaults("muon", 0.02, 1, "frame", 0.3, 0.5, "linear", 0.03),
+        "hnerv": TrainingDefaults("muon", 0.02, 1, "frame", 0.3, 0.5, "linear", 0.03),
+        "nerv": TrainingDefaults("muon", 0.02, 1, None, 0.3, 0.5, "linear", 0.03),
     },
 }
 
@@ -100,6 +101,8 @@ class EncodeConfig:
             preset's.
         lr: learning rate; None for the preset's. With ``"muon"`` it is that of the convolutions, and Adam's is a
             tenth of it.
+        weight_decay: what ``"muon"`` takes off the weights of the decoders' convolutions in each step, as a part of the
+            learning rate; None for the preset's.
         schedule: how the learning rate falls from a tenth of the epochs on, ``"cosine"`` or ``"linear"``; None for the
             preset's.
         encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
@@ -136,6 +139,7 @@ class EncodeConfig:
     epochs: int = 300
     optimizer: str | None = None
     lr: float | None = None
+    weight_decay: float | None = None
     schedule: str | None = None
     batch_size: int | None = None
     encoder_input: EncoderInput | None = None
@@ -179,10 +183,19 @@ class EncodeConfig:
             ("batch_size", 1, None),
         ):
             self._keep(name, _integer, low, high)
-        for name in ("lr", "quantization_share", "rate_weight", "highpass_removed", "checkpoint_seconds"):
+        for name in (
+            "lr",
+            "weight_decay",
+            "quantization_share",
+            "rate_weight",
+            "highpass_removed",
+            "checkpoint_seconds",
+        ):
             self._keep(name, _number)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if self.quantization_share is not None and not 0 <= self.quantization_share <= 1:
             raise ValueError(f"quantization_share must be in [0, 1], got {self.quantization_share}")
         if self.rate_weight is not None and not 0 <= self.rate_weight < float("inf"):
@@ -225,6 +238,7 @@ class EncodeConfig:
             size=self.parameters,
             optimizer=optimizer,
             lr=defaults.lr if self.lr is None else self.lr,
+            weight_decay=defaults.weight_decay if self.weight_decay is None else self.weight_decay,
             schedule=defaults.schedule if self.schedule is None else self.schedule,
             batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
             encoder_input=defaults.encoder_input if self.encoder_input is None else self.encoder_input,

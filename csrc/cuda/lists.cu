@@ -77,10 +77,11 @@ struct Momentum {
 
 struct Subtract {
   const float* rate;
+  float decay;
 
   __device__ Values load(const Task& task, int i) const { return {read<Float>(task.a, i), read<Float>(task.b, i)}; }
   __device__ void store(const Task& task, int i, Values values) const {
-    write<Float>(task.b, i, values.b - *rate * (task.factor * values.a));
+    write<Float>(task.b, i, values.b - *rate * (task.factor * values.a + decay * values.b));
   }
 };
 
@@ -157,8 +158,8 @@ const char* list_momentum(const TensorList& list, float mu, int device, void* st
   return run(list, Momentum{mu}, device, stream);
 }
 
-const char* list_subtract(const TensorList& list, const float* rate, int device, void* stream) {
-  return run(list, Subtract{rate}, device, stream);
+const char* list_subtract(const TensorList& list, const float* rate, float decay, int device, void* stream) {
+  return run(list, Subtract{rate, decay}, device, stream);
 }
 
 }  // namespace hflfnerv

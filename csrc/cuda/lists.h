@@ -27,8 +27,8 @@ struct TensorList {
 const char* list_cast(const TensorList& list, ListType from, ListType to, int device, void* stream);
 // With the gradient a, the momentum b and its factor mu: b <- mu b + (1 - mu) a, c = (1 - mu) a + mu b.
 const char* list_momentum(const TensorList& list, float mu, int device, void* stream);
-// b <- b - rate factor a, the rate on the device.
-const char* list_subtract(const TensorList& list, const float* rate, int device, void* stream);
+// b <- (1 - rate decay) b - rate factor a, the rate on the device.
+const char* list_subtract(const TensorList& list, const float* rate, float decay, int device, void* stream);
 // Each returns null, or what went wrong in words. The device becomes the current one.
 
 }  // namespace hflfnerv

@@ -59,15 +59,16 @@ void check_momentum(float mu) {
   }
 }
 
-void check_subtract() {
+void check_subtract(float decay) {
   Lists lists;
   const auto before = lists.b;
   const float rate = 0.02f;
-  CHECK(list_subtract(lists.list, &rate, 0, nullptr) == nullptr);
+  CHECK(list_subtract(lists.list, &rate, decay, 0, nullptr) == nullptr);
   for (std::size_t i = 0; i < kSizes.size(); ++i) {
     for (std::size_t k = 0; k < kSizes[i]; ++k) {
-      const double step = double(rate) * lists.list.entry[i].factor * lists.a[i][k];
-      CHECK(std::fabs(lists.b[i][k] - (before[i][k] - step)) <= std::ldexp(std::fabs(before[i][k]) + 3 * std::fabs(step), -24));
+      const double update = double(lists.list.entry[i].factor) * lists.a[i][k], shrinking = double(decay) * before[i][k];
+      const double exact = before[i][k] - rate * (update + shrinking), step = rate * (std::fabs(update) + std::fabs(shrinking));
+      CHECK(std::fabs(lists.b[i][k] - exact) <= std::ldexp(std::fabs(before[i][k]) + 4 * step, -24));
     }
     CHECK(lists.b[i].back() == -7.0f);
   }
@@ -97,7 +98,7 @@ void check_casts() {
 
 int main() {
   for (const float mu : {0.95f, 0.25f, 0.0f}) check_momentum(mu);
-  check_subtract();
+  for (const float decay : {0.0f, 0.3f}) check_subtract(decay);
   check_casts();
   std::printf("lists_cuda: ok\n");
   return 0;

@@ -41,6 +41,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--epochs", type=int, default=300, help="(default: 300)")
     parser.add_argument("--optimizer", choices=("adam", "muon"), help="(default: the preset's)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="WD",
+        help="of Muon, as a part of the learning rate (default: the preset's)",
+    )
     parser.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="frames a step (default: the preset's)")
     parser.add_argument(
@@ -105,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         epochs=arguments.epochs,
         optimizer=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
         schedule=arguments.schedule,
         lr=arguments.lr,
         batch_size=arguments.batch_size,

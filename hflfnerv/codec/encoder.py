@@ -273,6 +273,7 @@ def training_config(config: EncodeConfig, device: torch.device) -> TrainConfig:
     assert config.lr is not None
     assert config.batch_size is not None
     assert config.schedule is not None
+    assert config.weight_decay is not None
     return TrainConfig(
         epochs=config.epochs,
         lr=config.lr,
@@ -281,6 +282,7 @@ def training_config(config: EncodeConfig, device: torch.device) -> TrainConfig:
         precision=training_precision(config.precision, device),
         optimizer=config.optimizer,
         schedule=config.schedule,
+        weight_decay=config.weight_decay,
         quantization=quantization_config(config),
     )
 

@@ -43,15 +43,24 @@ def momentum(gradients: Sequence[Tensor], averages: Sequence[Tensor], mu: float)
 
 
 def subtract(
-    parameters: Sequence[Tensor], updates: Sequence[Tensor], factors: Sequence[float], rate: float | Tensor
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    factors: Sequence[float],
+    rate: float | Tensor,
+    decay: float = 0.0,
 ) -> None:
-    """Subtract from parameters their updates, each times its factor, and all times the rate; updates may change."""
+    """Subtract from parameters their updates, each times its factor, and ``decay`` of themselves, all times the rate.
+
+    The updates may change.
+    """
     parameters, updates = list(parameters), list(updates)
     on_device = isinstance(rate, Tensor) and rate.dtype == torch.float32 and rate.device == parameters[0].device
     if on_device and _are_float32(parameters, updates) and _cuda.rejects_list(parameters, updates) is None:
         assert isinstance(rate, Tensor)
-        _cuda.list_subtract(parameters, updates, factors, rate)
+        _cuda.list_subtract(parameters, updates, factors, rate, decay)
     else:
+        if decay:
+            torch._foreach_mul_(parameters, 1 - decay * rate)
         torch._foreach_mul_(updates, list(factors))
         torch._foreach_mul_(updates, rate)
         torch._foreach_sub_(parameters, updates)

@@ -18,15 +18,17 @@ __all__ = ["Muon"]
 class Muon(torch.optim.Optimizer):
     """Muon for weights of two or more dimensions, each seen as a matrix ``[out, in * k * k]``.
 
-    ``m <- mu m + (1 - mu) g``, ``w <- w - lr sqrt(max(1, M / N)) orthogonalise((1 - mu) g + mu m)`` (Jordan et al.; the
-    momentum is Nesterov's). Every direction of a weight then moves by the same length, whatever its gradient: a network
-    for one video learns its weak directions, the detail, from the first epochs on. The step does not depend on the
-    scale of the loss. ``torch.optim.Muon`` takes matrices alone, and no learning rate on the device.
+    ``m <- mu m + (1 - mu) g``, ``w <- (1 - lr wd) w - lr sqrt(max(1, M / N)) orthogonalise((1 - mu) g + mu m)``
+    (Jordan et al.; the momentum is Nesterov's). Every direction of a weight then moves by the same length, whatever its
+    gradient: a network for one video learns its weak directions, the detail, from the first epochs on. The step does
+    not depend on the scale of the loss. ``torch.optim.Muon`` takes matrices alone, and no learning rate on the device.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate; a float, or a tensor of one element where a captured CUDA graph is to read it.
         momentum: mu, in [0, 1).
+        weight_decay: wd, at least 0. Updates are as long however large a weight is, so that it grows for as long as it
+            is trained; with a decay no direction grows beyond about ``sqrt(max(1, M / N)) / wd``.
 
     Raises:
         ValueError: a parameter has fewer than two dimensions, or a setting is out of its range.
@@ -37,13 +39,19 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float | Tensor = 0.02, momentum: float = 0.95
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         if not isinstance(lr, Tensor) and not lr >= 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._prepared: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -65,7 +73,8 @@ class Muon(torch.optim.Optimizer):
             self._prepare([parameter for parameter in parameters if parameter not in self._prepared], group["momentum"])
             if parameters:
                 updates = [self._prepared.pop(parameter) for parameter in parameters]
-                _lists.subtract(parameters, updates, [_factor(parameter) for parameter in parameters], group["lr"])
+                factors = [_factor(parameter) for parameter in parameters]
+                _lists.subtract(parameters, updates, factors, group["lr"], group["weight_decay"])
         return loss
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ class TrainConfig:
         optimizer: ``"adam"``, or ``"muon"`` for :meth:`VideoNetwork.hidden_weights` and Adam for the rest.
         schedule: how the learning rate falls, ``"cosine"`` or ``"linear"``; see :func:`learning_rate_factor`.
         quantization: how the last epochs run with quantised weights; None for none, and no steps.
+        weight_decay: of Muon for the decoders' weights; an encoder's have none.
     """
 
     epochs: int
@@ -60,6 +61,7 @@ class TrainConfig:
     optimizer: str = "adam"
     schedule: str = "cosine"
     quantization: QuantizationConfig | None = None
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.quantization is not None and not 0 <= self.quantization.epochs <= self.epochs:
@@ -300,8 +302,13 @@ def _make_optimizers(model: VideoNetwork, config: TrainConfig) -> list[torch.opt
         return [torch.optim.Adam(model.parameters(), lr=config.lr, fused=True, capturable=on_cuda)]
     muon = model.hidden_weights()
     others = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in muon)]
+    # Smaller weights take fewer bits. Those of an encoder take none, and it learns less with smaller ones.
+    encoder = set() if model.encoder is None else set(model.encoder.parameters())
+    coded, free = ([weight for weight in muon if (weight in encoder) == of_encoder] for of_encoder in (False, True))
+    groups: list[dict[str, Any]] = [{"params": coded, "weight_decay": config.weight_decay}]
+    groups += [{"params": free}] if free else []
     return [
-        Muon(muon, lr=config.lr),
+        Muon(groups, lr=config.lr),
         torch.optim.Adam(others, lr=_ADAM_SHARE * config.lr, fused=True, capturable=on_cuda),
     ]
 

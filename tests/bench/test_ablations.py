@@ -46,7 +46,7 @@ def trained(monkeypatch):
 def used(config, clip):
     """Return the settings of a row that was made with these."""
     assert config.quantization is None
-    names = ("optimizer", "lr", "batch_size", "schedule")
+    names = ("optimizer", "lr", "weight_decay", "batch_size", "schedule")
     settings = {name: getattr(config, name) for name in names} | {"encoder_input": clip.encoder_input}
     return settings | {"quantization_share": 0.0, "rate_weight": 0.0}
 

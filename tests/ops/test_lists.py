@@ -44,11 +44,15 @@ def test_momentum(device, mu, layout):
 @BY_DEVICE
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_subtract(device, on_device, layout):
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_subtract(device, on_device, layout, decay):
     parameters, updates = tensors(device, 3, layout), tensors(device, 4, layout)
     factors = [1.0 + i / 8 for i in range(len(SHAPES))]
-    expected = [p.double() - 0.25 * f * u.double() for p, u, f in zip(parameters, updates, factors, strict=True)]
-    _lists.subtract(parameters, updates, factors, torch.tensor(0.25, device=device) if on_device else 0.25)
+    expected = [
+        p.double() - 0.25 * (f * u.double() + decay * p.double())
+        for p, u, f in zip(parameters, updates, factors, strict=True)
+    ]
+    _lists.subtract(parameters, updates, factors, torch.tensor(0.25, device=device) if on_device else 0.25, decay)
     for p, true in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.double(), true, rtol=2**-22, atol=1e-5)
 

@@ -21,13 +21,14 @@ def test_step_does_not_depend_on_the_scale_of_the_gradient():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-def test_matches_torch_on_matrices(shape):
+def test_matches_torch_on_matrices(shape, weight_decay):
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(shape, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     lr, steps = 0.02, 8
-    optimizers = Muon([ours], lr=lr), torch.optim.Muon([theirs], lr=lr, weight_decay=0.0)
+    optimizers = [of([w], lr=lr, weight_decay=weight_decay) for of, w in ((Muon, ours), (torch.optim.Muon, theirs))]
     for _ in range(steps):
         gradient = torch.randn(shape, generator=generator)
         for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -82,6 +83,7 @@ def test_closure_is_called_with_gradients_enabled():
     ("arguments", "message"),
     [
         ({"lr": -1.0}, r"lr must be at least 0, got -1\.0"),
+        ({"weight_decay": -0.1}, r"weight_decay must be at least 0, got -0\.1"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1\.0"),
         ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0\.1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -112,7 +113,16 @@ def test_muon_has_the_hidden_weights_and_adam_all_others(model_name, moving_fram
     assert blocks
     assert blocks <= hidden
     assert not any(part in name for name in hidden for part in ("stem", "head", "bias", "norm", "gamma", ".dwconv."))
-    assert [g["lr"].item() for o in trainer.optimizers for g in o.param_groups] == pytest.approx([0.02, 0.002])
+    assert [g["lr"].item() for o in trainer.optimizers for g in o.param_groups[:1]] == pytest.approx([0.02, 0.002])
+
+
+def test_muon_decays_what_is_coded(moving_frames):
+    trainer = make_trainer("hnerv", moving_frames, dataclasses.replace(MUON, weight_decay=0.25))
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decays = {names[id(p)]: g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    assert decays == {name: 0.0 if name.startswith("encoder.") else 0.25 for name in decays}
+    assert set(decays.values()) == {0.0, 0.25}
+    assert [g["lr"].item() for g in trainer.optimizers[0].param_groups] == pytest.approx([0.02, 0.02])
 
 
 def test_sigterm_stops_too_and_handlers_come_back(moving_frames, tmp_path):

@@ -64,11 +64,18 @@ def list_momentum(
 
 
 def list_subtract(
-    parameters: Sequence[torch.Tensor], updates: Sequence[torch.Tensor], factors: Sequence[float], rate: torch.Tensor
+    parameters: Sequence[torch.Tensor],
+    updates: Sequence[torch.Tensor],
+    factors: Sequence[float],
+    rate: torch.Tensor,
+    decay: float,
 ) -> None:
-    """Subtract updates, times their factors and the rate, float32 ``[]`` on the device."""
+    """Subtract updates, times their factors, and the decay's part of parameters, all times the rate.
+
+    The rate is float32 ``[]`` on the device.
+    """
     first = parameters[0]
     with torch.cuda.device_of(first):
         stream = torch.cuda.current_stream().cuda_stream
         listed = _listed(updates, parameters, factors=factors)
-        _ext.load().list_subtract(listed, rate.data_ptr(), first.device.index, stream)
+        _ext.load().list_subtract(listed, rate.data_ptr(), decay, first.device.index, stream)
