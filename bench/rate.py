@@ -103,7 +103,8 @@ def _after(what: str, **changes: Any) -> Variant:
 
 
 # What `best` had when these were measured.
-_COSINE = {"schedule": "cosine"}
+_NO_DECAY = {"weight_decay": 0.0}
+_COSINE = {**_NO_DECAY, "schedule": "cosine"}
 _EIGHT_BITS = {"weight_bits": 8, "embedding_bits": 6}
 _BEST = {**_COSINE, **_EIGHT_BITS, "quantization_share": 0.3, "rate_weight": 0.5}
 VARIANTS: dict[str, Variant] = {
@@ -124,8 +125,11 @@ VARIANTS: dict[str, Variant] = {
         for bits in (5, 4)
     },
     AFTER: Variant("steps by curvature, w = 0.5, trained with them for 30 % of the epochs (A)", _BEST),
-    "detail": Variant("`best`, its finest steps of 8 bits, of embeddings 6", _EIGHT_BITS, plan={}),
-    "finer": Variant("**`best`**, all of it", {}, plan={}),
+    "detail": Variant(
+        "`best` without weight decay, its finest steps of 8 bits, of embeddings 6", {**_NO_DECAY, **_EIGHT_BITS}, plan={}
+    ),
+    "finer": Variant("`best` without weight decay", _NO_DECAY, plan={}),
+    "decay": Variant("**`best`**, all of it", {}, plan={}),
     **{
         f"qat-{weight:g}": Variant(f"A, w = {weight:g}", {**_BEST, "rate_weight": weight})
         for weight in (0.25, 1.0, 1.5)
