@@ -126,7 +126,9 @@ VARIANTS: dict[str, Variant] = {
     },
     AFTER: Variant("steps by curvature, w = 0.5, trained with them for 30 % of the epochs (A)", _BEST),
     "detail": Variant(
-        "`best` without weight decay, its finest steps of 8 bits, of embeddings 6", {**_NO_DECAY, **_EIGHT_BITS}, plan={}
+        "`best` without weight decay, its finest steps of 8 bits, of embeddings 6",
+        {**_NO_DECAY, **_EIGHT_BITS},
+        plan={},
     ),
     "finer": Variant("`best` without weight decay", _NO_DECAY, plan={}),
     "decay": Variant("**`best`**, all of it", {}, plan={}),
