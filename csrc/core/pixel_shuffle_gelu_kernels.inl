@@ -18,6 +18,8 @@ namespace {
 
 using F = Simd::F;
 constexpr int L = Simd::kLanes;
+// Passed by value, so that their coefficients stay in registers: what a store of a vector may change is read anew after it, and
+// that is all whose address is known elsewhere.
 using Gelu = Simd::Gelu;
 using GeluGradient = Simd::GeluGradient;
 
