@@ -219,6 +219,7 @@ def step_rows(
     bfloat16, and by more than its roundoff: some have a few values only, whose errors are large or small by chance.
     """
     config = EncodeConfig(model=network, size=size, epochs=epochs).resolved()
+    data = f"{network} {size}, {clip}, after {epochs} epochs"
     # Untrained, the blocks of an encoder add a millionth of what they compute.
     trained = learn(video, config, Way("fp32"), device)[1].model.state_dict()
     state = {name: value.clone() for name, value in trained.items()}
@@ -235,7 +236,7 @@ def step_rows(
                 half[what] = errors
             row: Row = {
                 "what": f"{what} of a step",
-                "data": f"{network} {size}, {clip}, after {epochs} epochs",
+                "data": data,
                 "implementation": name,
                 "baseline": BASELINE,
                 "dtype": way.precision,

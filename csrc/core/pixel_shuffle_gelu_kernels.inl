@@ -133,17 +133,12 @@ struct Kernel {
   // GELU of the n elements of a piece.
   template <class To>
   __attribute__((noinline)) void gelu_of_piece(const Gelu gelu, const float* biases, const T* from, std::int64_t n, To* to) const {
+    const bool biased = task.biased;
     std::int64_t k = 0;
-    if (task.biased) {
-      for (; k <= n - L; k += L) {
-        prefetch(from + k);
-        Simd::store(to + k, gelu(Simd::add(Simd::load(from + k), Simd::load(biases + k))));
-      }
-    } else {
-      for (; k <= n - L; k += L) {
-        prefetch(from + k);
-        Simd::store(to + k, gelu(Simd::load(from + k)));
-      }
+    for (; k <= n - L; k += L) {
+      prefetch(from + k);
+      const F x = Simd::load(from + k);
+      Simd::store(to + k, gelu(biased ? Simd::add(x, Simd::load(biases + k)) : x));
     }
     if (k == n) return;
     const F z = Simd::add(load_some(from + k, n - k), Simd::load(biases + k));

@@ -47,7 +47,7 @@ def subtract(
     updates: Sequence[Tensor],
     factors: Sequence[float],
     rate: float | Tensor,
-    decay: float = 0.0,
+    decay: float,
 ) -> None:
     """Subtract from parameters their updates, each times its factor, and ``decay`` of themselves, all times the rate.
 

@@ -91,8 +91,7 @@ class TrainingStep:
         self._master_weights = None
         if self._dtype is not None:
             self._master_weights = MasterWeights(self._embed, self._dtype, apart="model.encoder.")
-        encoder = set() if model.encoder is None else set(model.encoder.parameters())
-        self._behind_embeddings = [parameter for parameter in model.parameters() if parameter not in encoder]
+        self._behind_embeddings = list(model.coded_parameters().values())
         batch = orders.shape[1]
         self._shares = torch.full((batch,), 1.0 / batch, dtype=torch.float32, device=orders.device)  # in the mean error
         self._orders = orders

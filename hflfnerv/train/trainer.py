@@ -303,12 +303,13 @@ def _make_optimizers(model: VideoNetwork, config: TrainConfig) -> list[torch.opt
     muon = model.hidden_weights()
     others = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in muon)]
     # Smaller weights take fewer bits. Those of an encoder take none, and it learns less with smaller ones.
-    encoder = set() if model.encoder is None else set(model.encoder.parameters())
-    coded, free = ([weight for weight in muon if (weight in encoder) == of_encoder] for of_encoder in (False, True))
-    groups: list[dict[str, Any]] = [{"params": coded, "weight_decay": config.weight_decay}]
-    groups += [{"params": free}] if free else []
+    coded = set(model.coded_parameters().values())
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in muon if weight in coded], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in muon if weight not in coded]},
+    ]
     return [
-        Muon(groups, lr=config.lr),
+        Muon([group for group in groups if group["params"]], lr=config.lr),
         torch.optim.Adam(others, lr=_ADAM_SHARE * config.lr, fused=True, capturable=on_cuda),
     ]
 

@@ -102,8 +102,12 @@ def test_what_is_wrong_in_a_step_is_named(monkeypatch, change, named):
     video = learning.load_video(torch.randint(0, 256, (2, 96, 160, 3), dtype=torch.uint8))
     rows = list(learning.step_rows(video, "noise", "hnerv", torch.device("cpu"), size="100k", epochs=1))
     assert [row["implementation"] for row in rows] == [name for name in ways for _ in named]
-    assert all(row["p50"] < 1e-2 for row in rows[:-2])
+    # Updates amplify what gradients differ by: an error in the small eigenvalues of a matrix grows to 2e-3 in float32.
+    bounds = {"gradients of a step": 1e-3, "updates of a step": 1e-2}
+    assert all(row["p50"] < bounds[row["what"]] for row in rows[:-2])
     assert [learning._complaints(row) for row in rows[:-2]] == [[]] * 8
     assert {row["what"].split()[0]: row["wrong"] for row in rows[-2:]} == named
-    *_, complaint = (complaint for row in rows[-2:] for complaint in learning._complaints(row))
-    assert complaint.startswith("hnerv 100k, noise, after 1 epochs, wrong: updates of a step are wrong (encoder.")
+    complaints = [complaint for row in rows[-2:] for complaint in learning._complaints(row)]
+    assert complaints[-1].startswith("hnerv 100k, noise, after 1 epochs, wrong: updates of a step are wrong (encoder.")
+    if named["gradients"]:
+        assert complaints[0].endswith("wrong: gradients of a step are wrong (encoder.stages.0.0.gamma 5.0e-01)")
