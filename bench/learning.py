@@ -218,7 +218,7 @@ def step_rows(
     gradient is. ``wrong`` has those parameters whose errors are over four times those of PyTorch's operations in
     bfloat16, and by more than its roundoff: some have a few values only, whose errors are large or small by chance.
     """
-    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved()
+    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved(len(video.frames))
     data = f"{network} {size}, {clip}, after {epochs} epochs"
     # Untrained, the blocks of an encoder add a millionth of what they compute.
     trained = learn(video, config, Way("fp32"), device)[1].model.state_dict()
@@ -255,7 +255,7 @@ def _distance(actual: Tensor, exact: Tensor) -> float:
 def _rows(
     video: Video, clip: str, network: str, device: torch.device, *, epochs: int, only: str = "", size: str = "1.5M"
 ) -> Iterator[Row]:
-    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved()
+    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved(len(video.frames))
     data = f"{network} {size}, {clip}, {len(video.frames)} frames, {epochs} epochs"
     for name, way in ways(on_gpu=device.type == "cuda").items():
         if only not in f"{data}: {name}":

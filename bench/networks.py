@@ -27,6 +27,7 @@ from .device import Machine, require_close, without_autotuning
 from .registry import Contender, Point
 
 FRAMES = 132
+BUNNY = 300, FRAMES  # epochs and frames of its encode
 BATCHES = (8, 1, 32)
 LAUNCHED = "eager fp32, launched"
 COMPILED = "torch.compile max-autotune bf16"
@@ -166,12 +167,15 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure forward, backward and the optimiser on frames that are on the device, the encoder included.
 
-    The networks of ``paper``, with Adam, in every batch; those of ``best``, with Muon, in the batch that they train in.
+    The networks of ``paper``, with Adam, in every batch; those of ``best``, with Muon, in the batches of short and of
+    long training.
     """
     points = [(name, model, batch, "paper") for name, model, batch in _named(machine)]
-    for model in (HNeRV, HFLFNeRV):
-        batch = PRESETS["best"][model.name].batch_size
-        points.append((f"{model.name} 1.5M best, 640x1280, batch {batch}", model, batch, "best"))
+    for length in (BUNNY, None):
+        for model in (HNeRV, HFLFNeRV):
+            used = PRESETS["best"][model.name]
+            batch = used.batch_size if length is None else used.for_length(*length).batch_size
+            points.append((f"{model.name} 1.5M best, 640x1280, batch {batch}", model, batch, "best"))
     for name, model, batch, preset in points[::3] if machine.dry else points:  # a dry run has time for two
         if machine.wants(name, seconds=120):
             with machine.room(name):

@@ -80,21 +80,21 @@ class Results:
                 clips.setdefault(row["clip"], []).append(row)
         return clips
 
-    def grid(self) -> dict[str, dict[tuple[Any, ...], dict[str, float]]]:
-        """Return PSNR by network, values of ``SETTINGS``, and clip, for clips that have every setting."""
-        cells: dict[str, dict[tuple[Any, ...], dict[str, float]]] = {}
+    def grid(self) -> dict[str, dict[tuple[Any, ...], dict[str, Row]]]:
+        """Return rows by network, values of ``SETTINGS``, and clip, for clips that have every setting."""
+        cells: dict[str, dict[tuple[Any, ...], dict[str, Row]]] = {}
         first_seed = min((row["config"]["seed"] for row in self._of_table_size()), default=0)
         for row in self._of_table_size():
             config = row["config"]
             if config["seed"] == first_seed:
                 settings = cells.setdefault(row["implementation"], {})
-                settings.setdefault(settings_of(config), {})[row["clip"]] = row["psnr_db"]
+                settings.setdefault(settings_of(config), {})[row["clip"]] = row
         cells = {network: settings for network, settings in cells.items() if len(settings) > 1}
         every = [clips.keys() for settings in cells.values() for clips in settings.values()]
         common = set.intersection(*map(set, every)) if every else set()
         return {
             network: {
-                setting: {clip: psnr for clip, psnr in clips.items() if clip in common}
+                setting: {clip: row for clip, row in clips.items() if clip in common}
                 for setting, clips in sorted(settings.items())
             }
             for network, settings in cells.items()
@@ -312,8 +312,12 @@ def grid_table(results: Results) -> Iterator[str]:
     if not grid:
         return
     preset = {(row["implementation"], *settings_of(row["config"])) for row in results.table}
+
+    def values(network: str, setting: tuple[Any, ...], name: str) -> list[float]:
+        return [row[name] for row in grid[network][setting].values()]
+
     best = {
-        network: max(settings, key=lambda setting: statistics.mean(settings[setting].values()))
+        network: max(settings, key=lambda setting: statistics.mean(values(network, setting, "psnr_db")))
         for network, settings in grid.items()
     }
     lines = []
@@ -321,20 +325,26 @@ def grid_table(results: Results) -> Iterator[str]:
     used = [setting for of in grid.values() for setting in of]
     known = [i for i, name in enumerate(SETTINGS) if any(setting[i] != BEFORE.get(name) for setting in used)]
     for network, settings in grid.items():
-        for setting, clips in settings.items():
+        for setting in settings:
             marks = ["of the preset"] if (network, *setting) in preset else []
             marks += ["best"] if best[network] == setting else []
-            shown = [str(setting[i]) for i in known]
-            lines.append((name_of(network), *shown, number(clips.values(), 2), ", ".join(marks)))
+            shown = [f"{setting[i]:g}" if isinstance(setting[i], float) else str(setting[i]) for i in known]
+            cells = [
+                number(values(network, setting, name), digits)
+                for name, digits in (("psnr_db", 2), ("bits_per_pixel", 4), ("training_seconds", 0))
+            ]
+            lines.append((name_of(network), *shown, *cells, ", ".join(marks)))
     clips = sorted(next(iter(next(iter(grid.values())).values())))
     yield f"**Each at its own best.** PSNR of the file in dB, one seed, mean over {', '.join(clips)}."
     yield ""
-    yield from markdown(("network", *(SETTINGS[i].replace("_", " ") for i in known), "PSNR", ""), lines)
+    columns = [SETTINGS[i].replace("_", " ") for i in known]
+    yield from markdown(("network", *columns, "PSNR", "bits per pixel", "training, s", ""), lines)
     if BASELINE in grid:
         for network in grid:
             if network.startswith("hflf/"):
-                values = [grid[network][best[network]][clip] - grid[BASELINE][best[BASELINE]][clip] for clip in clips]
-                yield f"{name_of(network)} − {name_of(BASELINE)}, each at its best: {signed(values)} dB."
+                of_network, of_baseline = grid[network][best[network]], grid[BASELINE][best[BASELINE]]
+                gains = [of_network[clip]["psnr_db"] - of_baseline[clip]["psnr_db"] for clip in clips]
+                yield f"{name_of(network)} − {name_of(BASELINE)}, each at its best: {signed(gains)} dB."
         yield ""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -35,7 +36,7 @@ except ModuleNotFoundError:  # Python 3.10
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from hflfnerv._memory import keep_freed_memory
-from hflfnerv.config import PRESETS, EncodeConfig, TrainingDefaults
+from hflfnerv.config import EncodeConfig, TrainingDefaults
 
 from .run import RESULTS, ROOT, environment
 
@@ -196,12 +197,13 @@ class Profile:
             ValueError: a setting is impossible.
         """
         sources = self.sources(data)
+        frames = functools.cache(lambda name: self._selected_frames(sources[name]))
         jobs: dict[str, Encode | Codec] = {}
         for block in self.encodes:
             names = _clips_of(block, sources)
             for seed in block.get("seeds", [1]):
                 for name in names:
-                    for config in self._configs(block, seed, device):
+                    for config in self._configs(block, seed, device, frames(name)):
                         job = Encode(name, sources[name], config)
                         jobs.setdefault(json.dumps(job.key, sort_keys=True), job)
         for codec, options in self.codecs.items():
@@ -211,7 +213,14 @@ class Profile:
                     jobs.setdefault(json.dumps(job_of_codec.key, sort_keys=True), job_of_codec)
         return list(jobs.values())
 
-    def _configs(self, block: Row, seed: int, device: str) -> Iterator[EncodeConfig]:
+    def _selected_frames(self, path: pathlib.Path) -> int:
+        from hflfnerv.data import count_frames
+        from hflfnerv.data.selection import as_frame_slice
+
+        selection = as_frame_slice(self.selection.get("frames"))
+        return len(range(*selection.indices(count_frames(path))))
+
+    def _configs(self, block: Row, seed: int, device: str, frames: int) -> Iterator[EncodeConfig]:
         for size, network in itertools.product(block.get("sizes", [self.size]), block["networks"]):
             model, preset = network.split("/")
             for values in itertools.product(*(block.get(name, [None]) for name in SETTINGS)):
@@ -220,7 +229,7 @@ class Profile:
                 )
                 precision = {"precision": block["precision"]} if "precision" in block else {}
                 settings = dict(zip(SETTINGS, values, strict=True))
-                yield dataclasses.replace(config, **precision, **settings, **self.selection).resolved()
+                yield dataclasses.replace(config, **precision, **settings, **self.selection).resolved(frames)
 
 
 def profile_names(folder: pathlib.Path = PROFILES) -> list[str]:
@@ -373,11 +382,11 @@ def encode_clip(job: Encode, work: pathlib.Path) -> Row:
     decoder = Decoder(result.bitstream, device=config.device, precision="fp32")
     reference = load_video(job.path, frames=config.frames, resize=config.resize, crop=config.crop).frames
     quality = evaluate(decoder, reference, with_lpips=True)
-    preset = PRESETS[config.preset][config.model]
+    preset = EncodeConfig(config.model, config.preset, epochs=config.epochs).resolved(len(reference))
     row = {
         "implementation": f"{config.model}/{config.preset}",
         "shape": list(decoder.shape),
-        "preset_settings": all(getattr(config, name) == value for name, value in preset._asdict().items()),
+        "preset_settings": all(getattr(config, name) == getattr(preset, name) for name in SETTINGS),
         "parameters": report["parameters"],
         "bytes": report["bytes"],
         "bits_per_pixel": report["bits_per_pixel"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import os
@@ -34,6 +35,9 @@ DECODE_PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int16", "int8")
 _PUBLISHED_BITS = 8, 6
 _FINEST_BITS = 10, 10
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+# A larger batch takes less time for a frame and makes fewer steps: frames that it has at most, and steps that it leaves
+# at least. docs/ablations.md has what comes of it.
+_LARGEST_BATCH, _FEWEST_STEPS = 4, 5000
 
 
 class TrainingDefaults(NamedTuple):
@@ -47,6 +51,23 @@ class TrainingDefaults(NamedTuple):
     rate_weight: float = 0.0
     schedule: str = "cosine"
     weight_decay: float = 0.0
+
+    def with_batch(self, batch_size: int) -> TrainingDefaults:
+        """Return the settings for so many frames a step.
+
+        The learning rate of Muon grows with the root of them, as the noise of the gradients falls, and so does its
+        weight decay: weights then lose as much in an epoch. The learning rate of Adam stays as it was published.
+        """
+        growth = math.sqrt(batch_size / self.batch_size) if self.optimizer == "muon" else 1.0
+        return self._replace(batch_size=batch_size, lr=growth * self.lr, weight_decay=growth * self.weight_decay)
+
+    def for_length(self, epochs: int, frames: int) -> TrainingDefaults:
+        """Return the settings for a clip: with Muon, long training has twice or four times as many frames a step."""
+        batch = self.batch_size
+        if self.optimizer == "muon":
+            while 2 * batch <= min(_LARGEST_BATCH, frames) and epochs * (frames // (2 * batch)) >= _FEWEST_STEPS:
+                batch *= 2
+        return self.with_batch(batch)
 
 
 #: Per preset and model. ``paper``: the paper's own settings, and those its baselines were published with. ``best``:
@@ -99,15 +120,16 @@ class EncodeConfig:
         epochs: passes over the frames.
         optimizer: ``"adam"``, or ``"muon"`` for the weights of convolutions and Adam for the rest; None for the
             preset's.
-        lr: learning rate; None for the preset's. With ``"muon"`` it is that of the convolutions, and Adam's is a
-            tenth of it.
+        lr: learning rate; None for the preset's. With ``"muon"`` it is that of the convolutions, Adam's is a tenth of
+            it, and the preset's is for one frame a step and grows with the root of ``batch_size``.
         weight_decay: what ``"muon"`` takes off the weights of the decoders' convolutions in each step, as a part of the
-            learning rate; None for the preset's.
+            learning rate; None for the preset's, which grows likewise.
         schedule: how the learning rate falls from a tenth of the epochs on, ``"cosine"`` or ``"linear"``; None for the
             preset's.
         encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
             part of the file.
-        batch_size: frames a step; None for the preset's.
+        batch_size: frames a step; None for the preset's. With ``"muon"`` that is two or four in long training, where
+            5,000 steps or more are left, unless there is an ``lr``.
         crop: ``(height, width)`` of a centre crop, after resizing and any filter; None for the whole frame.
         resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
@@ -218,8 +240,12 @@ class EncodeConfig:
         """``size`` as a number."""
         return parse_size(self.size)
 
-    def resolved(self) -> EncodeConfig:
+    def resolved(self, frames: int | None = None) -> EncodeConfig:
         """Return the same configuration with the preset's settings filled in where there are none.
+
+        Args:
+            frames: of the clip, for the settings that depend on the length of its training; None for those of a short
+                one.
 
         Raises:
             ValueError: there is another optimiser than the preset's and no learning rate for it.
@@ -233,6 +259,10 @@ class EncodeConfig:
                 f"lr must be given with optimizer {optimizer!r}, got None: that of preset {self.preset!r} is for "
                 f"{defaults.optimizer!r}"
             )
+        if self.batch_size is not None:
+            defaults = defaults.with_batch(self.batch_size)
+        elif frames is not None and self.lr is None:
+            defaults = defaults.for_length(self.epochs, frames)
         return replace(
             self,
             size=self.parameters,
@@ -240,7 +270,7 @@ class EncodeConfig:
             lr=defaults.lr if self.lr is None else self.lr,
             weight_decay=defaults.weight_decay if self.weight_decay is None else self.weight_decay,
             schedule=defaults.schedule if self.schedule is None else self.schedule,
-            batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
+            batch_size=defaults.batch_size,
             encoder_input=defaults.encoder_input if self.encoder_input is None else self.encoder_input,
             quantization_share=(
                 defaults.quantization_share if self.quantization_share is None else self.quantization_share

@@ -48,7 +48,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="of Muon, as a part of the learning rate (default: the preset's)",
     )
     parser.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate falls (default: the preset's)")
-    parser.add_argument("--batch-size", type=int, help="frames a step (default: the preset's)")
+    parser.add_argument(
+        "--batch-size", type=int, help="frames a step (default: the preset's, for the length of training)"
+    )
     parser.add_argument(
         "--encoder-input", choices=("highpass", "frame"), help="what the encoder sees (default: the preset's)"
     )

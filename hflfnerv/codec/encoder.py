@@ -141,7 +141,8 @@ def encode(
     """
     if config is not None and not isinstance(config, EncodeConfig):
         raise TypeError(f"config must be an EncodeConfig, got {type(config).__name__}")
-    config = (config or EncodeConfig()).resolved()
+    asked = config or EncodeConfig()
+    config = asked.resolved()
     device = resolve_device(config.device)
     stages = _Stages(observer or _Silent())
     entropy_coder(config.entropy)  # an optional package that is missing is better missed before training
@@ -159,6 +160,7 @@ def encode(
             untagged_matrix=config.untagged_matrix,
         )
         count, height, width = video.shape
+        config = asked.resolved(count)
         if late_crop is not None:
             height, width = late_crop
             centre_crop(video.frames[:1], *late_crop)  # one that does not fit is no question of the network's size

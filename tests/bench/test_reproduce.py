@@ -64,6 +64,11 @@ def write_profile(folder: Path, name: str = "tiny", text: str = PROFILE) -> None
     (folder / f"{name}.toml").write_text(textwrap.dedent(text))
 
 
+def write_clip(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_frames(path, np.zeros((4, 8, 8, 3), np.uint8), fps=25)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, moving_frames):
     """Clips, a profile, and its results."""
@@ -317,7 +322,7 @@ def test_the_document_is_what_the_results_say() -> None:
 def test_profiles_make_jobs(name, tmp_path) -> None:
     profile = reproduce.load_profile(name)
     for clip in profile.clips or ("soapbox",):
-        (tmp_path / profile.folder / clip).mkdir(parents=True)
+        write_clip(tmp_path / profile.folder / clip)
     jobs = profile.jobs(tmp_path, "cpu")
     keys = [json.dumps(job.key, sort_keys=True) for job in jobs]
     assert len(set(keys)) == len(keys)
@@ -332,7 +337,7 @@ def test_what_has_rows_is_not_done_again(name, tmp_path) -> None:
     """A new setting must not make the rows from before it another job's: reproduce.BEFORE says what it was then."""
     profile = reproduce.load_profile(name)
     for clip in profile.clips:
-        (tmp_path / profile.folder / clip).mkdir(parents=True)
+        write_clip(tmp_path / profile.folder / clip)
     rows = reproduce.read_rows(reproduce.results_path(name))
     assert [job.title for job in profile.jobs(tmp_path, "cpu") if not reproduce.is_done(job.key, rows)] == []
 
@@ -350,7 +355,8 @@ def test_codecs_of_some_clips(folder, tmp_path) -> None:
 
 
 def test_bad_profiles_and_folders(tmp_path, capsys) -> None:
-    with pytest.raises(FileNotFoundError, match="one of bunny, cpu, cpu-grid, cpu-seeds, davis, paper, got 'none'"):
+    known = "bunny, cpu, cpu-batches, cpu-grid, cpu-seeds, davis, paper"
+    with pytest.raises(FileNotFoundError, match=f"one of {known}, got 'none'"):
         reproduce.load_profile("none")
     write_profile(tmp_path, text=PROFILE.replace('size = "60k"', ""))
     with pytest.raises(ValueError, match="must have 'size'"):
@@ -362,10 +368,10 @@ def test_bad_profiles_and_folders(tmp_path, capsys) -> None:
     profile = reproduce.load_profile("tiny", tmp_path)
     with pytest.raises(FileNotFoundError, match="--data must hold the folder 'clips'"):
         profile.jobs(tmp_path, "cpu")
-    (tmp_path / "clips" / "one").mkdir(parents=True)
+    write_clip(tmp_path / "clips" / "one")
     with pytest.raises(FileNotFoundError, match="got none named two"):
         profile.jobs(tmp_path, "cpu")
-    (tmp_path / "clips" / "two").mkdir()
+    write_clip(tmp_path / "clips" / "two")
     write_profile(tmp_path, text=PROFILE.replace('clips = ["one"]', 'clips = ["three"]'))
     with pytest.raises(ValueError, match="must be among one, two, got three"):
         reproduce.load_profile("tiny", tmp_path).jobs(tmp_path, "cpu")

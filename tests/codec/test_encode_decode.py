@@ -398,6 +398,30 @@ def test_presets_fill_in_what_is_not_given():
         EncodeConfig(optimizer="adam").resolved()
 
 
+def test_long_training_has_larger_batches():
+    def settings(frames, **options):
+        config = EncodeConfig(**options).resolved(frames)
+        return config.batch_size, pytest.approx(config.lr), pytest.approx(config.weight_decay)
+
+    root = 2**0.5
+    assert settings(132, epochs=300) == (4, 0.04, 0.06)  # 9,900 steps
+    assert settings(132, epochs=151) == (2, 0.02 * root, 0.03 * root)  # four frames would leave 4,983
+    assert settings(132, epochs=75) == (1, 0.02, 0.03)  # and two 4,950
+    assert settings(3, epochs=20_000) == (2, 0.02 * root, 0.03 * root)  # no more than there are
+    assert settings(132, epochs=300, batch_size=1) == (1, 0.02, 0.03)
+    assert settings(132, epochs=300, batch_size=9, weight_decay=0.0) == (9, 0.06, 0.0)
+    assert settings(132, epochs=300, lr=0.03) == (1, 0.03, 0.03)
+    assert settings(132, epochs=300, preset="paper") == (1, 2e-3, 0.0)
+    assert settings(132, epochs=300, preset="paper", model="hnerv", batch_size=4) == (4, 1e-3, 0.0)
+    assert settings(132, epochs=300, optimizer="adam", lr=1e-3) == (1, 1e-3, 0.03)
+
+
+def test_the_report_tells_the_batch_of_the_training(moving_frames, monkeypatch):
+    monkeypatch.setattr("hflfnerv.config._FEWEST_STEPS", 4)
+    config = encode(moving_frames[:4], EncodeConfig(size=60_000, epochs=2)).report["config"]
+    assert (config["batch_size"], config["lr"]) == (2, pytest.approx(0.02 * 2**0.5))
+
+
 @pytest.mark.parametrize(("text", "value"), [("1.5M", 1_500_000), ("300k", 300_000), ("42", 42), (0.5e6, 500_000)])
 def test_sizes(text, value):
     assert EncodeConfig(size=text).parameters == value
