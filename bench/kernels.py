@@ -21,11 +21,11 @@ _KERNELS = 40  # that have a row
 
 def points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Profile the training steps of both networks, as the preset ``best`` has them and as published."""
-    for preset, length in (("best", BUNNY), ("best", None), ("paper", None)):
+    for preset, clip in (("best", BUNNY), ("best", None), ("paper", None)):
         for model in (HNeRV, HFLFNeRV):
             used = PRESETS[preset][model.name]
-            if length is not None:
-                used = used.for_length(*length)
+            if clip is not None:
+                used = used.for_clip(*clip)
             name = f"{model.name} 1.5M {preset}, 640x1280, batch {used.batch_size}"
             if machine.wants(name, seconds=40):
                 with machine.room(name):

@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # Before torch is loaded; see hflfnerv.cli.main.
@@ -210,19 +210,32 @@ def step(video: Video, config: EncodeConfig, way: Way, device: torch.device, sta
 
 
 def step_rows(
-    video: Video, clip: str, network: str, device: torch.device, *, size: str = "1.5M", epochs: int = 2
+    video: Video,
+    clip: str,
+    network: str,
+    device: torch.device,
+    *,
+    size: str = "1.5M",
+    epochs: int = 2,
+    batches: Sequence[int] = (1,),
 ) -> Iterator[Row]:
-    """Yield, for each way, how far gradient and update of each parameter are from those of PyTorch's in float32.
+    """Yield, for each batch and way, how far gradient and update of each parameter are from PyTorch's in float32.
 
     A norm over all parameters would be that of the largest, and the updates of Muon are as long however small a
     gradient is. ``wrong`` has those parameters whose errors are over four times those of PyTorch's operations in
     bfloat16, and by more than its roundoff: some have a few values only, whose errors are large or small by chance.
     """
-    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved(len(video.frames))
-    data = f"{network} {size}, {clip}, after {epochs} epochs"
+    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved(video.shape)
     # Untrained, the blocks of an encoder add a millionth of what they compute.
     trained = learn(video, config, Way("fp32"), device)[1].model.state_dict()
     state = {name: value.clone() for name, value in trained.items()}
+    for batch in batches:
+        data = f"{network} {size}, {clip}, batch {batch}, after {epochs} epochs"
+        for row in _step_rows(video, dataclasses.replace(config, batch_size=batch), device, state):
+            yield {"what": row["what"], "data": data} | row
+
+
+def _step_rows(video: Video, config: EncodeConfig, device: torch.device, state: dict[str, Tensor]) -> Iterator[Row]:
     exact: Step | None = None
     half: dict[str, dict[str, float]] = {}
     for name, way in ways(on_gpu=device.type == "cuda").items():
@@ -236,7 +249,6 @@ def step_rows(
                 half[what] = errors
             row: Row = {
                 "what": f"{what} of a step",
-                "data": data,
                 "implementation": name,
                 "baseline": BASELINE,
                 "dtype": way.precision,
@@ -255,7 +267,7 @@ def _distance(actual: Tensor, exact: Tensor) -> float:
 def _rows(
     video: Video, clip: str, network: str, device: torch.device, *, epochs: int, only: str = "", size: str = "1.5M"
 ) -> Iterator[Row]:
-    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved(len(video.frames))
+    config = EncodeConfig(model=network, size=size, epochs=epochs).resolved(video.shape)
     data = f"{network} {size}, {clip}, {len(video.frames)} frames, {epochs} epochs"
     for name, way in ways(on_gpu=device.type == "cuda").items():
         if only not in f"{data}: {name}":
@@ -276,14 +288,15 @@ def points(machine: Machine) -> Iterator[Row]:
     """Train both networks in all ways on a GPU."""
     if machine.dry:
         video = load_video(torch.randint(0, 256, (4, 96, 160, 3), dtype=torch.uint8))
-        name, epochs, size = "random frames", 1, "100k"
+        name, epochs, size, batches = "random frames", 1, "100k", (1, 2)
     else:
         path = find_clip(machine.clip)
-        video, name, epochs, size = load_video(path, crop=_CROP), path.stem, EPOCHS, "1.5M"
+        video, name, epochs, size, batches = load_video(path, crop=_CROP), path.stem, EPOCHS, "1.5M", (1, 4)
     for network in NETWORKS:
-        if machine.wants(f"{network} {size}, steps", seconds=60):
+        if machine.wants(f"{network} {size}, steps", seconds=90):
             with machine.room(network):
-                for row in step_rows(video, name, network, machine.device, size=size, epochs=min(epochs, 2)):
+                subject = video, name, network, machine.device
+                for row in step_rows(*subject, size=size, epochs=min(epochs, 2), batches=batches):
                     if row["wrong"]:
                         machine.failures += _complaints(row)
                     else:

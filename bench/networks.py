@@ -27,7 +27,7 @@ from .device import Machine, require_close, without_autotuning
 from .registry import Contender, Point
 
 FRAMES = 132
-BUNNY = 300, FRAMES  # epochs and frames of its encode
+BUNNY = 300, (FRAMES, 640, 1280)  # epochs and shape of its encode
 BATCHES = (8, 1, 32)
 LAUNCHED = "eager fp32, launched"
 COMPILED = "torch.compile max-autotune bf16"
@@ -171,10 +171,10 @@ def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
     long training.
     """
     points = [(name, model, batch, "paper") for name, model, batch in _named(machine)]
-    for length in (BUNNY, None):
+    for clip in (BUNNY, None):
         for model in (HNeRV, HFLFNeRV):
             used = PRESETS["best"][model.name]
-            batch = used.batch_size if length is None else used.for_length(*length).batch_size
+            batch = used.batch_size if clip is None else used.for_clip(*clip).batch_size
             points.append((f"{model.name} 1.5M best, 640x1280, batch {batch}", model, batch, "best"))
     for name, model, batch, preset in points[::3] if machine.dry else points:  # a dry run has time for two
         if machine.wants(name, seconds=120):

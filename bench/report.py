@@ -321,23 +321,23 @@ def grid_table(results: Results) -> Iterator[str]:
         for network, settings in grid.items()
     }
     lines = []
-    # A setting that no row makes use of may be of a later date than all of them.
+    # Those that are alike in all rows say nothing; one may be of a later date than any of them.
     used = [setting for of in grid.values() for setting in of]
-    known = [i for i, name in enumerate(SETTINGS) if any(setting[i] != BEFORE.get(name) for setting in used)]
+    shown = [i for i in range(len(SETTINGS)) if len({setting[i] for setting in used}) > 1]
     for network, settings in grid.items():
         for setting in settings:
             marks = ["of the preset"] if (network, *setting) in preset else []
             marks += ["best"] if best[network] == setting else []
-            shown = [f"{setting[i]:g}" if isinstance(setting[i], float) else str(setting[i]) for i in known]
+            own = [f"{setting[i]:g}" if isinstance(setting[i], float) else str(setting[i]) for i in shown]
             cells = [
                 number(values(network, setting, name), digits)
                 for name, digits in (("psnr_db", 2), ("bits_per_pixel", 4), ("training_seconds", 0))
             ]
-            lines.append((name_of(network), *shown, *cells, ", ".join(marks)))
+            lines.append((name_of(network), *own, *cells, ", ".join(marks)))
     clips = sorted(next(iter(next(iter(grid.values())).values())))
     yield f"**Each at its own best.** PSNR of the file in dB, one seed, mean over {', '.join(clips)}."
     yield ""
-    columns = [SETTINGS[i].replace("_", " ") for i in known]
+    columns = [SETTINGS[i].replace("_", " ") for i in shown]
     yield from markdown(("network", *columns, "PSNR", "bits per pixel", "training, s", ""), lines)
     if BASELINE in grid:
         for network in grid:

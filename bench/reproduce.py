@@ -197,13 +197,13 @@ class Profile:
             ValueError: a setting is impossible.
         """
         sources = self.sources(data)
-        frames = functools.cache(lambda name: self._selected_frames(sources[name]))
+        shape_of = functools.cache(lambda name: self._coded_shape(sources[name]))
         jobs: dict[str, Encode | Codec] = {}
         for block in self.encodes:
             names = _clips_of(block, sources)
             for seed in block.get("seeds", [1]):
                 for name in names:
-                    for config in self._configs(block, seed, device, frames(name)):
+                    for config in self._configs(block, seed, device, shape_of(name)):
                         job = Encode(name, sources[name], config)
                         jobs.setdefault(json.dumps(job.key, sort_keys=True), job)
         for codec, options in self.codecs.items():
@@ -213,14 +213,16 @@ class Profile:
                     jobs.setdefault(json.dumps(job_of_codec.key, sort_keys=True), job_of_codec)
         return list(jobs.values())
 
-    def _selected_frames(self, path: pathlib.Path) -> int:
-        from hflfnerv.data import count_frames
+    def _coded_shape(self, path: pathlib.Path) -> tuple[int, int, int]:
+        from hflfnerv.data import count_frames, probe_video
         from hflfnerv.data.selection import as_frame_slice
 
-        selection = as_frame_slice(self.selection.get("frames"))
-        return len(range(*selection.indices(count_frames(path))))
+        frames = as_frame_slice(self.selection.get("frames")).indices(count_frames(path))
+        info = probe_video(path)
+        sides = self.selection.get("crop") or self.selection.get("resize") or (info.height, info.width)
+        return len(range(*frames)), *sides
 
-    def _configs(self, block: Row, seed: int, device: str, frames: int) -> Iterator[EncodeConfig]:
+    def _configs(self, block: Row, seed: int, device: str, shape: tuple[int, int, int]) -> Iterator[EncodeConfig]:
         for size, network in itertools.product(block.get("sizes", [self.size]), block["networks"]):
             model, preset = network.split("/")
             for values in itertools.product(*(block.get(name, [None]) for name in SETTINGS)):
@@ -229,7 +231,7 @@ class Profile:
                 )
                 precision = {"precision": block["precision"]} if "precision" in block else {}
                 settings = dict(zip(SETTINGS, values, strict=True))
-                yield dataclasses.replace(config, **precision, **settings, **self.selection).resolved(frames)
+                yield dataclasses.replace(config, **precision, **settings, **self.selection).resolved(shape)
 
 
 def profile_names(folder: pathlib.Path = PROFILES) -> list[str]:
@@ -382,7 +384,7 @@ def encode_clip(job: Encode, work: pathlib.Path) -> Row:
     decoder = Decoder(result.bitstream, device=config.device, precision="fp32")
     reference = load_video(job.path, frames=config.frames, resize=config.resize, crop=config.crop).frames
     quality = evaluate(decoder, reference, with_lpips=True)
-    preset = EncodeConfig(config.model, config.preset, epochs=config.epochs).resolved(len(reference))
+    preset = EncodeConfig(config.model, config.preset, epochs=config.epochs).resolved(decoder.shape)
     row = {
         "implementation": f"{config.model}/{config.preset}",
         "shape": list(decoder.shape),

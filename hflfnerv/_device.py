@@ -78,7 +78,8 @@ def not_enough_memory(what: str, *, decoding: bool) -> str:
     """Return in one line that memory is short, and what can be done: of a coded video the sizes are given."""
     if decoding:
         return f"not enough memory ({what}): the network of this file needs it for every frame, use a larger machine"
-    return f"not enough memory ({what}): fewer frames (--frames), smaller ones (--resize)"
+    remedy = "fewer frames a step (--batch-size), fewer in all (--frames), smaller ones (--resize)"
+    return f"not enough memory ({what}): {remedy}"
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

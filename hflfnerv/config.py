@@ -35,9 +35,9 @@ DECODE_PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int16", "int8")
 _PUBLISHED_BITS = 8, 6
 _FINEST_BITS = 10, 10
 _SIZE_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
-# A larger batch takes less time for a frame and makes fewer steps: frames that it has at most, and steps that it leaves
-# at least. docs/ablations.md has what comes of it.
-_LARGEST_BATCH, _FEWEST_STEPS = 4, 5000
+# A larger batch takes less time for a frame, and makes fewer steps: docs/ablations.md has what comes of it. Steps that
+# it leaves at least; frames that it has at most, and pixels, for it takes memory.
+_FEWEST_STEPS, _LARGEST_BATCH, _MOST_PIXELS = 5000, 4, 4 * 640 * 1280
 
 
 class TrainingDefaults(NamedTuple):
@@ -61,12 +61,16 @@ class TrainingDefaults(NamedTuple):
         growth = math.sqrt(batch_size / self.batch_size) if self.optimizer == "muon" else 1.0
         return self._replace(batch_size=batch_size, lr=growth * self.lr, weight_decay=growth * self.weight_decay)
 
-    def for_length(self, epochs: int, frames: int) -> TrainingDefaults:
-        """Return the settings for a clip: with Muon, long training has twice or four times as many frames a step."""
+    def for_clip(self, epochs: int, shape: tuple[int, int, int]) -> TrainingDefaults:
+        """Return the settings for a clip ``(T, H, W)``.
+
+        With Muon, long training of frames that are not too large has twice or four times as many of them a step.
+        """
+        frames, height, width = shape
+        most = min(_LARGEST_BATCH, frames, _MOST_PIXELS // (height * width)) if self.optimizer == "muon" else 0
         batch = self.batch_size
-        if self.optimizer == "muon":
-            while 2 * batch <= min(_LARGEST_BATCH, frames) and epochs * (frames // (2 * batch)) >= _FEWEST_STEPS:
-                batch *= 2
+        while 2 * batch <= most and epochs * (frames // (2 * batch)) >= _FEWEST_STEPS:
+            batch *= 2
         return self.with_batch(batch)
 
 
@@ -129,7 +133,8 @@ class EncodeConfig:
         encoder_input: what the encoder sees, ``"highpass"`` or ``"frame"``; None for the preset's. The encoder is no
             part of the file.
         batch_size: frames a step; None for the preset's. With ``"muon"`` that is two or four in long training, where
-            5,000 steps or more are left, unless there is an ``lr``.
+            5,000 steps or more are left and a step has no more pixels than four frames of 640 x 1280, unless there is
+            an ``lr``.
         crop: ``(height, width)`` of a centre crop, after resizing and any filter; None for the whole frame.
         resize: ``(height, width)`` to which whole frames are resized first; None to keep their size.
         frames: a slice without a step, ``(start, stop)`` or ``"A:B"``; None for all frames.
@@ -240,12 +245,11 @@ class EncodeConfig:
         """``size`` as a number."""
         return parse_size(self.size)
 
-    def resolved(self, frames: int | None = None) -> EncodeConfig:
+    def resolved(self, shape: tuple[int, int, int] | None = None) -> EncodeConfig:
         """Return the same configuration with the preset's settings filled in where there are none.
 
         Args:
-            frames: of the clip, for the settings that depend on the length of its training; None for those of a short
-                one.
+            shape: ``(T, H, W)`` of what is coded, for the settings that depend on it; None for those of a short clip.
 
         Raises:
             ValueError: there is another optimiser than the preset's and no learning rate for it.
@@ -261,8 +265,8 @@ class EncodeConfig:
             )
         if self.batch_size is not None:
             defaults = defaults.with_batch(self.batch_size)
-        elif frames is not None and self.lr is None:
-            defaults = defaults.for_length(self.epochs, frames)
+        elif shape is not None and self.lr is None:
+            defaults = defaults.for_clip(self.epochs, shape)
         return replace(
             self,
             size=self.parameters,

@@ -160,10 +160,10 @@ def encode(
             untagged_matrix=config.untagged_matrix,
         )
         count, height, width = video.shape
-        config = asked.resolved(count)
         if late_crop is not None:
             height, width = late_crop
             centre_crop(video.frames[:1], *late_crop)  # one that does not fit is no question of the network's size
+        config = asked.resolved((count, height, width))
         spec = network.plan(config.parameters, count, height, width, preset=config.preset)
         header = encoding_header(spec, video, config)
         _check_limits(spec)

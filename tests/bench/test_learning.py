@@ -108,6 +108,8 @@ def test_what_is_wrong_in_a_step_is_named(monkeypatch, change, named):
     assert [learning._complaints(row) for row in rows[:-2]] == [[]] * 8
     assert {row["what"].split()[0]: row["wrong"] for row in rows[-2:]} == named
     complaints = [complaint for row in rows[-2:] for complaint in learning._complaints(row)]
-    assert complaints[-1].startswith("hnerv 100k, noise, after 1 epochs, wrong: updates of a step are wrong (encoder.")
+    assert complaints[-1].startswith(
+        "hnerv 100k, noise, batch 1, after 1 epochs, wrong: updates of a step are wrong (encoder."
+    )
     if named["gradients"]:
         assert complaints[0].endswith("wrong: gradients of a step are wrong (encoder.stages.0.0.gamma 5.0e-01)")

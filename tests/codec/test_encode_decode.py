@@ -399,8 +399,8 @@ def test_presets_fill_in_what_is_not_given():
 
 
 def test_long_training_has_larger_batches():
-    def settings(frames, **options):
-        config = EncodeConfig(**options).resolved(frames)
+    def settings(frames, height=640, **options):
+        config = EncodeConfig(**options).resolved((frames, height, 2 * height))
         return config.batch_size, pytest.approx(config.lr), pytest.approx(config.weight_decay)
 
     root = 2**0.5
@@ -408,6 +408,7 @@ def test_long_training_has_larger_batches():
     assert settings(132, epochs=151) == (2, 0.02 * root, 0.03 * root)  # four frames would leave 4,983
     assert settings(132, epochs=75) == (1, 0.02, 0.03)  # and two 4,950
     assert settings(3, epochs=20_000) == (2, 0.02 * root, 0.03 * root)  # no more than there are
+    assert settings(132, 641, epochs=300) == (2, 0.02 * root, 0.03 * root)  # nor than a device has room for
     assert settings(132, epochs=300, batch_size=1) == (1, 0.02, 0.03)
     assert settings(132, epochs=300, batch_size=9, weight_decay=0.0) == (9, 0.06, 0.0)
     assert settings(132, epochs=300, lr=0.03) == (1, 0.03, 0.03)
