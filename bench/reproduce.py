@@ -384,7 +384,7 @@ def encode_clip(job: Encode, work: pathlib.Path) -> Row:
     decoder = Decoder(result.bitstream, device=config.device, precision="fp32")
     reference = load_video(job.path, frames=config.frames, resize=config.resize, crop=config.crop).frames
     quality = evaluate(decoder, reference, with_lpips=True)
-    preset = EncodeConfig(config.model, config.preset, epochs=config.epochs).resolved(decoder.shape)
+    preset = EncodeConfig(config.model, config.preset, epochs=config.epochs).resolved(decoder.shape[:3])
     row = {
         "implementation": f"{config.model}/{config.preset}",
         "shape": list(decoder.shape),
