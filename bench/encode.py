@@ -17,7 +17,7 @@ from .device import Machine
 from .run import ROOT
 
 MODELS = ("hnerv", "hflf")
-_EPOCHS = 300
+EPOCHS = 300
 
 
 def find_clip(path: str | None) -> pathlib.Path:
@@ -44,7 +44,7 @@ def points(machine: Machine) -> Iterator[dict[str, Any]]:
 
         path = find_clip(machine.clip)
         source = load_video(path).frames  # read once, for both networks
-        options = {"size": "1.5M", "epochs": _EPOCHS, "crop": (640, 1280)}
+        options = {"size": "1.5M", "epochs": EPOCHS, "crop": (640, 1280)}
         name = path.stem
     for model in MODELS:
         data = f"{model} {options['size']}, {name}, {len(source)} frames, {options['epochs']} epochs"

@@ -13,7 +13,7 @@ from hflfnerv.models.hflf import HFLFNeRV
 from hflfnerv.models.hnerv import HNeRV
 
 from .device import Machine
-from .networks import BUNNY, network_of, trainers_step
+from .networks import network_of, settings_of_best, trainers_step
 
 _STEPS = 5
 _KERNELS = 40  # that have a row
@@ -21,17 +21,15 @@ _KERNELS = 40  # that have a row
 
 def points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Profile the training steps of both networks, as the preset ``best`` has them and as published."""
-    for preset, clip in (("best", BUNNY), ("best", None), ("paper", None)):
-        for model in (HNeRV, HFLFNeRV):
-            used = PRESETS[preset][model.name]
-            if clip is not None:
-                used = used.for_clip(*clip)
-            name = f"{model.name} 1.5M {preset}, 640x1280, batch {used.batch_size}"
-            if machine.wants(name, seconds=40):
-                with machine.room(name):
-                    network = network_of(machine, model, with_encoder=True, preset=preset)
-                    step = trainers_step(machine, network, used.batch_size, used, captured=False)
-                    yield from _profile(machine, name, step)
+    points = [("best", *each) for each in settings_of_best()]
+    points += [("paper", model, PRESETS["paper"][model.name]) for model in (HNeRV, HFLFNeRV)]
+    for preset, model, used in points:
+        name = f"{model.name} 1.5M {preset}, 640x1280, batch {used.batch_size}"
+        if machine.wants(name, seconds=40):
+            with machine.room(name):
+                network = network_of(machine, model, with_encoder=True, preset=preset)
+                step = trainers_step(machine, network, used.batch_size, used, captured=False)
+                yield from _profile(machine, name, step)
 
 
 def _profile(machine: Machine, name: str, step: Callable[[], None]) -> Iterator[dict[str, Any]]:

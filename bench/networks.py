@@ -24,10 +24,10 @@ from hflfnerv.ops import PackedWeights
 from hflfnerv.train import CapturedStep, Clip, TrainConfig, Trainer
 
 from .device import Machine, require_close, without_autotuning
+from .encode import EPOCHS as ENCODE_EPOCHS
 from .registry import Contender, Point
 
 FRAMES = 132
-BUNNY = 300, (FRAMES, 640, 1280)  # epochs and shape of its encode
 BATCHES = (8, 1, 32)
 LAUNCHED = "eager fp32, launched"
 COMPILED = "torch.compile max-autotune bf16"
@@ -164,6 +164,14 @@ def _measure_decode(machine: Machine, name: str, model: type[VideoNetwork], batc
     yield from machine.measure(point, launched=(LAUNCHED, ENGINE, ENGINE_INT8, ENGINE_TO_HOST), flush=False)
 
 
+def settings_of_best() -> Iterator[tuple[type[VideoNetwork], TrainingDefaults]]:
+    """Yield both networks with the settings of a whole encode, and then with those of short training."""
+    for model in (HNeRV, HFLFNeRV):
+        yield model, PRESETS["best"][model.name].for_clip(ENCODE_EPOCHS, (FRAMES, 640, 1280))
+    for model in (HNeRV, HFLFNeRV):
+        yield model, PRESETS["best"][model.name]
+
+
 def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
     """Measure forward, backward and the optimiser on frames that are on the device, the encoder included.
 
@@ -171,11 +179,9 @@ def training_points(machine: Machine) -> Iterator[dict[str, Any]]:
     long training.
     """
     points = [(name, model, batch, "paper") for name, model, batch in _named(machine)]
-    for clip in (BUNNY, None):
-        for model in (HNeRV, HFLFNeRV):
-            used = PRESETS["best"][model.name]
-            batch = used.batch_size if clip is None else used.for_clip(*clip).batch_size
-            points.append((f"{model.name} 1.5M best, 640x1280, batch {batch}", model, batch, "best"))
+    for model, used in settings_of_best():
+        batch = used.batch_size
+        points.append((f"{model.name} 1.5M best, 640x1280, batch {batch}", model, batch, "best"))
     for name, model, batch, preset in points[::3] if machine.dry else points:  # a dry run has time for two
         if machine.wants(name, seconds=120):
             with machine.room(name):

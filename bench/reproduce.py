@@ -218,8 +218,10 @@ class Profile:
         from hflfnerv.data.selection import as_frame_slice
 
         frames = as_frame_slice(self.selection.get("frames")).indices(count_frames(path))
-        info = probe_video(path)
-        sides = self.selection.get("crop") or self.selection.get("resize") or (info.height, info.width)
+        sides = self.selection.get("crop") or self.selection.get("resize")
+        if sides is None:
+            info = probe_video(path)
+            sides = info.height, info.width
         return len(range(*frames)), *sides
 
     def _configs(self, block: Row, seed: int, device: str, shape: tuple[int, int, int]) -> Iterator[EncodeConfig]:
