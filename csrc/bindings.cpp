@@ -24,6 +24,7 @@
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
 #include "core/stream_loss.h"
+#include "core/undo_shuffle_gelu.h"
 #include "core/winograd_output.h"
 #ifdef HFLFNERV_CUDA_ARCHITECTURES
 #include "cuda/conv2d.h"
@@ -279,20 +280,51 @@ void pixel_shuffle_gelu_bwd(const Shape5& shape, bool channels_last, const std::
                                    pointer<void>(dx), pointer<float>(dbias), threads, level);
 }
 
+hflfnerv::ConvActivation conv_activation(const std::string& name) {
+  if (name == "identity") return hflfnerv::ConvActivation::identity;
+  if (name == "gelu") return hflfnerv::ConvActivation::gelu;
+  if (name == "gelu_tanh") return hflfnerv::ConvActivation::gelu_tanh;
+  throw py::value_error("activation must be 'identity', 'gelu' or 'gelu_tanh', got '" + name + "'");
+}
+
 // batch, input channels, height, width, channels of y, r, kernel height and width, padding of rows and columns.
 using Shape10 = std::array<std::int64_t, 10>;
 
-void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, bool tanh_form, std::uintptr_t x, std::uintptr_t weight,
-                                 std::uintptr_t bias, std::uintptr_t y, int threads) {
+hflfnerv::ConvPixelShuffleShape conv_pixel_shuffle_shape(const Shape10& n) {
   if (const char* reason = hflfnerv::amx_unavailable()) throw py::value_error(reason);
-  const auto& n = sizes;
   const hflfnerv::ConvPixelShuffleShape shape{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
   const bool positive = *std::min_element(n.begin(), n.begin() + 8) > 0 && shape.out_height() > 0 && shape.out_width() > 0;
   if (!positive || n[8] < 0 || n[9] < 0) throw py::value_error("sizes must be positive, paddings at least 0");
+  return shape;
+}
+
+void conv_pixel_shuffle_gelu_fwd(const Shape10& sizes, const std::string& activation, std::uintptr_t x,
+                                 std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z, int threads) {
+  const auto shape = conv_pixel_shuffle_shape(sizes);
+  const auto kind = conv_activation(activation);
   const py::gil_scoped_release release;
-  hflfnerv::conv_pixel_shuffle_gelu_fwd(shape, tanh_form, pointer<hflfnerv::BFloat16>(x),
+  hflfnerv::conv_pixel_shuffle_gelu_fwd(shape, kind, pointer<hflfnerv::BFloat16>(x),
                                         pointer<hflfnerv::BFloat16>(weight), pointer<float>(bias),
-                                        pointer<hflfnerv::BFloat16>(y), threads);
+                                        pointer<hflfnerv::BFloat16>(y), pointer<hflfnerv::BFloat16>(z), threads);
+}
+
+void conv_pixel_shuffle_gelu_dgrad(const Shape10& sizes, std::uintptr_t dz, std::uintptr_t weight, std::uintptr_t dx,
+                                   int threads) {
+  const auto shape = conv_pixel_shuffle_shape(sizes);
+  if (shape.padding_h >= shape.kernel_h || shape.padding_w >= shape.kernel_w) {
+    throw py::value_error("paddings must be less than the kernel for the gradient of x");
+  }
+  const py::gil_scoped_release release;
+  hflfnerv::conv_pixel_shuffle_gelu_dgrad(shape, pointer<hflfnerv::BFloat16>(dz), pointer<hflfnerv::BFloat16>(weight),
+                                          pointer<hflfnerv::BFloat16>(dx), threads);
+}
+
+void conv_pixel_shuffle_gelu_wgrad(const Shape10& sizes, std::uintptr_t x, std::uintptr_t dz, std::uintptr_t dweight,
+                                   int threads) {
+  const auto shape = conv_pixel_shuffle_shape(sizes);
+  const py::gil_scoped_release release;
+  hflfnerv::conv_pixel_shuffle_gelu_wgrad(shape, pointer<hflfnerv::BFloat16>(x), pointer<hflfnerv::BFloat16>(dz),
+                                          pointer<hflfnerv::BFloat16>(dweight), threads);
 }
 
 // batch, input channels, height, width, channels of y, r, kernel, points on each axis.
@@ -325,31 +357,25 @@ void winograd_weight(const Shape8& sizes, bool data_gradient, std::uintptr_t wei
   hflfnerv::winograd_weight(shape, data_gradient, pointer<float>(weight), pointer<float>(points), threads, level);
 }
 
-hflfnerv::WinogradActivation winograd_activation(const std::string& name) {
-  if (name == "identity") return hflfnerv::WinogradActivation::identity;
-  if (name == "gelu") return hflfnerv::WinogradActivation::gelu;
-  if (name == "gelu_tanh") return hflfnerv::WinogradActivation::gelu_tanh;
-  throw py::value_error("activation must be 'identity', 'gelu' or 'gelu_tanh', got '" + name + "'");
-}
-
 void winograd_fwd(const Shape8& sizes, const std::string& dtype, const std::string& activation, std::uintptr_t x,
                   std::uintptr_t points, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z, int threads,
                   const std::string& simd) {
   const auto shape = winograd_shape(sizes, dtype);
-  const auto kind = winograd_activation(activation);
+  const auto kind = conv_activation(activation);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
   hflfnerv::winograd_fwd(shape, kind, pointer<void>(x), pointer<float>(points), pointer<float>(bias), pointer<void>(y),
                          pointer<void>(z), threads, level);
 }
 
-void winograd_undo(const Shape8& sizes, const std::string& dtype, bool tanh_form, std::uintptr_t dy, std::uintptr_t z,
-                   std::uintptr_t dz, std::uintptr_t dbias, int threads, const std::string& simd) {
-  const auto shape = winograd_shape(sizes, dtype);
+void undo_shuffle_gelu(const Shape5& shape, const std::string& dtype, bool tanh_form, std::uintptr_t dy, std::uintptr_t z,
+                       std::uintptr_t dz, std::uintptr_t dbias, int threads, const std::string& simd) {
+  const auto n = pixel_shuffle_shape(shape, true);
+  const hflfnerv::UndoShape sizes{n.batch, n.channels, n.r, n.height, n.width, float_type_of(dtype)};
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
-  hflfnerv::winograd_undo(shape, tanh_form, pointer<void>(dy), pointer<void>(z), pointer<void>(dz), pointer<float>(dbias),
-                          threads, level);
+  hflfnerv::undo_shuffle_gelu(sizes, tanh_form, pointer<void>(dy), pointer<void>(z), pointer<void>(dz),
+                              pointer<float>(dbias), threads, level);
 }
 
 void winograd_dgrad(const Shape8& sizes, const std::string& dtype, std::uintptr_t dz, std::uintptr_t points,
@@ -427,17 +453,31 @@ void depthwise_conv2d_bwd(const Shape6& sizes, std::uintptr_t dy, std::uintptr_t
 // Rows, columns, addresses of x and y.
 using Matrix = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
 
-void orthogonalise(const std::vector<Matrix>& matrices, const std::array<float, 3>& quintic, int steps, int threads,
-                   const std::string& simd) {
-  std::vector<hflfnerv::OrthogonaliseMatrix> all;
+template <class Of, class Element>
+std::vector<Of> matrices_of(const std::vector<Matrix>& matrices) {
+  std::vector<Of> all;
   for (const auto& [rows, columns, x, y] : matrices) {
     if (rows < 1 || columns < 1) throw py::value_error("sizes must be positive");
-    all.push_back({rows, columns, pointer<float>(x), pointer<float>(y)});
+    all.push_back({rows, columns, pointer<Element>(x), pointer<Element>(y)});
   }
+  return all;
+}
+
+void orthogonalise(const std::vector<Matrix>& matrices, const std::array<float, 3>& quintic, int steps, int threads,
+                   const std::string& simd) {
+  const auto all = matrices_of<hflfnerv::OrthogonaliseMatrix, float>(matrices);
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
   const py::gil_scoped_release release;
   hflfnerv::orthogonalise(all.data(), static_cast<std::int64_t>(all.size()), {quintic[0], quintic[1], quintic[2], steps},
                           threads, level);
+}
+
+void orthogonalise_bfloat16(const std::vector<Matrix>& matrices, const std::array<float, 3>& quintic, int steps, int threads) {
+  if (const char* reason = hflfnerv::amx_unavailable()) throw py::value_error(reason);
+  const auto all = matrices_of<hflfnerv::OrthogonaliseBFloat16, hflfnerv::BFloat16>(matrices);
+  const py::gil_scoped_release release;
+  hflfnerv::orthogonalise_bfloat16(all.data(), static_cast<std::int64_t>(all.size()),
+                                   {quintic[0], quintic[1], quintic[2], steps}, threads);
 }
 
 // Address, height and width of an image, and the address of its gradient.
@@ -789,7 +829,7 @@ void winograd_output_fwd(const std::array<std::int64_t, 2>& size, const Link& li
       throw py::value_error("features must be at least as large as the frame");
     }
     check_group(group, all.empty() ? 0 : all.back().group, shape);
-    all.push_back({block, winograd_activation(activation), pointer<float>(x), pointer<float>(points), pointer<float>(bias),
+    all.push_back({block, conv_activation(activation), pointer<float>(x), pointer<float>(points), pointer<float>(bias),
                    pointer<float>(head), group});
   }
   const SimdLevel level = pixel_shuffle_gelu_level(simd);
@@ -865,16 +905,20 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"),
              py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("amx_unavailable", &hflfnerv::amx_unavailable);
-  module.def("conv_pixel_shuffle_gelu_fwd", &conv_pixel_shuffle_gelu_fwd, py::arg("sizes"), py::arg("tanh_form"),
-             py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("threads"));
+  module.def("conv_pixel_shuffle_gelu_fwd", &conv_pixel_shuffle_gelu_fwd, py::arg("sizes"), py::arg("activation"),
+             py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("z"), py::arg("threads"));
+  module.def("conv_pixel_shuffle_gelu_dgrad", &conv_pixel_shuffle_gelu_dgrad, py::arg("sizes"), py::arg("dz"),
+             py::arg("weight"), py::arg("dx"), py::arg("threads"));
+  module.def("conv_pixel_shuffle_gelu_wgrad", &conv_pixel_shuffle_gelu_wgrad, py::arg("sizes"), py::arg("x"), py::arg("dz"),
+             py::arg("dweight"), py::arg("threads"));
   module.def("winograd_weight_floats", &winograd_weight_floats, py::arg("sizes"), py::arg("data_gradient"),
              py::arg("simd") = "auto");
   module.def("winograd_weight", &winograd_weight, py::arg("sizes"), py::arg("data_gradient"), py::arg("weight"),
              py::arg("points"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_fwd", &winograd_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("activation"), py::arg("x"),
              py::arg("points"), py::arg("bias"), py::arg("y"), py::arg("z"), py::arg("threads"), py::arg("simd") = "auto");
-  module.def("winograd_undo", &winograd_undo, py::arg("sizes"), py::arg("dtype"), py::arg("tanh_form"), py::arg("dy"),
-             py::arg("z"), py::arg("dz"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
+  module.def("undo_shuffle_gelu", &undo_shuffle_gelu, py::arg("shape"), py::arg("dtype"), py::arg("tanh_form"),
+             py::arg("dy"), py::arg("z"), py::arg("dz"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_dgrad", &winograd_dgrad, py::arg("sizes"), py::arg("dtype"), py::arg("dz"), py::arg("points"),
              py::arg("dx"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("winograd_wgrad", &winograd_wgrad, py::arg("sizes"), py::arg("dtype"), py::arg("x"), py::arg("dz"),
@@ -890,6 +934,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("orthogonalise", &orthogonalise, py::arg("matrices"), py::arg("quintic"), py::arg("steps"), py::arg("threads"),
              py::arg("simd") = "auto");
+  module.def("orthogonalise_bfloat16", &orthogonalise_bfloat16, py::arg("matrices"), py::arg("quintic"), py::arg("steps"),
+             py::arg("threads"));
   module.def("stream_loss_fwd", &stream_loss_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("low"), py::arg("high"),
              py::arg("target"), py::arg("loss"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("stream_loss_bwd", &stream_loss_bwd, py::arg("sizes"), py::arg("dtype"), py::arg("low"), py::arg("high"),

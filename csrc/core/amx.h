@@ -20,6 +20,10 @@ struct alignas(64) TileConfig {
 constexpr std::int64_t kTileElements = kTile * kStep;
 constexpr int kBlockRows = 64;  // rows of products of four tiles
 
+// Not std::min, of which a copy compiled for AMX might be shared with other code; and so on.
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a < b ? b : a; }
+
 // The compiler does not know that tile loads read memory: what was written has to be there before them.
 inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
 
@@ -66,6 +70,42 @@ inline void store_products(float* to) {
   _tile_stored(1, to + kTile * kTile, 64);
   _tile_stored(2, to + 2 * kTile * kTile, 64);
   _tile_stored(3, to + 3 * kTile * kTile, 64);
+}
+
+// Transposes 32 x 32 elements: register i has column i afterwards.
+inline __attribute__((always_inline)) void transpose_32(__m512i* v) {
+  __m512i t[32];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi16(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi16(v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      v[4 * i + 2 * j] = _mm512_unpacklo_epi32(t[4 * i + j], t[4 * i + 2 + j]);
+      v[4 * i + 2 * j + 1] = _mm512_unpackhi_epi32(t[4 * i + j], t[4 * i + 2 + j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      t[8 * i + 2 * j] = _mm512_unpacklo_epi64(v[8 * i + j], v[8 * i + 4 + j]);
+      t[8 * i + 2 * j + 1] = _mm512_unpackhi_epi64(v[8 * i + j], v[8 * i + 4 + j]);
+    }
+  }
+  // t[8 g + j] has rows 8 g to 8 g + 7 of the columns j, 8 + j, 16 + j and 24 + j, in quarters.
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x44), b = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(t[16 + j], t[24 + j], 0x44), d = _mm512_shuffle_i32x4(t[16 + j], t[24 + j], 0xee);
+    v[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    v[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    v[16 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[24 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
 }
 
 // How many of 64 rows to finish in each of the first steps, so that none is left after the last.

@@ -43,15 +43,16 @@ PlanesLayout split_channels(std::int64_t channels, std::int64_t taps) {
   return layout;
 }
 
-ConvKernel::ConvKernel(const ConvSizes& sizes, bool tanh_form, const BFloat16* weight, const float* bias,
+ConvKernel::ConvKernel(const ConvSizes& sizes, const GeluTable* table, const ConvWeight& weight, const float* bias,
                        const PlanesLayout& in, const ConvOutputLayout& out, int threads) {
   plan_.in_channels = sizes.in_channels;
+  plan_.out_channels = sizes.channels * sizes.r * sizes.r;
   plan_.r = sizes.r;
   plan_.kernel_h = sizes.kernel_h;
   plan_.kernel_w = sizes.kernel_w;
   plan_.in = in;
   plan_.out = out;
-  plan_.table = &gelu_table(tanh_form, false);
+  plan_.table = table;
 
   for (std::int64_t ky = 0; ky < sizes.kernel_h; ++ky) {
     for (std::int64_t kx = 0; kx < sizes.kernel_w; ++kx) {

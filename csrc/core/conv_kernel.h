@@ -20,9 +20,9 @@ struct ConvSizes {
 
 class ConvKernel {
  public:
-  // The weight is channels-last; bias has one float per output channel, or is null.
-  ConvKernel(const ConvSizes& sizes, bool tanh_form, const BFloat16* weight, const float* bias, const PlanesLayout& in,
-             const ConvOutputLayout& out, int threads);
+  // bias has one float per output channel, or is null; so is the table where there is no GELU.
+  ConvKernel(const ConvSizes& sizes, const GeluTable* table, const ConvWeight& weight, const float* bias,
+             const PlanesLayout& in, const ConvOutputLayout& out, int threads);
   // The plan points into this object.
   ConvKernel(const ConvKernel&) = delete;
   ConvKernel& operator=(const ConvKernel&) = delete;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "float_types.h"
+#include "gelu_table.h"
 
 namespace hflfnerv {
 
@@ -21,9 +22,19 @@ struct ConvPixelShuffleShape {
 // Why this machine cannot multiply with AMX, in words, or null. The first call asks the operating system for its use.
 const char* amx_unavailable();
 
-// bias has one float per output channel of the convolution, or is null. Each element is computed alike wherever it lies:
-// the result does not depend on `threads` or on the batch.
-void conv_pixel_shuffle_gelu_fwd(const ConvPixelShuffleShape& shape, bool tanh_form, const BFloat16* x,
-                                 const BFloat16* weight, const float* bias, BFloat16* y, int threads);
+// bias has one float per output channel of the convolution, or is null. z, what GELU is applied to, is rounded once as well,
+// and may be null, as it has to be with the identity: [batch, channels r r, out_height, out_width], channels-last, with the channels in the order (row of the
+// shuffle, column of the shuffle, c). Each element is computed alike wherever it lies: the result does not depend on
+// `threads` or on the batch.
+void conv_pixel_shuffle_gelu_fwd(const ConvPixelShuffleShape& shape, ConvActivation activation, const BFloat16* x,
+                                 const BFloat16* weight, const float* bias, BFloat16* y, BFloat16* z, int threads);
+
+// The gradients of x and of the weight from that of z, rounded once. Paddings are less than the kernel for that of x. Sums
+// are in float32 in an order that depends on the shape alone. An element of x that is not finite may reach the gradient of
+// any weight of its channel.
+void conv_pixel_shuffle_gelu_dgrad(const ConvPixelShuffleShape& shape, const BFloat16* dz, const BFloat16* weight,
+                                   BFloat16* dx, int threads);
+void conv_pixel_shuffle_gelu_wgrad(const ConvPixelShuffleShape& shape, const BFloat16* x, const BFloat16* dz,
+                                   BFloat16* dweight, int threads);
 
 }  // namespace hflfnerv

@@ -33,10 +33,10 @@ struct ConvOutputLayout {
 
 // A convolution made ready. Pointers are to what its ConvKernel keeps.
 struct ConvPlan {
-  std::int64_t in_channels, r, kernel_h, kernel_w;
+  std::int64_t in_channels, out_channels, r, kernel_h, kernel_w;
   PlanesLayout in;
   ConvOutputLayout out;
-  const GeluTable* table;
+  const GeluTable* table;           // null for none
   std::int64_t tiles, plane_tiles;  // of columns: all, and those before the rest's
   const std::int32_t* column;       // output channel of each column, -1 where there is none
   const std::int64_t* steps;        // of the groups: where the tile of a step begins, after the tile's first pixel
@@ -58,11 +58,14 @@ struct ConvPlan {
 };
 
 // Where results go: pixel (h r, w r) of y begins at plane + h % ring * r * plane_row + w r * plane_pixel, and in rest
-// likewise.
+// likewise. What GELU is applied to goes to z, unless that is null: that of pixel (h, w) to h * z_row + w * out_channels, in
+// the order of the columns.
 struct ConvOutput {
   BFloat16* plane;
   BFloat16* rest;
   std::int64_t ring;
+  BFloat16* z = nullptr;
+  std::int64_t z_row = 0;
 };
 
 // Rows [begin, end) of y / r and columns [0, columns), column tiles [first_tile, last_tile). `in` points to what lies under
@@ -76,14 +79,23 @@ struct ConvRows {
 // `scratch` is aligned to cache lines.
 void conv_rows_amx(const ConvPlan& plan, const ConvRows& rows, void* scratch);
 
-// Fills plan.packed for the column tiles [begin, end) from a channels-last weight.
-void conv_pack_amx(const ConvPlan& plan, const BFloat16* weight, std::int64_t begin, std::int64_t end);
+// Where the elements of a weight are.
+struct ConvWeight {
+  const BFloat16* data;
+  // Of a convolution whose output channels r shuffles, channels-last, in whose data gradient they are input channels in the
+  // order (row of the shuffle, column of the shuffle, c), and input channels output channels; 0 for the weight of the
+  // convolution itself.
+  std::int64_t gradient_r = 0;
+};
 
-// Rows of a channels-last image: `count` of them from `first` on, with `left` zeros before each. What lies outside of the
-// image is zero.
+// Fills plan.packed for the column tiles [begin, end).
+void conv_pack_amx(const ConvPlan& plan, const ConvWeight& weight, std::int64_t begin, std::int64_t end);
+
+// Rows of a channels-last image: `count` of them from `row` on, and of each the columns from `column` on. What lies outside
+// of the image is zero.
 struct ImageRows {
   const BFloat16* x;
-  std::int64_t height, width, channels, first, count, left;
+  std::int64_t height, width, channels, row, count, column;
 };
 
 void convert_rows_amx(const ImageRows& image, const PlanesLayout& layout, BFloat16* plane, BFloat16* rest);

@@ -100,11 +100,6 @@ std::vector<float> ordered_bias(const WinogradShape& shape, const WinogradPlan& 
   return ordered;
 }
 
-const GeluTable* table_of(WinogradActivation activation) {
-  if (activation == WinogradActivation::identity) return nullptr;
-  return &gelu_table(activation == WinogradActivation::gelu_tanh, false);
-}
-
 // Asks for large pages for `elements` of images.
 void advise(const WinogradShape& shape, void* p, std::int64_t elements) {
   advise_large_pages(p, static_cast<std::size_t>(elements * size_bytes(shape.type)));
@@ -161,7 +156,7 @@ void winograd_weight(const WinogradShape& shape, bool data_gradient, const float
                  [&](int, std::int64_t begin, std::int64_t end) { method.weight(plan, at, weight, points, begin, end); });
 }
 
-void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
+void winograd_fwd(const WinogradShape& shape, ConvActivation activation, const void* x, const float* points, const float* bias,
                   void* y, void* z, int threads, SimdLevel level) {
   const WinogradPlan plan = plan_of(shape, false, level);
   const std::vector<float> biases = ordered_bias(shape, plan, bias);
@@ -172,7 +167,7 @@ void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, con
   if (z != nullptr) advise(shape, z, plan.batch * image);
   run_conv(plan, x, points,
            {y, image, 0, shape.r * row, run, stores.stores.data(), stores.first.data(), biases.data(),
-            z, table_of(activation)},
+            z, activation_table(activation)},
            threads, level);
 }
 
@@ -182,7 +177,7 @@ WinogradBlock winograd_block(const WinogradShape& shape, SimdLevel level) {
 }
 
 struct WinogradTiles::Prepared {
-  Prepared(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points, const float* bias,
+  Prepared(const WinogradShape& shape, ConvActivation activation, const float* x, const float* points, const float* bias,
            std::int64_t row, SimdLevel level)
       : plan(plan_of(shape, false, level)),
         x(x),
@@ -191,7 +186,7 @@ struct WinogradTiles::Prepared {
         biases(ordered_bias(shape, plan, bias)),
         stores(plan, shape.r * shape.channels, row),
         out{nullptr, 0, 0, shape.r * row, shape.r * shape.channels, stores.stores.data(), stores.first.data(), biases.data(),
-            nullptr, table_of(activation)},
+            nullptr, activation_table(activation)},
         method(method_of(plan, level)) {}
 
   WinogradPlan plan;
@@ -203,7 +198,7 @@ struct WinogradTiles::Prepared {
   Method method;
 };
 
-WinogradTiles::WinogradTiles(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+WinogradTiles::WinogradTiles(const WinogradShape& shape, ConvActivation activation, const float* x, const float* points,
                              const float* bias, std::int64_t row, SimdLevel level)
     : prepared_(std::make_unique<Prepared>(shape, activation, x, points, bias, row, level)) {}
 WinogradTiles::~WinogradTiles() = default;
@@ -225,24 +220,6 @@ void WinogradTiles::run(std::int64_t row, std::int64_t begin, std::int64_t end, 
   const Method& method = prepared_->method;
   method.conv(plan, prepared_->x, prepared_->points, out, {first + begin, first + end, 0, plan.chunks(), scratch, false},
               scratch + in_lines(method.tile_floats));
-}
-
-void winograd_undo(const WinogradShape& shape, bool tanh_form, const void* dy, const void* z, void* dz, float* dbias,
-                   int threads, SimdLevel level) {
-  constexpr std::int64_t kParts = 64;  // whose sums are added in order, whatever the number of threads
-  const std::int64_t n = shape.out_channels(), rows = shape.batch * shape.height, parts = std::min(rows, kParts);
-  const WinogradUndo task{rows, shape.width, n, shape.r * shape.channels, shape.type, dy, z, dz, &gelu_table(tanh_form, true)};
-  std::vector<double> sums(static_cast<std::size_t>(parts * n), 0.0);
-  advise(shape, dz, rows * shape.width * n);
-  const auto kernel = kernels_of(level).undo;
-  parallel_items_with_scratch(parts, threads, task.scratch_floats(), [&](float* scratch, std::int64_t part) {
-    kernel(task, rows * part / parts, rows * (part + 1) / parts, sums.data() + part * n, scratch);
-  });
-  for (std::int64_t i = 0; dbias != nullptr && i < n; ++i) {
-    double sum = 0;
-    for (std::int64_t part = 0; part < parts; ++part) sum += sums[static_cast<std::size_t>(part * n + i)];
-    dbias[shuffle_channel(shape, i)] = static_cast<float>(sum);
-  }
 }
 
 void winograd_dgrad(const WinogradShape& shape, const void* dz, const float* points, void* dx, int threads,
@@ -294,14 +271,13 @@ void winograd_wgrad(const WinogradShape& shape, const void* x, const void* dz, f
 
 std::int64_t winograd_weight_floats(const WinogradShape&, bool, SimdLevel) { return 0; }
 void winograd_weight(const WinogradShape&, bool, const float*, float*, int, SimdLevel) {}
-void winograd_fwd(const WinogradShape&, WinogradActivation, const void*, const float*, const float*, void*, void*, int, SimdLevel) {}
-void winograd_undo(const WinogradShape&, bool, const void*, const void*, void*, float*, int, SimdLevel) {}
+void winograd_fwd(const WinogradShape&, ConvActivation, const void*, const float*, const float*, void*, void*, int, SimdLevel) {}
 void winograd_dgrad(const WinogradShape&, const void*, const float*, void*, int, SimdLevel) {}
 void winograd_wgrad(const WinogradShape&, const void*, const void*, float*, int, SimdLevel) {}
 
 WinogradBlock winograd_block(const WinogradShape&, SimdLevel) { return {1, 1}; }
 struct WinogradTiles::Prepared {};
-WinogradTiles::WinogradTiles(const WinogradShape&, WinogradActivation, const float*, const float*, const float*, std::int64_t,
+WinogradTiles::WinogradTiles(const WinogradShape&, ConvActivation, const float*, const float*, const float*, std::int64_t,
                              SimdLevel) {}
 WinogradTiles::~WinogradTiles() = default;
 WinogradTiles::WinogradTiles(WinogradTiles&&) noexcept = default;

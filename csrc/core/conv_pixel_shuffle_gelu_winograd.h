@@ -18,6 +18,7 @@
 
 #include "cpu.h"
 #include "float_types.h"
+#include "gelu_table.h"
 
 namespace hflfnerv {
 
@@ -39,11 +40,8 @@ std::int64_t winograd_weight_floats(const WinogradShape& shape, bool data_gradie
 void winograd_weight(const WinogradShape& shape, bool data_gradient, const float* weight, float* points, int threads,
                      SimdLevel level);
 
-// What is applied to the convolution's result before it is stored in y.
-enum class WinogradActivation { identity, gelu, gelu_tanh };
-
 // bias has one float per output channel of the convolution in PixelShuffle's order, or is null; z may be null.
-void winograd_fwd(const WinogradShape& shape, WinogradActivation activation, const void* x, const float* points, const float* bias,
+void winograd_fwd(const WinogradShape& shape, ConvActivation activation, const void* x, const float* points, const float* bias,
                   void* y, void* z, int threads, SimdLevel level);
 
 // Tiles that are run at once: at most, and a number of which they are best a multiple.
@@ -56,7 +54,7 @@ WinogradBlock winograd_block(const WinogradShape& shape, SimdLevel level);
 class WinogradTiles {
  public:
   // As for winograd_fwd; the batch is 1. `row` floats lie between rows of y.
-  WinogradTiles(const WinogradShape& shape, WinogradActivation activation, const float* x, const float* points,
+  WinogradTiles(const WinogradShape& shape, ConvActivation activation, const float* x, const float* points,
                 const float* bias, std::int64_t row, SimdLevel level);
   ~WinogradTiles();
   WinogradTiles(WinogradTiles&&) noexcept;
@@ -73,10 +71,6 @@ class WinogradTiles {
   struct Prepared;
   std::unique_ptr<Prepared> prepared_;
 };
-
-// dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null.
-void winograd_undo(const WinogradShape& shape, bool tanh_form, const void* dy, const void* z, void* dz, float* dbias,
-                   int threads, SimdLevel level);
 
 void winograd_dgrad(const WinogradShape& shape, const void* dz, const float* points, void* dx, int threads,
                     SimdLevel level);

@@ -5,7 +5,7 @@
 namespace hflfnerv {
 
 const WinogradKernels& winograd_kernels_avx512() {
-  static constexpr WinogradKernels kernels{weight, conv, wgrad, weight_gradient, undo};
+  static constexpr WinogradKernels kernels{weight, conv, wgrad, weight_gradient};
   return kernels;
 }
 

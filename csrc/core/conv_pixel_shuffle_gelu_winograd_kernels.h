@@ -104,22 +104,6 @@ struct WinogradOutput {
   const GeluTable* gelu;        // null for none
 };
 
-struct WinogradUndo {
-  std::int64_t rows, width, out_channels, run;  // rows of all images; elements of a pixel that lie together in a row of dy
-  FloatType type;
-  const void* dy;
-  const void* z;
-  void* dz;
-  const GeluTable* gradient;
-
-  // Pixels that are handled at once: what belongs to them stays in the first cache.
-  std::int64_t piece() const {
-    const std::int64_t most = 2048 / out_channels;
-    return most < 1 ? 1 : most < width ? most : width;
-  }
-  std::int64_t scratch_floats() const { return out_channels + piece() * out_channels + 16; }
-};
-
 // `scratch` has plan.scratch_floats(), or gradient_scratch_floats(), aligned to cache lines.
 struct WinogradKernels {
   // Chunks [begin, end) of the weight at the points.
@@ -132,9 +116,6 @@ struct WinogradKernels {
   // The gradient of chunk `chunk` from `parts` sums, `part_floats` apart.
   void (*weight_gradient)(const WinogradPlan&, const WinogradWeight&, const float* sums, std::int64_t parts,
                           std::int64_t part_floats, float* dweight, std::int64_t chunk);
-  // Rows [begin, end) of dz; adds each row's sum, over columns, to `bias`, out_channels doubles. `scratch` has
-  // task.scratch_floats().
-  void (*undo)(const WinogradUndo&, std::int64_t begin, std::int64_t end, double* bias, float* scratch);
 };
 
 const WinogradKernels& winograd_kernels_avx2();

@@ -82,8 +82,9 @@ class FrameDecoder::Stream {
       const DecoderBlock& b = stages_[i].block;
       const PlanesLayout& next = i + 1 < stages_.size() ? stages_[i + 1].layout : features_;
       stages_[i].kernel =
-          std::make_unique<ConvKernel>(ConvSizes{b.in_channels, b.channels, b.r, b.kernel, b.kernel}, b.tanh_form, b.weight,
-                                       b.bias, stages_[i].layout, planes_output(next), threads);
+          std::make_unique<ConvKernel>(ConvSizes{b.in_channels, b.channels, b.r, b.kernel, b.kernel},
+                                       &gelu_table(b.tanh_form, false), ConvWeight{b.weight}, b.bias, stages_[i].layout,
+                                       planes_output(next), threads);
     }
   }
 

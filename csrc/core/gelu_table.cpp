@@ -71,6 +71,10 @@ const GeluTable& gelu_table(bool tanh_form, bool gradient) {
   return tables[tanh_form][gradient];
 }
 
+const GeluTable* activation_table(ConvActivation activation) {
+  return activation == ConvActivation::identity ? nullptr : &gelu_table(activation == ConvActivation::gelu_tanh, false);
+}
+
 const GeluTable& tanh_table() {
   static const GeluTable table =
       make(kGeluTerms, [](double u) { return 1 / (1 + std::exp(2 * static_cast<double>(kTanhScale) * u)); });

@@ -35,6 +35,10 @@ constexpr int kGeluGradientTerms = 7;  // for d
 // The table of t or of d, made when it is first asked for.
 const GeluTable& gelu_table(bool tanh_form, bool gradient);
 
+// What is applied to a convolution's result, and its table: null for identity.
+enum class ConvActivation { identity, gelu, gelu_tanh };
+const GeluTable* activation_table(ConvActivation activation);
+
 // The table of s.
 const GeluTable& tanh_table();
 

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <numeric>
 
 #include "memory.h"
+#include "orthogonalise_amx.h"
 #include "orthogonalise_kernels.h"
 #include "parallel.h"
 
@@ -17,6 +19,9 @@ namespace {
 
 // Threads share the products of a matrix from about this many rows and columns on; smaller ones are shared out.
 constexpr std::int64_t kLarge = 128;
+// Rows of blocks whose operands stay in the second cache.
+[[maybe_unused]] constexpr std::int64_t kBlockRowsAtOnce = 5;
+[[maybe_unused]] constexpr std::int64_t kSquared = 4096;  // elements of 16 bits that are converted at once
 
 const OrthogonaliseKernels& kernels_of([[maybe_unused]] SimdLevel level) {
 #if defined(HFLFNERV_HAVE_AVX512)
@@ -46,6 +51,9 @@ double sum_of_squares(const float* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) sums[i % kSums] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   return std::accumulate(sums, sums + kSums, 0.0);
 }
+
+// By which a matrix is multiplied first.
+float scale_of(double squares) { return static_cast<float>(1 / std::max(std::sqrt(squares), 1e-20)); }
 
 class Orthogonaliser {
  public:
@@ -99,7 +107,7 @@ class Orthogonaliser {
   // x / |x|, the longer side as rows.
   void read() {
     const std::int64_t count = matrix_.rows * matrix_.columns;
-    const float scale = static_cast<float>(1 / std::max(std::sqrt(sum_of_squares(matrix_.x, count)), 1e-20));
+    const float scale = scale_of(sum_of_squares(matrix_.x, count));
     if (tall()) {
       each_rows(length_, [&](std::int64_t first, std::int64_t rows) {
         for (std::int64_t row = first; row < first + rows; ++row) {
@@ -167,28 +175,98 @@ class Orthogonaliser {
 
 }  // namespace
 
-void orthogonalise(const OrthogonaliseMatrix* matrices, std::int64_t count, const Quintic& quintic, int threads,
-                   SimdLevel level) {
-  const OrthogonaliseKernels& kernels = kernels_of(level);
+namespace {
+
+// run(matrix, threads) for each: small ones side by side, large ones after each other with all threads.
+template <class Matrix, class Run>
+void each_matrix(const Matrix* matrices, std::int64_t count, int threads, const Run& run) {
+  const auto is_large = [&](std::int64_t i) { return std::min(matrices[i].rows, matrices[i].columns) >= kLarge; };
   std::atomic<bool> out_of_memory = false;  // no exception leaves a thread
   parallel_items(count, threads, [&](int, std::int64_t i) {
-    if (shorter(matrices[i]) >= kLarge) return;
+    if (is_large(i)) return;
     try {
-      Orthogonaliser(matrices[i], quintic, 1, kernels).run();
+      run(matrices[i], 1);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
   });
   if (out_of_memory) throw std::bad_alloc();
   for (std::int64_t i = 0; i < count; ++i) {
-    if (shorter(matrices[i]) >= kLarge) Orthogonaliser(matrices[i], quintic, threads, kernels).run();
+    if (is_large(i)) run(matrices[i], threads);
   }
 }
+
+}  // namespace
+
+void orthogonalise(const OrthogonaliseMatrix* matrices, std::int64_t count, const Quintic& quintic, int threads,
+                   SimdLevel level) {
+  const OrthogonaliseKernels& kernels = kernels_of(level);
+  each_matrix(matrices, count, threads, [&](const OrthogonaliseMatrix& matrix, int own) {
+    Orthogonaliser(matrix, quintic, own, kernels).run();
+  });
+}
+
+#if defined(HFLFNERV_HAVE_AMX)
+namespace {
+
+double sum_of_squares(const BFloat16* x, std::int64_t count) {
+  const Aligned<float> row = new_aligned<float>(kSquared);
+  double sum = 0;
+  for (std::int64_t begin = 0; begin < count; begin += kSquared) {
+    const std::int64_t n = std::min(kSquared, count - begin);
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(x[begin + i].bits) << 16;
+      std::memcpy(&row[static_cast<std::size_t>(i)], &bits, sizeof bits);
+    }
+    sum += sum_of_squares(row.get(), n);
+  }
+  return sum;
+}
+
+void orthogonalise_one(const OrthogonaliseBFloat16& matrix, const Quintic& quintic, int threads) {
+  AmxOrthogonalisation task{};
+  task.matrix = matrix;
+  task.quintic = quintic;
+  task.scale = scale_of(sum_of_squares(matrix.x, matrix.rows * matrix.columns));
+  const std::int64_t x = task.x_elements(), gram = task.gram_elements();
+  const Aligned<BFloat16> halves = new_aligned<BFloat16>(4 * x + 3 * gram);
+  BFloat16* next = halves.get();
+  for (BFloat16** const form : {&task.x_rows, &task.x_columns, &task.x_pairs[0], &task.x_pairs[1]}) {
+    *form = next;
+    next += x;
+  }
+  for (BFloat16** const form : {&task.gram_rows, &task.gram_columns, &task.factor_rows}) {
+    *form = next;
+    next += gram;
+  }
+  const std::int64_t items = std::min(std::max<std::int64_t>(task.rows() / kBlockRowsAtOnce, threads), task.rows());
+  const auto each_rows = [&](const auto& run) {
+    parallel_items(items, threads, [&](int, std::int64_t item) { run(BlockRows{item, items}); });
+  };
+  each_rows([&](const BlockRows& rows) { orthogonalise_read_amx(task, rows); });
+  for (int step = 0; step < quintic.steps; ++step) {
+    each_rows([&](const BlockRows& rows) { orthogonalise_gram_amx(task, rows); });
+    each_rows([&](const BlockRows& rows) { orthogonalise_factor_amx(task, rows); });
+    each_rows([&](const BlockRows& rows) { orthogonalise_update_amx(task, step, rows); });
+  }
+}
+
+}  // namespace
+
+void orthogonalise_bfloat16(const OrthogonaliseBFloat16* matrices, std::int64_t count, const Quintic& quintic, int threads) {
+  each_matrix(matrices, count, threads,
+              [&](const OrthogonaliseBFloat16& matrix, int own) { orthogonalise_one(matrix, quintic, own); });
+}
+#endif
 
 #else
 
 void orthogonalise(const OrthogonaliseMatrix*, std::int64_t, const Quintic&, int, SimdLevel) {}
 
+#endif
+
+#if !defined(HFLFNERV_HAVE_AMX)
+void orthogonalise_bfloat16(const OrthogonaliseBFloat16*, std::int64_t, const Quintic&, int) {}
 #endif
 
 }  // namespace hflfnerv

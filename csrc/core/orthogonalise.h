@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu.h"
+#include "float_types.h"
 
 namespace hflfnerv {
 
@@ -28,5 +29,14 @@ struct Quintic {
 // For each of `count` matrices.
 void orthogonalise(const OrthogonaliseMatrix* matrices, std::int64_t count, const Quintic& quintic, int threads,
                    SimdLevel level);
+
+// The same in bfloat16, where amx_unavailable() is null: products of rounded factors, sums in float32. Steps are taken one
+// after the other, for the errors of the polynomials' product would be those of bfloat16 times a^8.
+struct OrthogonaliseBFloat16 {
+  std::int64_t rows, columns;
+  const BFloat16* x;
+  BFloat16* y;
+};
+void orthogonalise_bfloat16(const OrthogonaliseBFloat16* matrices, std::int64_t count, const Quintic& quintic, int threads);
 
 }  // namespace hflfnerv

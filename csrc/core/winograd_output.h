@@ -11,7 +11,7 @@ namespace hflfnerv {
 // frame, and the batch of both shapes is 1.
 struct WinogradStream {
   WinogradShape shape;
-  WinogradActivation activation;
+  ConvActivation activation;
   const float *x, *points, *bias;  // as for winograd_fwd
   const float* head;
   int group;

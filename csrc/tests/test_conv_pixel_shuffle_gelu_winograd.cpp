@@ -10,6 +10,7 @@
 
 #include "core/conv_pixel_shuffle_gelu_winograd.h"
 #include "core/pixel_shuffle_gelu.h"
+#include "core/undo_shuffle_gelu.h"
 #include "core/winograd_output.h"
 #include "tests/bfloat16.h"
 #include "tests/check.h"
@@ -58,6 +59,8 @@ WinogradShape for_wgrad(WinogradShape s) {
   return s;
 }
 
+UndoShape undo_of(const WinogradShape& s) { return {s.batch, s.channels, s.r, s.height, s.width, s.type}; }
+
 Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const Floats& bias, const Floats& dy, int threads,
             SimdLevel level) {
   // What a kernel forgets to write stays NaN.
@@ -66,16 +69,16 @@ Results run(const WinogradShape& s, const Floats& x, const Floats& weight, const
             fresh(weight.size())};
   Floats points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, false, level)));
   winograd_weight(s, false, weight.data(), points.data(), threads, level);
-  winograd_fwd(s, WinogradActivation::gelu, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
+  winograd_fwd(s, ConvActivation::gelu, x.data(), points.data(), bias.data(), r.y.data(), r.z.data(), threads, level);
   Floats only_y = fresh(dy.size());
-  winograd_fwd(s, WinogradActivation::gelu, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads, level);
+  winograd_fwd(s, ConvActivation::gelu, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads, level);
   CHECK(only_y == r.y);
   if (s.r == 1) {
-    winograd_fwd(s, WinogradActivation::identity, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads,
+    winograd_fwd(s, ConvActivation::identity, x.data(), points.data(), bias.data(), only_y.data(), nullptr, threads,
                  level);
     CHECK(only_y == r.z);
   }
-  winograd_undo(s, false, dy.data(), r.z.data(), r.dz.data(), r.dbias.data(), threads, level);
+  undo_shuffle_gelu(undo_of(s), false, dy.data(), r.z.data(), r.dz.data(), r.dbias.data(), threads, level);
   points = fresh(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
   winograd_weight(s, true, weight.data(), points.data(), threads, level);
   winograd_dgrad(s, r.dz.data(), points.data(), r.dx.data(), threads, level);
@@ -148,12 +151,12 @@ void check_16_bits(WinogradShape s, SimdLevel level) {
   winograd_weight(s, false, weight.data(), points.data(), 1, level);
   Floats reversed(static_cast<std::size_t>(winograd_weight_floats(s, true, level)));
   winograd_weight(s, true, weight.data(), reversed.data(), 1, level);
-  const auto gelu = WinogradActivation::gelu;
+  const auto gelu = ConvActivation::gelu;
 
   Floats y(dy.size()), z(dy.size()), dz(dy.size()), dbias(bias.size()), dx(x.size()), dweight(weight.size());
   winograd_fwd(s, gelu, x.data(), points.data(), bias.data(), y.data(), z.data(), 1, level);
   const Floats stored_z = widen(narrow(z));
-  winograd_undo(s, false, dy.data(), stored_z.data(), dz.data(), dbias.data(), 1, level);
+  undo_shuffle_gelu(undo_of(s), false, dy.data(), stored_z.data(), dz.data(), dbias.data(), 1, level);
   const Floats stored_dz = widen(narrow(dz));
   winograd_dgrad(s, stored_dz.data(), reversed.data(), dx.data(), 1, level);
   winograd_wgrad(for_wgrad(s), x.data(), stored_dz.data(), dweight.data(), 1, level);
@@ -162,7 +165,7 @@ void check_16_bits(WinogradShape s, SimdLevel level) {
   Halves y16(y.size()), z16(z.size()), dz16(dz.size()), dx16(dx.size());
   Floats dbias16(dbias.size()), dweight16(dweight.size());
   winograd_fwd(s, gelu, x16.data(), points.data(), bias.data(), y16.data(), z16.data(), 3, level);
-  winograd_undo(s, false, dy16.data(), z16.data(), dz16.data(), dbias16.data(), 3, level);
+  undo_shuffle_gelu(undo_of(s), false, dy16.data(), z16.data(), dz16.data(), dbias16.data(), 3, level);
   winograd_dgrad(s, dz16.data(), reversed.data(), dx16.data(), 3, level);
   winograd_wgrad(for_wgrad(s), x16.data(), dz16.data(), dweight16.data(), 3, level);
   check_narrowed(y16, y);
@@ -193,9 +196,9 @@ void check_frames(std::int64_t height, std::int64_t width, const std::vector<Win
     float* const points = keep(winograd_weight_floats(s, false, level), 0);
     winograd_weight(s, false, weight, points, 1, level);
     float* const y = keep(pixels * s.out_channels(), 0);
-    winograd_fwd(s, WinogradActivation::gelu, x, points, bias, y, nullptr, 2, level);
+    winograd_fwd(s, ConvActivation::gelu, x, points, bias, y, nullptr, 2, level);
     const int group = i == 0 ? 0 : groups - 1;
-    streams.push_back({s, WinogradActivation::gelu, x, points, bias, head, group});
+    streams.push_back({s, ConvActivation::gelu, x, points, bias, head, group});
     features.push_back({y, s.channels, s.height * s.r, s.width * s.r, head, group});
   }
   const Floats scales = random(groups, 1), biases = random(groups * 3, 0.1);

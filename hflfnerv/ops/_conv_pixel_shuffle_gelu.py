@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import _cpp, _cuda, _winograd
+from . import _amx, _cpp, _cuda, _winograd
 from ._check import channels_last_pixels, half_padding, memory_format_of
 from ._library import register, register_gradient
 
@@ -28,6 +28,11 @@ def _shuffle_order(t: torch.Tensor, r: int) -> torch.Tensor:
     """Undo :func:`_shuffled_order`."""
     reordered: torch.Tensor = t.unflatten(0, (r * r, -1)).transpose(0, 1).flatten(0, 1)
     return reordered
+
+
+def _activation(approximate: str) -> str:
+    """Return what the C++ kernels call a form of GELU."""
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
 def _forward(
@@ -51,9 +56,12 @@ def _forward(
     if apart is not None:
         y, kept = _cuda.conv_pixel_shuffle_gelu_fwd(x, weight, packed, bias, r, approximate, keep_z=keep_z, apart=apart)
         return y, x.new_empty(0) if kept is None else kept
+    if impl == "cpp":
+        y, kept = _amx.forward(x, weight, bias, r, half_padding(weight), _activation(approximate), keep_z=keep_z)
+        return y, x.new_empty(0) if kept is None else kept
     tiles = _winograd.tiles_of(impl)
     if tiles is not None:
-        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+        activation = _activation(approximate)
         y, kept = _winograd.forward(x, weight, packed, bias, r, activation, keep_z=keep_z, tiles=tiles)
         return y, x.new_empty(0) if kept is None else kept
     from ..triton_kernels.conv_pixel_shuffle_gelu import conv_pixel_shuffle_gelu_fwd, pack_weight
@@ -131,7 +139,7 @@ def _format_of_dx(x: torch.Tensor, dgrad: str) -> torch.memory_format:
     Triton's kernels and the convolutions of a channels-last dz make it channels-last, and so it stays where x is
     neither that nor contiguous, such as the pixels with gaps between them that the CUDA kernel returns.
     """
-    if dgrad == "winograd":
+    if dgrad in ("winograd", "cpp"):
         return memory_format_of(x)
     contiguous = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if contiguous else torch.channels_last
@@ -149,12 +157,14 @@ def _backward(
     dgrad: str,
     wgrad: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if impl == "winograd":
-        dz, dbias = _winograd.undo(dy, x, weight, z, r, approximate, wanted[2])
+    if impl in ("winograd", "cpp"):
+        dz, dbias = _cpp.undo_shuffle_gelu(dy, z, r, approximate, wanted[2])
     else:
         dz, dbias = _undo_shuffle_gelu(dy, z, r, approximate, wanted[2], impl)
     if dgrad == wgrad == "winograd":
         return _as_results(x, (*_winograd.gradients(dz, x, weight, r, wanted), dbias))
+    if dgrad == wgrad == "cpp":
+        return _as_results(x, (*_amx.gradients(dz, x, weight, r, half_padding(weight), wanted), dbias))
     by_conv2d = [wanted[0] and dgrad == "conv2d", wanted[1] and wgrad == "conv2d"]
     dx, dweight = conv2d_gradients(dz, x, weight, r, by_conv2d) if any(by_conv2d) else (None, None)
     if wanted[0] and dgrad == "cuda":
@@ -226,7 +236,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _dz: torch.Tensor | None) -> tu
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
 # the forward pass and undoes GELU and shuffle (after "cuda" and "cuda, pixels apart" Triton's kernel does), ``dgrad``
 # and ``wgrad`` what makes the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda";
-# "winograd" makes all of them, "winograd, large tiles" and "winograd, integer tiles" none.
+# "winograd" makes all of them, and so does "cpp", the kernels for AMX; "winograd, large tiles" and "winograd, integer tiles" none.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",
@@ -254,19 +264,8 @@ def _inference_fake(
 def _inference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, r: int, padding: list[int], approximate: str
 ) -> torch.Tensor:
-    y = _inference_fake(x, weight, bias, r, padding, approximate)
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    biases = _cpp.float_bias(bias)
-    _cpp.load().conv_pixel_shuffle_gelu_fwd(
-        [*x.shape, y.shape[1], r, *weight.shape[2:], *padding],
-        approximate == "tanh",
-        _cpp.address(x, torch.bfloat16, torch.channels_last),
-        _cpp.address(weight, torch.bfloat16, torch.channels_last),
-        _cpp.address(biases, torch.float32),
-        _cpp.address(y, torch.bfloat16, torch.channels_last),
-        threads=torch.get_num_threads(),
-    )
-    return y
+    rows, columns = padding
+    return _amx.forward(x, weight, bias, r, (rows, columns), _activation(approximate), keep_z=False)[0]
 
 
 def _no_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -18,6 +18,7 @@ __all__ = [
     "rejects_operand",
     "rejects_tensor",
     "simd",
+    "undo_shuffle_gelu",
     "unavailable",
     "unavailable_amx",
 ]
@@ -108,3 +109,22 @@ def address(t: torch.Tensor | None, dtype: torch.dtype, layout: torch.memory_for
             f"shape {tuple(t.shape)} with strides {t.stride()}"
         )
     return t.data_ptr()
+
+
+def undo_shuffle_gelu(
+    dy: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of z, whose channels are in the order (i, j, c), and of the bias, in z's dtype."""
+    channels_last, dtype, n = torch.channels_last, z.dtype, z.shape[1]
+    dy, z = (t.contiguous(memory_format=channels_last) for t in (dy, z))
+    dz = torch.empty_like(z)
+    dbias = torch.empty(n, dtype=torch.float32, device="cpu") if with_bias else None
+    load().undo_shuffle_gelu(
+        [z.shape[0], n // (r * r), r, *z.shape[2:]],
+        dtype_name(dtype),
+        approximate == "tanh",
+        *(address(t, dtype, channels_last) for t in (dy, z, dz)),
+        address(dbias, torch.float32),
+        threads=torch.get_num_threads(),
+    )
+    return dz, None if dbias is None else dbias.to(dtype)

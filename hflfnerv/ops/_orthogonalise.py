@@ -6,7 +6,7 @@ It is none of the public operations: :class:`hflfnerv.train.Muon` is what uses i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .._concurrent import concurrently
 from .._impl import Implementation, ImplementationTable
 from . import _cpp, _cuda, _triton
 
-__all__ = ["ORTHOGONALISE", "SMALL_ROWS", "orthogonalise", "orthogonalise_all"]
+__all__ = ["ORTHOGONALISE", "SMALL_ROWS", "multiplies_bfloat16", "orthogonalise", "orthogonalise_all"]
 
 # The quintic of Jordan et al. It does not converge to 1: it takes every singular value of (0, 1] to about 0.7..1.2 in
 # the fewest steps, which is as good for an optimiser.
@@ -31,6 +31,11 @@ SMALL_ROWS = 128
 _LARGEST = 2**22  # elements of a matrix: offsets have 32 bits, and there may be hundreds of matrices
 
 
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Return whether x is where bfloat16 is multiplied faster than float32: on a GPU, or on a CPU with AMX."""
+    return x.is_cuda or (x.device.type == "cpu" and _cpp.unavailable_amx() is None)
+
+
 def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
     """Take the singular values of a matrix near 1 and keep its singular vectors.
 
@@ -40,7 +45,8 @@ def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         x: floating ``[M, N]``; computed in its own dtype.
         impl: ``"auto"``, ``"cuda"`` (float32 on Hopper, a side of at most 128), ``"triton"`` (the same on any GPU),
-            ``"cpp"`` (float32 on a CPU with AVX2 or AVX-512) or ``"reference"`` (PyTorch, anywhere).
+            ``"amx"`` (bfloat16 on a CPU with AMX), ``"cpp"`` (float32 on a CPU with AVX2 or AVX-512) or
+            ``"reference"`` (PyTorch, anywhere).
 
     Returns:
         ``[M, N]`` with singular values in about 0.7..1.2; those under 1e-3 of the norm stay smaller. Zero for zero.
@@ -54,7 +60,8 @@ def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
         ``X X^T`` alone, always by ``"triton"`` and by ``"cuda"`` and ``"cpp"``, which compute half of each product,
         since all are symmetric, and where it takes fewer products, and not in half precision, by ``"reference"``. An
         error of eps in the small eigenvalues of ``X X^T`` grows to ``a^8 eps``: 2e-3 in float32. ``"cuda"`` and
-        ``"triton"`` take three products of TF32 for one of float32.
+        ``"triton"`` take three products of TF32 for one of float32. ``"amx"`` takes the steps one after the other, with
+        products of rounded factors and all else in float32.
     """
     (result,) = orthogonalise_all([x], impl=impl)
     return result
@@ -108,12 +115,28 @@ def _gpu_rejects(x: Tensor) -> str | None:
     return None
 
 
+def _run_amx(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return _run_on_cpu(_cpp.load().orthogonalise_bfloat16, matrices, torch.bfloat16)
+
+
+def _amx_rejects(x: Tensor) -> str | None:
+    return _cpu_rejects(x, torch.bfloat16)
+
+
 def _run_cpp(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return _run_on_cpu(_cpp.load().orthogonalise, matrices, torch.float32)
+
+
+def _cpp_rejects(x: Tensor) -> str | None:
+    return _cpu_rejects(x, torch.float32)
+
+
+def _run_on_cpu(kernel: Callable[..., None], matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     matrices = [x.contiguous() for x in matrices]
     results = [torch.empty_like(x) for x in matrices]
-    _cpp.load().orthogonalise(
+    kernel(
         [
-            (*x.shape, _cpp.address(x, torch.float32), _cpp.address(y, torch.float32))
+            (*x.shape, _cpp.address(x, dtype), _cpp.address(y, dtype))
             for x, y in zip(matrices, results, strict=True)
         ],
         (_A, _B, _C),
@@ -123,11 +146,11 @@ def _run_cpp(matrices: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
-def _cpp_rejects(x: Tensor) -> str | None:
+def _cpu_rejects(x: Tensor, dtype: torch.dtype) -> str | None:
     if x.device.type != "cpu":
         return _cpp.rejects_tensor(x.device, x.dtype)
-    if x.dtype != torch.float32:
-        return f"dtype {x.dtype} is not torch.float32"
+    if x.dtype != dtype:
+        return f"dtype {x.dtype} is not {dtype}"
     if x.numel() == 0:
         return f"a matrix of shape {tuple(x.shape)} is empty"
     return None
@@ -154,6 +177,7 @@ ORTHOGONALISE = ImplementationTable(
     [
         Implementation("cuda", _run_cuda, _cuda.unavailable, _cuda_rejects),
         Implementation("triton", _run_triton, _triton.unavailable, _triton_rejects),
+        Implementation("amx", _run_amx, _cpp.unavailable_amx, _amx_rejects),
         Implementation("cpp", _run_cpp, _cpp.unavailable, _cpp_rejects),
         Implementation("reference", _run_reference),
     ],

@@ -26,7 +26,6 @@ __all__ = [
     "rejects",
     "takes_integers",
     "tiles_of",
-    "undo",
 ]
 
 _KERNELS = (3, 5)
@@ -245,24 +244,6 @@ def last_blocks(
         crop, link, streams, _cpp.address(out, out.dtype), as_bytes, torch.get_num_threads()
     )
     return out
-
-
-def undo(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, r: int, approximate: str, with_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of z and of the bias, in z's dtype."""
-    dy, dtype = dy.contiguous(memory_format=torch.channels_last), z.dtype
-    dz = _empty(dtype, *z.shape)
-    dbias = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu") if with_bias else None
-    _cpp.load().winograd_undo(
-        _sizes(x, weight, r),
-        _cpp.dtype_name(dtype),
-        approximate == "tanh",
-        *(_address(t, dtype) for t in (dy, z, dz)),
-        _address(dbias, torch.float32),
-        threads=torch.get_num_threads(),
-    )
-    return dz, None if dbias is None else dbias.to(dtype)
 
 
 def gradients(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .._impl import Implementation, ImplementationTable
-from . import _cpp, _cuda, _winograd
+from . import _amx, _cpp, _cuda, _winograd
 from ._check import (
     channels_last_pixels,
     check_like,
@@ -28,8 +28,9 @@ _CUDA_CHANNELS = 64
 _MOST_APART = 2**24  # elements from a pixel to the next, of which 32 are counted in 32 bits
 # The pixels of x may be apart, and those of its gradient are then as well.
 _PIXELS_APART = ("cuda", "triton")
-# From which on "direct" is faster than PyTorch, measured.
+# From which on "direct" and "amx" are faster than PyTorch, gradients included, measured.
 _DIRECT_PIXELS = 360
+_AMX_CHANNELS, _AMX_PIXELS = 24, 2**15
 
 
 def _run_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -95,6 +96,16 @@ def _cuda_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return reason
 
 
+def _amx_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    if x.device.type != "cpu":
+        return _cpp.rejects_tensor(x.device, x.dtype)
+    if compute_dtype(x) != torch.bfloat16:
+        return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
+    if x.numel() == 0:
+        return f"x of shape {tuple(x.shape)} is empty"
+    return f"weight has {weight.numel()} elements, more than {_INT32_MAX}" if weight.numel() > _INT32_MAX else None
+
+
 def _winograd_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     if x.device.type == "cpu" and compute_dtype(x) != torch.float32:
         return f"dtype {compute_dtype(x)} is not torch.float32"
@@ -106,6 +117,7 @@ CONV2D = ImplementationTable(
     [
         Implementation("cuda", functools.partial(_run_kernels, impl="cuda"), _cuda.unavailable, _cuda_rejects),
         Implementation("triton", functools.partial(_run_kernels, impl="triton"), unavailable, _triton_rejects),
+        Implementation("amx", functools.partial(_run_kernels, impl="amx"), _cpp.unavailable_amx, _amx_rejects),
         Implementation("direct", functools.partial(_run_kernels, impl="direct"), _cpp.unavailable, _direct_rejects),
         Implementation(
             "winograd", functools.partial(_run_kernels, impl="winograd"), _cpp.unavailable, _winograd_rejects
@@ -124,6 +136,8 @@ def _empty_like_pixels(x: torch.Tensor) -> torch.Tensor:
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     if impl == "reference":
         return _run_reference(x, weight, bias).contiguous(memory_format=torch.channels_last)
+    if impl == "amx":
+        return _amx.forward(x, weight, bias, 1, half_padding(weight), "identity", keep_z=False)[0]
     if impl == "direct":
         return _direct_forward(x, weight, bias)
     if impl == "cuda":
@@ -233,6 +247,8 @@ def _backward(
         )
         dx = None if dx is None else dx.contiguous(memory_format=memory_format_of(x))
         dweight = None if dweight is None else torch.empty_like(weight).copy_(dweight)
+    elif impl == "amx":
+        dx, dweight = _amx.gradients(dy, x, weight, 1, half_padding(weight), wanted[:2])
     else:
         dx, dweight = _winograd.gradients(dy, x, weight, 1, wanted)
     dx, dweight = (x.new_empty(0) if gradient is None else gradient for gradient in (dx, dweight))
@@ -266,7 +282,8 @@ def _kernels_pay(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         if _cpp.unavailable() is not None:
             return False
         if _cpp.on_matrix_units(x):
-            return False
+            large = x.shape[1] >= _AMX_CHANNELS and x.shape[2] * x.shape[3] >= _AMX_PIXELS
+            return large and _amx_rejects(x, weight, bias) is None
         if _direct_rejects(x, weight, bias) is None:
             return x.shape[2] * x.shape[3] >= _DIRECT_PIXELS
         return _winograd_rejects(x, weight, bias) is None and _winograd.pays(x, weight, kept=False)

@@ -196,7 +196,9 @@ def _cpp_rejects(call: Call) -> str | None:
     if compute_dtype(x) != torch.bfloat16:
         return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
     if _wants_gradient(x, weight, bias):
-        return "a gradient is wanted, and this kernel is for inference alone; 'conv2d+cpp' has gradients"
+        reason = _changes_size(call)
+        if reason is not None:
+            return f"a gradient is wanted, and {reason}"
     if torch.channels_last not in (memory_format_of(x), memory_format_of(weight)):
         return "neither x nor weight is channels-last; use .to(memory_format=torch.channels_last)"
     if x.numel() == 0 or weight.numel() == 0:
@@ -207,6 +209,13 @@ def _cpp_rejects(call: Call) -> str | None:
 
 
 def _run_cpp(call: Call) -> torch.Tensor:
+    x, weight, bias = _tensors(call)
+    if _wants_gradient(x, weight, bias):
+        impl = "cpp"
+        out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+            x, weight, bias, None, call.r, call.approximate, True, impl, impl, impl
+        )[0]
+        return out
     out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_inference(
         *_tensors(call), call.r, call.padding, call.approximate
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _lists
-from ..ops._orthogonalise import SMALL_ROWS, orthogonalise_all
+from ..ops._orthogonalise import SMALL_ROWS, multiplies_bfloat16, orthogonalise_all
 
 __all__ = ["Muon"]
 
@@ -34,8 +34,9 @@ class Muon(torch.optim.Optimizer):
         ValueError: a parameter has fewer than two dimensions, or a setting is out of its range.
 
     Numerics:
-        The orthogonalisation runs in the dtype of the weights on a CPU. On a GPU it does where one side of the matrix
-        has at most 128 values, and else in bfloat16, whose error is far below that of the quintic itself.
+        The orthogonalisation runs in the dtype of the weights, but for matrices with more than 128 values on both sides
+        where bfloat16 has matrix units, on a GPU or a CPU with AMX: in bfloat16, whose error is far below that of the
+        quintic itself.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Muon(torch.optim.Optimizer):
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         accelerated = _lists.momentum(gradients, averages, momentum)
         matrices = [_as_matrix(x, parameter) for x, parameter in zip(accelerated, parameters, strict=True)]
-        matrices = [x.bfloat16() if x.is_cuda and min(x.shape) > SMALL_ROWS else x for x in matrices]
+        matrices = [x.bfloat16() if min(x.shape) > SMALL_ROWS and multiplies_bfloat16(x) else x for x in matrices]
         updates = [
             # A tall matrix may come as the transpose of a wide one.
             _as_weight(x.to(parameter.dtype, memory_format=torch.contiguous_format).contiguous(), parameter)
