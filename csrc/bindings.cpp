@@ -20,6 +20,7 @@
 #include "core/depthwise_conv2d.h"
 #include "core/frame_decoder.h"
 #include "core/huffman.h"
+#include "core/inverted_bottleneck.h"
 #include "core/orthogonalise.h"
 #include "core/output_stage.h"
 #include "core/pixel_shuffle_gelu.h"
@@ -480,6 +481,42 @@ void orthogonalise_bfloat16(const std::vector<Matrix>& matrices, const std::arra
                                    {quintic[0], quintic[1], quintic[2], steps}, threads);
 }
 
+// pixels, channels, hidden channels; addresses of gain, shift, both weights each followed by its bias, and gamma.
+using BottleneckSizes = std::array<std::int64_t, 3>;
+using BottleneckAddresses = std::array<std::uintptr_t, 7>;
+
+hflfnerv::BottleneckShape bottleneck_shape(const BottleneckSizes& sizes) {
+  if (const char* reason = hflfnerv::amx_unavailable()) throw py::value_error(reason);
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1) throw py::value_error("sizes must be positive");
+  return {sizes[0], sizes[1], sizes[2]};
+}
+
+hflfnerv::BottleneckWeights bottleneck_weights(const BottleneckAddresses& a, float epsilon) {
+  return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<hflfnerv::BFloat16>(a[2]), pointer<float>(a[3]),
+          pointer<hflfnerv::BFloat16>(a[4]), pointer<float>(a[5]), pointer<float>(a[6]), epsilon};
+}
+
+void inverted_bottleneck_fwd(const BottleneckSizes& sizes, const BottleneckAddresses& parameters, float epsilon,
+                             std::uintptr_t u, std::uintptr_t x, std::uintptr_t out, int threads) {
+  const auto shape = bottleneck_shape(sizes);
+  const py::gil_scoped_release release;
+  hflfnerv::inverted_bottleneck_fwd(shape, bottleneck_weights(parameters, epsilon), pointer<hflfnerv::BFloat16>(u),
+                                    pointer<float>(x), pointer<float>(out), threads);
+}
+
+void inverted_bottleneck_bwd(const BottleneckSizes& sizes, const BottleneckAddresses& parameters, float epsilon,
+                             std::uintptr_t u, std::uintptr_t dout, std::uintptr_t du, const BottleneckAddresses& gradients,
+                             int threads) {
+  const auto shape = bottleneck_shape(sizes);
+  const auto& g = gradients;
+  const py::gil_scoped_release release;
+  hflfnerv::inverted_bottleneck_bwd(shape, bottleneck_weights(parameters, epsilon), pointer<hflfnerv::BFloat16>(u),
+                                    pointer<float>(dout), pointer<hflfnerv::BFloat16>(du),
+                                    {pointer<float>(g[0]), pointer<float>(g[1]), pointer<float>(g[2]), pointer<float>(g[3]),
+                                     pointer<float>(g[4]), pointer<float>(g[5]), pointer<float>(g[6])},
+                                    threads);
+}
+
 // Address, height and width of an image, and the address of its gradient.
 using Image = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t>;
 
@@ -934,6 +971,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("orthogonalise", &orthogonalise, py::arg("matrices"), py::arg("quintic"), py::arg("steps"), py::arg("threads"),
              py::arg("simd") = "auto");
+  module.def("inverted_bottleneck_fwd", &inverted_bottleneck_fwd, py::arg("sizes"), py::arg("parameters"),
+             py::arg("epsilon"), py::arg("u"), py::arg("x"), py::arg("out"), py::arg("threads"));
+  module.def("inverted_bottleneck_bwd", &inverted_bottleneck_bwd, py::arg("sizes"), py::arg("parameters"),
+             py::arg("epsilon"), py::arg("u"), py::arg("dout"), py::arg("du"), py::arg("gradients"), py::arg("threads"));
   module.def("orthogonalise_bfloat16", &orthogonalise_bfloat16, py::arg("matrices"), py::arg("quintic"), py::arg("steps"),
              py::arg("threads"));
   module.def("stream_loss_fwd", &stream_loss_fwd, py::arg("sizes"), py::arg("dtype"), py::arg("low"), py::arg("high"),

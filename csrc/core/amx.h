@@ -17,7 +17,21 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The tiles are in use as long as it lives.
+class Tiles {
+ public:
+  Tiles() { _tile_loadconfig(&kConfig); }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  // Not a local one: the compiler takes the instruction to read 8 bytes, and leaves out the others.
+  static constexpr TileConfig kConfig{};
+};
+
 constexpr std::int64_t kTileElements = kTile * kStep;
+constexpr std::int64_t kProducts = kTile * kTile;
 constexpr int kBlockRows = 64;  // rows of products of four tiles
 
 // Not std::min, of which a copy compiled for AMX might be shared with other code; and so on.
@@ -70,6 +84,36 @@ inline void store_products(float* to) {
   _tile_stored(1, to + kTile * kTile, 64);
   _tile_stored(2, to + 2 * kTile * kTile, 64);
   _tile_stored(3, to + 3 * kTile * kTile, 64);
+}
+
+// Adds the products of one or two row tiles and one or two column tiles over some steps to their sums.
+template <int kRows, int kColumns>
+inline __attribute__((always_inline)) void add_block(const BFloat16* dz, const BFloat16* next_dz, const BFloat16* x,
+                                                     const BFloat16* next_x, std::int64_t steps, float* sums,
+                                                     float* next_sums) {
+  constexpr bool rows = kRows > 1, columns = kColumns > 1;
+  _tile_loadd(0, sums, 64);
+  if (columns) _tile_loadd(1, sums + kProducts, 64);
+  if (rows) _tile_loadd(2, next_sums, 64);
+  if (rows && columns) _tile_loadd(3, next_sums + kProducts, 64);
+  for (std::int64_t at = 0; at < steps * kTileElements; at += kTileElements) {
+    _tile_loadd(6, x + at, 64);
+    _tile_loadd(4, dz + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (columns) {
+      _tile_loadd(7, next_x + at, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (rows) {
+      _tile_loadd(5, next_dz + at, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if (columns) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if (columns) _tile_stored(1, sums + kProducts, 64);
+  if (rows) _tile_stored(2, next_sums, 64);
+  if (rows && columns) _tile_stored(3, next_sums + kProducts, 64);
 }
 
 // Transposes 32 x 32 elements: register i has column i afterwards.

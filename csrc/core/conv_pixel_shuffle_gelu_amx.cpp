@@ -237,8 +237,7 @@ void run(const ConvPlan& plan, const ConvRows& rows, void* scratch) {
 }  // namespace
 
 void conv_rows_amx(const ConvPlan& plan, const ConvRows& rows, void* scratch) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  const Tiles tiles;
   if (plan.table == nullptr) {
     run<After::identity>(plan, rows, scratch);
   } else if (rows.out.z == nullptr) {
@@ -246,7 +245,6 @@ void conv_rows_amx(const ConvPlan& plan, const ConvRows& rows, void* scratch) {
   } else {
     run<After::gelu_and_z>(plan, rows, scratch);
   }
-  _tile_release();
 }
 
 namespace {

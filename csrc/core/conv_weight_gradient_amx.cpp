@@ -9,37 +9,6 @@ namespace hflfnerv {
 namespace {
 
 constexpr std::int64_t kChunk = 16;  // steps whose gradient stays in the first cache
-constexpr std::int64_t kProducts = kTile * kTile;
-
-// Adds the products of one or two row tiles and one or two column tiles over some steps to their sums.
-template <int kRows, int kColumns>
-inline __attribute__((always_inline)) void add_block(const BFloat16* dz, const BFloat16* next_dz, const BFloat16* x,
-                                                     const BFloat16* next_x, std::int64_t steps, float* sums,
-                                                     float* next_sums) {
-  constexpr bool rows = kRows > 1, columns = kColumns > 1;
-  _tile_loadd(0, sums, 64);
-  if (columns) _tile_loadd(1, sums + kProducts, 64);
-  if (rows) _tile_loadd(2, next_sums, 64);
-  if (rows && columns) _tile_loadd(3, next_sums + kProducts, 64);
-  for (std::int64_t at = 0; at < steps * kTileElements; at += kTileElements) {
-    _tile_loadd(6, x + at, 64);
-    _tile_loadd(4, dz + at, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (columns) {
-      _tile_loadd(7, next_x + at, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (rows) {
-      _tile_loadd(5, next_dz + at, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if (columns) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, 64);
-  if (columns) _tile_stored(1, sums + kProducts, 64);
-  if (rows) _tile_stored(2, next_sums, 64);
-  if (rows && columns) _tile_stored(3, next_sums + kProducts, 64);
-}
 
 // 32 pixels from column w of a row on, of up to 32 channels each, and zeros where there are none.
 inline __attribute__((always_inline)) void load_pixels(const BFloat16* row, std::int64_t channels, std::int64_t w,
@@ -250,10 +219,8 @@ class Worker {
 }  // namespace
 
 void weight_gradient_amx(const WeightGradientPlan& plan, const WeightGradientItem& item, BFloat16* scratch) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  const Tiles tiles;
   Worker(plan, item, scratch).run();
-  _tile_release();
 }
 
 void weight_gradient_result_amx(const WeightGradientPlan& plan, const float* sums, const std::int64_t* channels,

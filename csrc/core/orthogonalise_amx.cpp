@@ -6,19 +6,6 @@
 namespace hflfnerv {
 namespace {
 
-constexpr std::int64_t kQuarter = kTile * kTile;
-
-class Tiles {
- public:
-  Tiles() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
 // The elements of a block: `columns[p][q]` of a pair of neighbours p of row q. Where rows are tiles of the left factor, they
 // are those of the right one that multiplies by the transpose.
 void put_columns(const __m512i* v, BFloat16* to) {
@@ -48,8 +35,8 @@ void put_pairs(const __m512i* v, BFloat16* to) {
 // A block of floats, as four tiles of products, in rows of bfloat16.
 void round_rows(const float* block, __m512i* v) {
   for (int i = 0; i < kBlock; ++i) {
-    const float* const row = block + i / kTile * 2 * kQuarter + i % kTile * kTile;
-    const __m256i low = Simd::to_bfloat16(_mm512_load_ps(row)), high = Simd::to_bfloat16(_mm512_load_ps(row + kQuarter));
+    const float* const row = block + i / kTile * 2 * kProducts + i % kTile * kTile;
+    const __m256i low = Simd::to_bfloat16(_mm512_load_ps(row)), high = Simd::to_bfloat16(_mm512_load_ps(row + kProducts));
     v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
 }
@@ -84,8 +71,8 @@ struct Row {
 void add_rows(float* products, __m512 scale, __m512 factor, const BFloat16* rows) {
   for (int i = 0; i < kBlock; ++i) {
     const Row row(_mm512_load_si512(rows + i * kStep));
-    float* const low = products + i / kTile * 2 * kQuarter + i % kTile * kTile;
-    float* const high = low + kQuarter;
+    float* const low = products + i / kTile * 2 * kProducts + i % kTile * kTile;
+    float* const high = low + kProducts;
     _mm512_store_ps(low, _mm512_fmadd_ps(factor, row.low, _mm512_mul_ps(scale, _mm512_load_ps(low))));
     _mm512_store_ps(high, _mm512_fmadd_ps(factor, row.high, _mm512_mul_ps(scale, _mm512_load_ps(high))));
   }

@@ -134,8 +134,7 @@ class Worker {
 }  // namespace
 
 void output_rows_amx(const OutputRows& rows, float* scratch) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  const Tiles tiles;
   std::int64_t steps = 0;
   for (int i = 0; i < rows.count; ++i) steps += kTaps * rows.streams[i].steps;
   Worker worker(rows, scratch);
@@ -158,7 +157,6 @@ void output_rows_amx(const OutputRows& rows, float* scratch) {
     default:
       worker.run<32>();
   }
-  _tile_release();
 }
 
 }  // namespace hflfnerv

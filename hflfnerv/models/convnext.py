@@ -14,6 +14,7 @@ from .._concurrent import concurrently
 from ..ops._channel_norm import channel_norm
 from ..ops._check import compute_dtype
 from ..ops._depthwise_conv2d import depthwise_conv2d
+from ..ops._inverted_bottleneck import Bottleneck, inverted_bottleneck
 from ..ops._scale_residual import scale_residual
 from ..ops._triton import unavailable
 from ..ops.pixel_shuffle_gelu import pixel_shuffle_gelu
@@ -142,16 +143,19 @@ class ConvNeXtBlock(nn.Module):
         norm, dtype = self.norm, compute_dtype(x)
         fused = self.impl == "auto" and _biases_apart(x)
         y, x = _Branches.apply(x, dtype) if fused and x.dtype != dtype else (x, x)  # type: ignore[no-untyped-call]
-        y = self.dwconv(y).permute(0, 2, 3, 1)
-        y = channel_norm(y, norm.weight, norm.bias, eps=norm.eps, out_dtype=dtype, impl=self.impl)
-        bias = None
+        y, x = self.dwconv(y).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         if fused:
+            y = channel_norm(y, norm.weight, norm.bias, eps=norm.eps, out_dtype=dtype)
             y = F.linear(y, self.pwconv1.weight).permute(0, 3, 1, 2)
             y = pixel_shuffle_gelu(y, 1, self.pwconv1.bias).permute(0, 2, 3, 1)
-            y, bias = F.linear(y, self.pwconv2.weight), self.pwconv2.bias
+            x = scale_residual(x, self.gamma, F.linear(y, self.pwconv2.weight), self.pwconv2.bias)
         else:
-            y = self.pwconv2(self.act(self.pwconv1(y)))
-        return scale_residual(x.permute(0, 2, 3, 1), self.gamma, y, bias, impl=self.impl).permute(0, 3, 1, 2)
+            first, second = self.pwconv1, self.pwconv2
+            parameters = Bottleneck(
+                norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, self.gamma
+            )
+            x = inverted_bottleneck(x, y, parameters, eps=norm.eps, impl=self.impl)
+        return x.permute(0, 3, 1, 2)
 
 
 class ConvNeXtEncoder(nn.Module):

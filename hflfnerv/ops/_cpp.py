@@ -18,9 +18,9 @@ __all__ = [
     "rejects_operand",
     "rejects_tensor",
     "simd",
-    "undo_shuffle_gelu",
     "unavailable",
     "unavailable_amx",
+    "undo_shuffle_gelu",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

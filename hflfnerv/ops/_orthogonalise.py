@@ -135,10 +135,7 @@ def _run_on_cpu(kernel: Callable[..., None], matrices: Sequence[Tensor], dtype: 
     matrices = [x.contiguous() for x in matrices]
     results = [torch.empty_like(x) for x in matrices]
     kernel(
-        [
-            (*x.shape, _cpp.address(x, dtype), _cpp.address(y, dtype))
-            for x, y in zip(matrices, results, strict=True)
-        ],
+        [(*x.shape, _cpp.address(x, dtype), _cpp.address(y, dtype)) for x, y in zip(matrices, results, strict=True)],
         (_A, _B, _C),
         _STEPS,
         torch.get_num_threads(),

@@ -304,10 +304,11 @@ def conv2d(
         bias: ``[C_out]`` in x's dtype, or None.
         impl: ``"auto"``, ``"cuda"`` (float16 and bfloat16 on Hopper: a 3x3 kernel with at most three output channels
             and 64 input channels, gradients included; one pass over x and dy makes all of them), ``"triton"`` (the same
-            on any CUDA device, for up to 128 input channels and in float32), ``"direct"`` (CPU with AVX2 or AVX-512: a
+            on any CUDA device, for up to 128 input channels and in float32), ``"amx"`` (CPU with AMX: bfloat16, any odd
+            kernel and channels, gradients included), ``"direct"`` (CPU with AVX2 or AVX-512: a
             3x3 kernel with three output channels, gradients included), ``"winograd"`` (the same for any channels and
             kernels of 3x3 and 5x5, in float32) or ``"reference"`` (PyTorch, anywhere; also what ``"auto"`` means for
-            small images, for float32 on a GPU, and in half precision on a CPU with matrix units).
+            small images, for float32 on a GPU, and in float16 on a CPU with matrix units).
 
     Returns:
         ``[B, C_out, H, W]``; x's dtype, or autocast's.
@@ -323,7 +324,7 @@ def conv2d(
         ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products in float32, the gradients of
         weight and bias row by row in float32 and over rows in float64, and rounds results once; the bits depend neither
         on the threads nor, but for the sums over it, on the batch. A value of x that is not finite also reaches pixels
-        to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`.
+        to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`, and ``"amx"`` as its ``"cpp"``.
 
     Example:
         >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape

@@ -393,7 +393,8 @@ def conv_pixel_shuffle_gelu(
             kernel as padding; the gradients of x and weight by kernels too, or by PyTorch's convolutions where those
             are faster), ``"cuda"`` (Hopper: one kernel that reads the image once for all taps, bfloat16 and
             float16, half of an odd kernel as padding; the gradient of x likewise, that of the weight as with
-            ``"triton"``), ``"cpp"`` (CPU with AMX: one kernel for all, bfloat16, channels-last, without gradients),
+            ``"triton"``), ``"cpp"`` (CPU with AMX: one kernel for all, bfloat16, channels-last; gradients
+            likewise where half of an odd kernel is the padding),
             ``"winograd"`` (CPU with AVX2 or AVX-512: one kernel for all, kernels 3x3 and 5x5 with half of them as
             padding; a fifth to a sixth of the products that the definition takes, and gradients likewise, in float32
             whatever is read and written; channels-last is read and written as it is, any other layout through copies),
@@ -422,7 +423,10 @@ def conv_pixel_shuffle_gelu(
         C_out is none, ``"cuda"`` pads the pixels of its result in memory to a multiple of 8 channels, as which the next
         block reads them without a copy; those of the gradient of x likewise. ``"cpp"`` sums in float32 in an order that
         depends on nothing but the weight's shape, adds the bias and applies GELU in float32, and rounds once; its
-        result is channels-last, and the same bits on any number of threads and in any batch. So is ``"winograd"``'s;
+        result is channels-last, and the same bits on any number of threads and in any batch. What it keeps for the
+        gradients, and the gradient of that, are rounded once as well; the gradient of the weight is summed over pixels
+        in float32 in an order that depends on the shape alone, and a value of x that is not finite may reach all of it
+        that belongs to its channel. So is ``"winograd"``'s;
         it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
         up to five times those of float32 sums by definition with kernels 5x5 and up to nine times with 3x3, in the root
         mean square and more where few channels are summed; far below those of TF32. In half precision that is far below
