@@ -236,7 +236,8 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _dz: torch.Tensor | None) -> tu
 # ``packed`` is what ``pack_weight`` of the kernels returns, for a caller who keeps it, or None. ``impl`` says what runs
 # the forward pass and undoes GELU and shuffle (after "cuda" and "cuda, pixels apart" Triton's kernel does), ``dgrad``
 # and ``wgrad`` what makes the gradients of x and weight: "triton", "conv2d", PyTorch's convolutions, or of x "cuda";
-# "winograd" makes all of them, and so does "cpp", the kernels for AMX; "winograd, large tiles" and "winograd, integer tiles" none.
+# "winograd" and "cpp", the kernels for AMX, make all of them, "winograd, large tiles" and "winograd, integer tiles"
+# none.
 register(
     "conv_pixel_shuffle_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int r, str approximate, "
     "bool keep_z, str impl, str dgrad, str wgrad) -> (Tensor, Tensor)",

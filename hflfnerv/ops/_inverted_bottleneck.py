@@ -171,7 +171,8 @@ def inverted_bottleneck(
 ) -> torch.Tensor:
     """Add the branch of a ConvNeXt block to x, from behind its depthwise convolution (Liu et al., arXiv 2201.03545).
 
-    Equivalent PyTorch: ``x + gamma * F.linear(F.gelu(F.linear(F.layer_norm(u, ...), weight1, bias1)), weight2, bias2)``.
+    Equivalent PyTorch: ``x + gamma * F.linear(F.gelu(F.linear(n, weight1, bias1)), weight2, bias2)`` with
+    ``n = F.layer_norm(u, gain.shape, gain, shift, eps)``.
 
     Args:
         x: ``[..., C]``, floating point.
@@ -189,9 +190,9 @@ def inverted_bottleneck(
         BackendUnavailable: the named implementation cannot run; the message says why.
 
     Numerics:
-        ``"amx"`` rounds u, the norm's result, what GELU gives and the gradients of both to bfloat16, which it multiplies;
-        all else is in float32. It keeps nothing but u for the gradients, and sums those of the parameters over pixels in
-        an order that depends on the shape alone.
+        ``"amx"`` rounds u, the norm's result, what GELU gives and the gradients of both to bfloat16, which it
+        multiplies; all else is in float32. It keeps nothing but u for the gradients, and sums those of the parameters
+        over pixels in an order that depends on the shape alone.
     """
     entry = INVERTED_BOTTLENECK.select(impl, x, u, parameters, eps)
     out: torch.Tensor = entry.run(x, u, parameters, eps)

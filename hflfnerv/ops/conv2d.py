@@ -324,7 +324,8 @@ def conv2d(
         ``torch.backends.cudnn.conv.fp32_precision`` says so. ``"direct"`` sums products in float32, the gradients of
         weight and bias row by row in float32 and over rows in float64, and rounds results once; the bits depend neither
         on the threads nor, but for the sums over it, on the batch. A value of x that is not finite also reaches pixels
-        to the left whose vectors of 16 floats at most end on it. ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`, and ``"amx"`` as its ``"cpp"``.
+        to the left whose vectors of 16 floats at most end on it.
+        ``"winograd"`` as in :func:`conv_pixel_shuffle_gelu`, and ``"amx"`` as its ``"cpp"``.
 
     Example:
         >>> conv2d(torch.zeros(1, 28, 5, 7), torch.zeros(3, 28, 3, 3)).shape

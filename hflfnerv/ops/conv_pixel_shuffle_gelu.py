@@ -210,15 +210,16 @@ def _cpp_rejects(call: Call) -> str | None:
 
 def _run_cpp(call: Call) -> torch.Tensor:
     x, weight, bias = _tensors(call)
+    out: torch.Tensor
     if _wants_gradient(x, weight, bias):
         impl = "cpp"
-        out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
+        out = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(
             x, weight, bias, None, call.r, call.approximate, True, impl, impl, impl
         )[0]
-        return out
-    out: torch.Tensor = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_inference(
-        *_tensors(call), call.r, call.padding, call.approximate
-    )
+    else:
+        out = torch.ops.hflfnerv.conv_pixel_shuffle_gelu_inference(
+            x, weight, bias, call.r, call.padding, call.approximate
+        )
     return out
 
 
