@@ -496,12 +496,14 @@ hflfnerv::BottleneckWeights bottleneck_weights(const BottleneckAddresses& a, flo
           pointer<hflfnerv::BFloat16>(a[4]), pointer<float>(a[5]), pointer<float>(a[6]), epsilon};
 }
 
-void inverted_bottleneck_fwd(const BottleneckSizes& sizes, const BottleneckAddresses& parameters, float epsilon,
-                             std::uintptr_t u, std::uintptr_t x, std::uintptr_t out, int threads) {
-  const auto shape = bottleneck_shape(sizes);
+void inverted_bottleneck_fwd(const BottleneckSizes& sizes, const std::string& dtype, const BottleneckAddresses& parameters,
+                             float epsilon, std::uintptr_t u, std::uintptr_t x, std::uintptr_t out, int threads) {
+  auto shape = bottleneck_shape(sizes);
+  shape.type = float_type_of(dtype);
+  if (shape.type == hflfnerv::FloatType::f16) throw py::value_error("dtype must be 'float32' or 'bfloat16', got 'float16'");
   const py::gil_scoped_release release;
   hflfnerv::inverted_bottleneck_fwd(shape, bottleneck_weights(parameters, epsilon), pointer<hflfnerv::BFloat16>(u),
-                                    pointer<float>(x), pointer<float>(out), threads);
+                                    pointer<void>(x), pointer<float>(out), threads);
 }
 
 void inverted_bottleneck_bwd(const BottleneckSizes& sizes, const BottleneckAddresses& parameters, float epsilon,
@@ -971,8 +973,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("simd") = "auto");
   module.def("orthogonalise", &orthogonalise, py::arg("matrices"), py::arg("quintic"), py::arg("steps"), py::arg("threads"),
              py::arg("simd") = "auto");
-  module.def("inverted_bottleneck_fwd", &inverted_bottleneck_fwd, py::arg("sizes"), py::arg("parameters"),
-             py::arg("epsilon"), py::arg("u"), py::arg("x"), py::arg("out"), py::arg("threads"));
+  module.def("inverted_bottleneck_fwd", &inverted_bottleneck_fwd, py::arg("sizes"), py::arg("dtype"),
+             py::arg("parameters"), py::arg("epsilon"), py::arg("u"), py::arg("x"), py::arg("out"), py::arg("threads"));
   module.def("inverted_bottleneck_bwd", &inverted_bottleneck_bwd, py::arg("sizes"), py::arg("parameters"),
              py::arg("epsilon"), py::arg("u"), py::arg("dout"), py::arg("du"), py::arg("gradients"), py::arg("threads"));
   module.def("orthogonalise_bfloat16", &orthogonalise_bfloat16, py::arg("matrices"), py::arg("quintic"), py::arg("steps"),

@@ -96,7 +96,7 @@ class Bottleneck {
 }  // namespace
 
 void inverted_bottleneck_fwd(const BottleneckShape& shape, const BottleneckWeights& weights, const BFloat16* u,
-                             const float* x, float* out, int threads) {
+                             const void* x, float* out, int threads) {
   const Bottleneck bottleneck(shape, weights, false);
   const BottleneckPlan& plan = bottleneck.plan();
   parallel_items_with_scratch(plan.blocks(), threads, plan.forward_elements() / 2, [&](float* scratch, std::int64_t block) {
@@ -143,7 +143,7 @@ void inverted_bottleneck_bwd(const BottleneckShape& shape, const BottleneckWeigh
 
 #else
 
-void inverted_bottleneck_fwd(const BottleneckShape&, const BottleneckWeights&, const BFloat16*, const float*, float*, int) {}
+void inverted_bottleneck_fwd(const BottleneckShape&, const BottleneckWeights&, const BFloat16*, const void*, float*, int) {}
 void inverted_bottleneck_bwd(const BottleneckShape&, const BottleneckWeights&, const BFloat16*, const float*, BFloat16*,
                              const BottleneckGradients&, int) {}
 

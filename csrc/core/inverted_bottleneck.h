@@ -10,9 +10,10 @@
 
 namespace hflfnerv {
 
-// u, x and out are [pixels, channels]; all sizes are at least 1.
+// u, x and out are [pixels, channels]; all sizes are at least 1. x has elements of `type`, float or bfloat16.
 struct BottleneckShape {
   std::int64_t pixels, channels, hidden;
+  FloatType type = FloatType::f32;
 };
 
 // Of the norm gain, shift and epsilon; w1 is [hidden, channels], w2 [channels, hidden].
@@ -33,7 +34,7 @@ struct BottleneckGradients {
 // Where amx_unavailable() is null. Each pixel is computed alike wherever it lies; sums over pixels are in an order that
 // depends on the shape alone.
 void inverted_bottleneck_fwd(const BottleneckShape& shape, const BottleneckWeights& weights, const BFloat16* u,
-                             const float* x, float* out, int threads);
+                             const void* x, float* out, int threads);
 void inverted_bottleneck_bwd(const BottleneckShape& shape, const BottleneckWeights& weights, const BFloat16* u,
                              const float* dout, BFloat16* du, const BottleneckGradients& gradients, int threads);
 

@@ -52,7 +52,7 @@ class Block {
         norm_(scratch),
         after_norm_(norm_ + kBottleneckPixels * channels_) {}
 
-  void forward(const BFloat16* u, const float* x, float* out) {
+  void forward(const BFloat16* u, const void* x, float* out) {
     norm(u);
     BFloat16* const activated = after_norm_;
     const Simd::Gelu gelu(*plan_.gelu);
@@ -73,8 +73,11 @@ class Block {
         const std::int64_t at = (first_ + row) * plan_.shape.channels + column;
         for (std::int64_t i = 0; i < smaller(pixels_ - row, kBlockRows); ++i) {
           const __m512 branch = _mm512_add_ps(_mm512_load_ps(products + i * kTile), bias);
-          const __m512 residual = _mm512_maskz_loadu_ps(lanes, x + at + i * plan_.shape.channels);
-          _mm512_mask_storeu_ps(out + at + i * plan_.shape.channels, lanes, _mm512_fmadd_ps(gamma, branch, residual));
+          const std::int64_t of_row = at + i * plan_.shape.channels;
+          const __m512 residual = plan_.shape.type == FloatType::f32
+                                      ? _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + of_row)
+                                      : load_bfloat16(lanes, static_cast<const BFloat16*>(x) + of_row);
+          _mm512_mask_storeu_ps(out + of_row, lanes, _mm512_fmadd_ps(gamma, branch, residual));
         }
       }
     }
@@ -271,7 +274,7 @@ class Block {
 
 }  // namespace
 
-void bottleneck_forward_amx(const BottleneckPlan& plan, const BFloat16* u, const float* x, float* out, std::int64_t block,
+void bottleneck_forward_amx(const BottleneckPlan& plan, const BFloat16* u, const void* x, float* out, std::int64_t block,
                             BFloat16* scratch) {
   const Tiles tiles;
   Block(plan, block, scratch).forward(u, x, out);

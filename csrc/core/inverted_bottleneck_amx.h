@@ -40,7 +40,7 @@ struct BottleneckPlan {
 };
 
 // One block of pixels. `scratch`, aligned to cache lines, was zero before its first use.
-void bottleneck_forward_amx(const BottleneckPlan& plan, const BFloat16* u, const float* x, float* out, std::int64_t block,
+void bottleneck_forward_amx(const BottleneckPlan& plan, const BFloat16* u, const void* x, float* out, std::int64_t block,
                             BFloat16* scratch);
 // Adds to `sums`.
 void bottleneck_backward_amx(const BottleneckPlan& plan, const BFloat16* u, const float* dout, BFloat16* du, float* sums,

@@ -52,8 +52,9 @@ def _amx_rejects(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps: 
         return _cpp.rejects_tensor(x.device, x.dtype)
     if compute_dtype(u) != torch.bfloat16:
         return f"dtype {compute_dtype(u)} is not torch.bfloat16, the one that AMX multiplies"
-    if x.dtype != torch.float32:
-        return f"x is of dtype {x.dtype} and not torch.float32, in which the kernel adds"
+    dtype = torch.promote_types(x.dtype, parameters.gamma.dtype)
+    if dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x and gamma of dtypes {x.dtype} and {parameters.gamma.dtype} are not added in torch.float32"
     return f"x of shape {tuple(x.shape)} is empty" if x.numel() == 0 else None
 
 
@@ -84,13 +85,14 @@ def _forward(
 ) -> torch.Tensor:
     tensors = [t.contiguous() for t in (gain, shift, weight1, bias1, weight2, bias2, gamma)]
     x, u = x.contiguous(), u.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.float32)
     _cpp.load().inverted_bottleneck_fwd(
         _sizes(u, weight1),
+        _cpp.dtype_name(x.dtype),
         [_cpp.address(t, t.dtype) for t in tensors],
         eps,
         _cpp.address(u, torch.bfloat16),
-        _cpp.address(x, torch.float32),
+        _cpp.address(x, x.dtype),
         _cpp.address(out, torch.float32),
         threads=torch.get_num_threads(),
     )
@@ -98,7 +100,7 @@ def _forward(
 
 
 def _forward_fake(x: torch.Tensor, u: torch.Tensor, *others: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 def _backward(
@@ -135,7 +137,8 @@ def _backward_fake(dout: torch.Tensor, u: torch.Tensor, *others: Any) -> tuple[t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, *tensors, ctx.eps = inputs
+    x, *tensors, ctx.eps = inputs
+    ctx.x_dtype = x.dtype
     ctx.save_for_backward(*tensors)
 
 
@@ -144,13 +147,14 @@ def _autograd(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if any(ctx.needs_input_grad[1:9]):
         gradients = list(torch.ops.hflfnerv.inverted_bottleneck_backward(dout, *ctx.saved_tensors, ctx.eps))
     wanted = ctx.needs_input_grad
-    return dout if wanted[0] else None, *(g if w else None for g, w in zip(gradients, wanted[1:9], strict=True)), None
+    dx = dout.to(ctx.x_dtype) if wanted[0] else None
+    return dx, *(g if w else None for g, w in zip(gradients, wanted[1:9], strict=True)), None
 
 
 _PARAMETERS = (
     "Tensor gain, Tensor shift, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor gamma, float eps"
 )
-# Matrices and u are bfloat16, everything else is float32.
+# Matrices and u are bfloat16, x is that or float32, and everything else is float32.
 register(
     f"inverted_bottleneck(Tensor x, Tensor u, {_PARAMETERS}) -> Tensor",
     run=_forward,
@@ -180,8 +184,8 @@ def inverted_bottleneck(
         parameters: gain, shift, the second bias and gamma ``[C]``, weights ``[N, C]`` and ``[C, N]``, the first bias
             ``[N]``.
         eps: added to the variance.
-        impl: ``"auto"``, ``"amx"`` (CPU with AMX: bfloat16 products, gradients included, for x in float32) or
-            ``"reference"`` (PyTorch, anywhere).
+        impl: ``"auto"``, ``"amx"`` (CPU with AMX: bfloat16 products, gradients included, where x or gamma is in
+            float32) or ``"reference"`` (PyTorch, anywhere).
 
     Returns:
         ``[..., C]`` in the dtype to which PyTorch promotes x and the branch.

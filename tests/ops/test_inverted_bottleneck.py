@@ -85,6 +85,20 @@ def test_the_bound_sees_what_is_left_out():
 
 
 @needs_amx
+def test_x_in_bfloat16():
+    tensors = operands(SHAPES[3])
+    expected = run(tensors, "amx")
+    halves = [tensors[0].bfloat16(), *tensors[1:]]
+    results = run(halves, "amx")
+    assert (results[0].dtype, results[1].dtype) == (torch.float32, torch.bfloat16)
+    for actual, wide in zip(results, expected, strict=True):
+        assert torch.equal(actual.float(), wide)  # the gradient of x is one that bfloat16 has
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        others = run(halves, "reference")
+    assert [t.dtype for t in results] == [t.dtype for t in others]
+
+
+@needs_amx
 def test_deterministic_whatever_the_threads():
     tensors = operands(((3, 33, 20), 24, 96))
     results = []
@@ -174,7 +188,7 @@ def test_reference_is_the_block():
     ("change", "reason"),
     [
         (lambda x, u: (x, u), "dtype torch.float32 is not torch.bfloat16"),
-        (lambda x, u: (x.bfloat16(), u.bfloat16()), "x is of dtype torch.bfloat16 and not torch.float32"),
+        (lambda x, u: (x.double(), u.bfloat16()), "of dtypes torch.float64 and torch.float32 are not added in"),
         (lambda x, u: (x.to("meta"), u.to("meta")), "the tensors are on meta"),
         (lambda x, u: (x[:0], u[:0].bfloat16()), "is empty"),
     ],
