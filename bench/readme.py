@@ -175,13 +175,13 @@ def cpu_table(shuffle: list[Row], conv: list[Row]) -> str:
 def training_ops_table(rows: list[Row]) -> str:
     """How many times as fast as PyTorch's the other operations of a training step are."""
     base = {row["data"]: row["p50"] for row in rows if row["implementation"] == row["baseline"]}
-    lines = ["| forward and backward, float32, channels-last | speed over PyTorch |", "|---|---|"]
+    lines = ["| forward and backward, channels-last | speed over PyTorch |", "|---|---|"]
     lines += [
         f"| {row['data']} | {row['p50'] / base[row['data']]:.1f} x |"
         for row in rows
         if row["implementation"] != row["baseline"]
     ]
-    note = "PyTorch's operations as one writes them down, in the same run; Muon's steps in float32. "
+    note = "PyTorch's operations as one writes them down, in the same run. "
     return "\n".join([*lines, "", note + source_of("training_ops_cpu", rows)])
 
 

@@ -1,4 +1,4 @@
-"""What a training step on the CPU takes beside the blocks: heads, loss, depthwise convolutions, and Muon's matrices."""
+"""What a training step on the CPU takes beside the blocks: heads, loss, the encoders' blocks, and Muon's matrices."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hflfnerv._memory import keep_freed_memory
 from hflfnerv.codec.benchmark import newton_schulz
 from hflfnerv.ops import _cpp
 from hflfnerv.ops._depthwise_conv2d import depthwise_conv2d
+from hflfnerv.ops._inverted_bottleneck import Bottleneck, inverted_bottleneck
 from hflfnerv.ops._orthogonalise import orthogonalise
 from hflfnerv.reference import stream_loss as reference
 from hflfnerv.testing import assert_close_to_reference, make_tensor
@@ -27,12 +28,15 @@ LOSSES = [(160, 320), (640, 1280)]
 DEPTHWISE = [(64, 8, 16), (32, 20, 40), (64, 128, 256)]
 # Weights of blocks and encoders, as matrices, at 0.15 M and 1.5 M.
 MATRICES = [(64, 256), (60, 450), (288, 189), (720, 486)]
+# Of the same encoders, and of the matrices, those that AMX takes.
+BOTTLENECKS = [(64, 8, 16), (32, 20, 40), (64, 128, 256)]
+LARGE_MATRICES = MATRICES[2:]
 BASELINE = "PyTorch"
 
 
 @suite("training_ops_cpu")
 def points() -> Iterable[Point]:
-    """Yield forward and backward passes in float32, channels-last."""
+    """Yield forward and backward passes in float32, and in bfloat16 what AMX takes; channels-last."""
     if _cpp.unavailable() is not None:
         raise Skipped(str(_cpp.unavailable()))
     keep_freed_memory()  # as the command line does
@@ -43,20 +47,33 @@ def points() -> Iterable[Point]:
     for shape in DEPTHWISE:
         yield _depthwise(*shape)
     for rows, columns in MATRICES:
-        yield _orthogonalise(rows, columns)
+        yield _orthogonalise(rows, columns, "cpp")
+    if _cpp.unavailable_amx() is not None:
+        return
+    yield _head(*HEADS[-1], torch.bfloat16, "amx")
+    for shape in BOTTLENECKS:
+        yield _bottleneck(*shape)
+    for rows, columns in LARGE_MATRICES:
+        yield _orthogonalise(rows, columns, "amx")
 
 
-def _image(*shape: int, seed: int = 0) -> torch.Tensor:
-    return make_tensor(*shape, layout="channels_last", seed=seed)
+def _image(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return make_tensor(*shape, layout="channels_last", seed=seed, dtype=dtype)
 
 
 def _point(
-    what: str, data: str, shape: Sequence[int], runs: dict[str, Callable[[], Any]], check: Callable[[], None]
+    what: str,
+    data: str,
+    shape: Sequence[int],
+    runs: dict[str, Callable[[], Any]],
+    check: Callable[[], None],
+    dtype: torch.dtype = torch.float32,
 ) -> Point:
     threads = torch.get_num_threads()
     contenders = [Contender(name, run, 1, f"{threads} threads") for name, run in runs.items()]
     facts = {"threads": threads}
-    return Point(what, data, "float32", shape, "calls/s", 1, contenders, BASELINE, check, facts)
+    name = str(dtype).removeprefix("torch.")
+    return Point(what, f"{data}, {name}", name, shape, "calls/s", 1, contenders, BASELINE, check, facts)
 
 
 def _convolution(
@@ -87,20 +104,20 @@ def _convolution(
             require_close(data, actual, exact, same, terms=count)
 
     runs = {name: lambda: step(ours), BASELINE: lambda: step(plain)}
-    return _point(what, data, leaves[0].shape, runs, check)
+    return _point(what, data, leaves[0].shape, runs, check, leaves[0].dtype)
 
 
-def _head(channels: int, height: int, width: int) -> Point:
-    x, weight = _image(1, channels, height, width), _image(3, channels, 3, 3, seed=1)
+def _head(channels: int, height: int, width: int, dtype: torch.dtype = torch.float32, impl: str = "direct") -> Point:
+    x, weight = _image(1, channels, height, width, dtype=dtype), _image(3, channels, 3, 3, seed=1, dtype=dtype)
 
     def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, bias, padding=1)
 
     def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return ops.conv2d(x, weight, bias, impl="direct")
+        return ops.conv2d(x, weight, bias, impl=impl)
 
     data = f"head, {channels} -> 3, k = 3, {height} x {width}"
-    return _convolution("conv2d", data, [x, weight, make_tensor(3, seed=2)], "direct", ours, plain)
+    return _convolution("conv2d", data, [x, weight, make_tensor(3, seed=2, dtype=dtype)], impl, ours, plain)
 
 
 def _loss(height: int, width: int) -> Point:
@@ -145,13 +162,39 @@ def _depthwise(channels: int, height: int, width: int) -> Point:
     return _convolution("depthwise_conv2d", data, leaves, "cpp", ours, plain)
 
 
-def _orthogonalise(rows: int, columns: int) -> Point:
-    x = make_tensor(rows, columns)
+def _bottleneck(channels: int, height: int, width: int) -> Point:
+    shapes = [(channels,), (channels,), (4 * channels, channels), (4 * channels,), (channels, 4 * channels)]
+    parameters = [make_tensor(*shape, seed=seed) for seed, shape in enumerate([*shapes, (channels,), (channels,)])]
+    # Of variances that a trained network has.
+    parameters[2], parameters[4] = parameters[2] * channels**-0.5, parameters[4] * (4 * channels) ** -0.5
+    x, u = (make_tensor(1, height, width, channels, seed=seed, dtype=torch.bfloat16) for seed in (7, 8))
+
+    def step(impl: str, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, u, *parameters)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is None):
+            y = inverted_bottleneck(leaves[0], leaves[1], Bottleneck(*leaves[2:]), eps=1e-6, impl=impl)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     def check() -> None:
-        # The bound of tests/train/test_muon.py: a Gram matrix's rounding, times a^8.
-        exact = newton_schulz(x.double())
-        assert (orthogonalise(x, impl="cpp") - exact).norm() <= 2 * 3.4445**8 * 2**-23 * exact.norm()
+        # A sum of ones times normal values is what is left of many: the errors are in relation to the terms.
+        for actual, exact, same in zip(step("amx"), step("reference", torch.double), step("reference"), strict=True):
+            error, allowed = ((t.double() - exact).norm() for t in (actual, same))
+            assert error <= 2 * allowed + 2**-8 * exact.norm(), f"error {error:.2e} is over {allowed:.2e}"
 
-    runs = {"cpp": lambda: orthogonalise(x, impl="cpp"), BASELINE: lambda: newton_schulz(x)}
-    return _point("orthogonalise", f"orthogonalisation for Muon, {rows} x {columns}", x.shape, runs, check)
+    runs = {"amx": lambda: step("amx"), BASELINE: lambda: step("reference")}
+    data = f"norm, linear layers and GELU of a ConvNeXt block, {channels} channels, {height} x {width}"
+    return _point("inverted_bottleneck", data, x.shape, runs, check, torch.bfloat16)
+
+
+def _orthogonalise(rows: int, columns: int, impl: str) -> Point:
+    dtype = torch.bfloat16 if impl == "amx" else torch.float32
+    x = make_tensor(rows, columns, dtype=dtype)
+
+    def check() -> None:
+        exact = newton_schulz(x.double())
+        # The bound of tests/train/test_muon.py: a Gram matrix's rounding, times a^8; of bfloat16 twice PyTorch's error.
+        bound = 2 * 3.4445**8 * 2**-23 * exact.norm() if impl == "cpp" else 2 * (newton_schulz(x) - exact).norm()
+        assert (orthogonalise(x, impl=impl) - exact).norm() <= bound
+
+    runs = {impl: lambda: orthogonalise(x, impl=impl), BASELINE: lambda: newton_schulz(x)}
+    return _point("orthogonalise", f"orthogonalisation for Muon, {rows} x {columns}", x.shape, runs, check, dtype)
