@@ -86,26 +86,26 @@ inline void store_products(float* to) {
   _tile_stored(3, to + 3 * kTile * kTile, 64);
 }
 
-// Adds the products of one or two row tiles and one or two column tiles over some steps to their sums.
+// Adds the products of one or two row tiles and one or two column tiles, whose steps lie one after the other, to their sums.
 template <int kRows, int kColumns>
-inline __attribute__((always_inline)) void add_block(const BFloat16* dz, const BFloat16* next_dz, const BFloat16* x,
-                                                     const BFloat16* next_x, std::int64_t steps, float* sums,
-                                                     float* next_sums) {
+inline __attribute__((always_inline)) void add_block(const BFloat16* left, const BFloat16* next_left,
+                                                     const BFloat16* right, const BFloat16* next_right, std::int64_t steps,
+                                                     float* sums, float* next_sums) {
   constexpr bool rows = kRows > 1, columns = kColumns > 1;
   _tile_loadd(0, sums, 64);
   if (columns) _tile_loadd(1, sums + kProducts, 64);
   if (rows) _tile_loadd(2, next_sums, 64);
   if (rows && columns) _tile_loadd(3, next_sums + kProducts, 64);
   for (std::int64_t at = 0; at < steps * kTileElements; at += kTileElements) {
-    _tile_loadd(6, x + at, 64);
-    _tile_loadd(4, dz + at, 64);
+    _tile_loadd(6, right + at, 64);
+    _tile_loadd(4, left + at, 64);
     _tile_dpbf16ps(0, 4, 6);
     if (columns) {
-      _tile_loadd(7, next_x + at, 64);
+      _tile_loadd(7, next_right + at, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (rows) {
-      _tile_loadd(5, next_dz + at, 64);
+      _tile_loadd(5, next_left + at, 64);
       _tile_dpbf16ps(2, 5, 6);
       if (columns) _tile_dpbf16ps(3, 5, 7);
     }
