@@ -309,11 +309,14 @@ def test_auto():
             with packed:
                 assert torch.equal(block(x), ops.conv_pixel_shuffle_gelu(*tensors, 2, padding=2, impl="winograd"))
         assert len(packed._kept) == 1
-    # Fewer products are worth more than PyTorch's instructions for 16 bits, but not than matrix units.
-    half = (x.bfloat16().requires_grad_(), *(t.bfloat16() for t in tensors[1:]))
-    impl = "winograd" if _cpp.unavailable_amx() is not None else "conv2d+cpp"
-    y = ops.conv_pixel_shuffle_gelu(*half, 2, padding=2)
-    assert torch.equal(y, ops.conv_pixel_shuffle_gelu(*half, 2, padding=2, impl=impl))
+    # Fewer products are worth more than PyTorch's instructions for 16 bits, but not than matrix units, which read
+    # channels-last images.
+    for weight in (tensors[1], tensors[1].contiguous()):
+        half = (x.bfloat16().requires_grad_(), weight.bfloat16(), tensors[2].bfloat16())
+        on_matrix_units = "conv2d+cpp" if weight.is_contiguous() else "cpp"
+        impl = "winograd" if _cpp.unavailable_amx() is not None else on_matrix_units
+        y = ops.conv_pixel_shuffle_gelu(*half, 2, padding=2)
+        assert torch.equal(y, ops.conv_pixel_shuffle_gelu(*half, 2, padding=2, impl=impl))
     # Small images do not pay for the evaluation of the weight, and few values not for any kernel.
     wide = make_tensor(200, 33, 5, 5, layout="channels_last")
     assert _by_shape(Call(x[..., :4, :8], wide, None, 5, (2, 2), "none")) == "reference"
