@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 UNIT, SUM_UNIT = 2**-8, 2**-24  # largest relative errors of a rounding to bfloat16 and to float32
-# Errors that are spread evenly up to the largest one have a third of its square as mean square. Where fewer numbers than
-# FEW are rounded, or result, chance decides; else their squares are half as much again once in ten thousand tests: 4
-# standard deviations of a sum of 128 squares of normal numbers, since few of the numbers are large.
-MEAN_SQUARE, CHANCE, FEW = 1 / 3, 1.5, 256
+# Errors that are spread evenly up to the largest one have a third of its square as mean square. The sum of squares varies:
+# where FEW numbers are rounded, half of them large, by sqrt(2 / 128) of it, of which CHANCE allows four times as much. An
+# element that is off by more than so many DEVIATIONS would be one in hundreds of millions.
+MEAN_SQUARE, CHANCE, FEW, DEVIATIONS = 1 / 3, 1.5, 256, 6
 GELU_ERROR, SLOPE_ERROR = (1e-7, 1.2e-7), 2e-7  # those that csrc/core/gelu_table.h promises
 
 
@@ -34,9 +34,10 @@ def gradients_of(dz, x, weight, padding):
 def results(x, weight, bias, dy, r, padding, gelu=None):
     """Return y, dx, dweight and dbias as the kernels for AMX make them of tensors in bfloat16.
 
-    Products of bfloat16 numbers are exact in float32, of which they are added up, one rounding each. y is rounded once.
-    With a GELU (``"none"`` or ``"tanh"``) so is z, what it is applied to, after y was made of it; GELU' of that times
-    dy is rounded as dz, of which dx and dweight are made, after dbias was made of it. These are rounded once.
+    Products of bfloat16 numbers are exact in float32, in which they are added up with a rounding each; as signs are
+    random, squares of partial sums are at most the sum of the terms' squares in the mean. y is rounded once. With a
+    GELU (``"none"`` or ``"tanh"``) so is z, what it is applied to, after y was made of it; GELU' of that times dy is
+    rounded as dz, of which dx and dweight are made, after dbias was made of it. These are rounded once.
     """
     x, weight, dy = (t.detach().double() for t in (x, weight, F.pixel_unshuffle(dy, r)))
     bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double()
@@ -47,7 +48,7 @@ def results(x, weight, bias, dy, r, padding, gelu=None):
     if gelu is None:
         value, slope, dz = z, torch.ones_like(z), dy
         square, most = (torch.zeros_like(z) for _ in range(2))
-        table = 0
+        table = torch.zeros_like(z)
     else:
         z.requires_grad_()
         value = F.gelu(z, approximate=gelu)
@@ -58,10 +59,14 @@ def results(x, weight, bias, dy, r, padding, gelu=None):
         dz = slope * dy
         # GELU' bends as well, by less than 1.
         far = z_most + UNIT * z.abs()
-        square = (bend * dy) ** 2 * (z_square + MEAN_SQUARE * (UNIT * z) ** 2)
-        most = dy.abs() * (bend.abs() * far + far**2 / 2 + SLOPE_ERROR)
-    made = [tuple(F.pixel_shuffle(t, r) for t in _rounded(value, slope**2 * z_square, 1.13 * z_most + table))]
-    dbias = (t.sum(dim=(0, 2, 3)) for t in (dz, square, most + dz[:, 0].numel() * SUM_UNIT * dz.abs()))
+        more = dy.abs() * (far**2 / 2 + SLOPE_ERROR)
+        square = (bend * dy) ** 2 * (z_square + MEAN_SQUARE * (UNIT * z) ** 2) + more**2
+        most = (bend * dy).abs() * far + more
+    y = _rounded(value, slope**2 * z_square + table**2, 1.13 * z_most + table)
+    made = [tuple(F.pixel_shuffle(t, r) for t in y)]
+    count = dz[:, 0].numel()
+    sums = square + count * MEAN_SQUARE * (SUM_UNIT * dz) ** 2, most + count * SUM_UNIT * dz.abs()
+    dbias = [t.sum(dim=(0, 2, 3)) for t in (dz, *sums)]
     if gelu is not None:
         _, square, most = _rounded(dz, square, most)
     exact, squares, sizes, of_square, of_most = (
@@ -83,7 +88,8 @@ def results(x, weight, bias, dy, r, padding, gelu=None):
 
 def _rounded(exact, square, most):
     """Return the same with the error of a rounding to bfloat16, which may be of a number that is off already."""
-    return exact, square + MEAN_SQUARE * (UNIT * exact) ** 2, (1 + UNIT) * most + UNIT * exact.abs()
+    before = torch.minimum(most, DEVIATIONS * square.sqrt())
+    return exact, square + MEAN_SQUARE * (UNIT * exact) ** 2, (1 + UNIT) * before + UNIT * exact.abs()
 
 
 def assert_within(actual, result):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_within, results
 from winograd_method import channels_last, gradient_sums, sums
 
 from hflfnerv import ops
@@ -31,7 +33,15 @@ BY_IMPL = pytest.mark.parametrize(
         if entry.name not in ("cuda", "triton")  # which have tests of their own
     ],
 )
-DIRECT = next(entry for entry in CONV2D if entry.name == "direct")
+
+
+def dtype_of(impl):
+    """Return the dtype that an implementation is tested in where any will do."""
+    return torch.bfloat16 if impl == "amx" else torch.float32
+
+
+DIRECT, AMX = (next(entry for entry in CONV2D if entry.name == name) for name in ("direct", "amx"))
+needs_amx = pytest.mark.skipif(AMX.unavailable() is not None, reason=str(AMX.unavailable()))
 # B, C_in, C_out, H, W, kernel: heads, an odd number of everything, several blocks of tiles.
 SHAPES = [
     *[(1, 28, 3, 37, 50, 3), (2, 13, 3, 12, 18, 3), (1, 2, 3, 35, 33, 3), (2, 17, 3, 1, 1, 3)],
@@ -68,6 +78,10 @@ def test_forward_and_backward(impl, shape, with_bias):
             ops.conv2d(*tensors, impl=impl)
         return
     dy = make_tensor(batch, n, height, width, seed=3)
+    if impl == "amx":
+        with pytest.raises(BackendUnavailable, match=r"dtype torch\.float32 is not torch\.bfloat16"):
+            ops.conv2d(*tensors, impl=impl)
+        return
     with poisoned_empty():
         y, gradients = run(tensors, dy, impl)
     expected, true = run(tensors, dy, "reference", torch.float64)
@@ -138,9 +152,9 @@ def test_errors_are_a_few_times_those_of_the_definition(shape, times):
 
 @BY_IMPL
 def test_only_the_gradients_that_are_wanted(impl):
-    tensors = operands(SHAPES[0])
-    dy = make_tensor(1, 3, 37, 50, seed=3)
-    _, expected = run(tensors, dy, impl)
+    tensors = [t.to(dtype_of(impl)) for t in operands(SHAPES[0])]
+    dy = make_tensor(1, 3, 37, 50, dtype=dtype_of(impl), seed=3)
+    _, expected = run(tensors, dy, impl, dtype_of(impl))
     for position in range(3):
         leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate(tensors)]
         (gradient,) = torch.autograd.grad(ops.conv2d(*leaves, impl=impl), leaves[position], dy)
@@ -149,7 +163,7 @@ def test_only_the_gradients_that_are_wanted(impl):
 
 @BY_IMPL
 def test_compile(impl):
-    tensors = [t.requires_grad_() for t in operands(SHAPES[0])]
+    tensors = [t.to(dtype_of(impl)).requires_grad_() for t in operands(SHAPES[0])]
 
     def function(x, weight, bias):
         return ops.conv2d(x, weight, bias, impl=impl) * 2
@@ -162,7 +176,7 @@ def test_compile(impl):
 
 @BY_IMPL
 def test_opcheck(impl):
-    tensors = [t.requires_grad_() for t in operands(SHAPES[0])]
+    tensors = [t.to(dtype_of(impl)).requires_grad_() for t in operands(SHAPES[0])]
     torch.library.opcheck(torch.ops.hflfnerv.conv2d.default, (*tensors, impl))
     torch.library.opcheck(torch.ops.hflfnerv.conv2d.default, (*tensors[:2], None, impl))
 
@@ -189,10 +203,181 @@ def test_what_auto_is():
     assert torch.equal(ops.conv2d(small, weight, bias), F.conv2d(small, weight, bias, padding=1))
     wide = make_tensor(3, 28, 9, 9)
     assert torch.equal(ops.conv2d(x, wide), F.conv2d(x, wide, padding=4))
-    # Not measured against matrix units, which PyTorch uses for 16 bits.
+    # Of small images, and of few channels, the matrix units make nothing faster than PyTorch does with them.
     half = [t.bfloat16() for t in (x, weight, bias)]
     impl = "direct" if fast and _cpp.unavailable_amx() is not None else "reference"
     assert torch.equal(ops.conv2d(*half), ops.conv2d(*half, impl=impl))
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "expected"),
+    [
+        ((28, 128, 256), torch.bfloat16, "amx"),
+        ((24, 1, 2**15), torch.bfloat16, "amx"),
+        ((28, 127, 258), torch.bfloat16, "reference"),
+        ((23, 128, 256), torch.bfloat16, "reference"),
+        ((28, 128, 256), torch.float16, "reference"),
+        ((28, 128, 256), torch.float32, "direct"),
+    ],
+)
+def test_what_auto_is_on_matrix_units(monkeypatch, size, dtype, expected):
+    """Also where there are none."""
+    monkeypatch.setattr("hflfnerv.ops._cpp._machine", lambda: None)
+    monkeypatch.setattr("hflfnerv.ops._cpp._amx", lambda: None)
+    chosen = []
+    entries = [dataclasses.replace(entry, run=lambda *_, name=entry.name: chosen.append(name)) for entry in CONV2D]
+    monkeypatch.setattr(CONV2D, "entries", entries)
+    x, weight = torch.zeros(2, *size, dtype=dtype), torch.zeros(3, size[0], 3, 3, dtype=dtype)
+    ops.conv2d(x, weight)
+    assert chosen == [expected]
+    if expected == "amx":
+        monkeypatch.setattr("hflfnerv.ops._cpp._amx", lambda: "needs AMX")
+        ops.conv2d(x, weight)
+        assert chosen == ["amx", "direct"]
+
+
+@needs_amx
+def test_auto_is_amx_for_large_images():
+    x = make_tensor(1, 28, 128, 256, dtype=torch.bfloat16).requires_grad_()
+    weight = make_tensor(3, 28, 3, 3, dtype=torch.bfloat16, scale=0.1, seed=1)
+    results = [ops.conv2d(x, weight, impl=impl) for impl in ("auto", "amx", "reference")]
+    assert results[0].grad_fn.name() == results[1].grad_fn.name() != results[2].grad_fn.name()
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in results]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(gradients[0], gradients[1])
+    small = x[..., :-1]
+    assert ops.conv2d(small, weight).grad_fn.name() == results[2].grad_fn.name()
+
+
+# B, C_in, C_out, H, W, kernel: bands of rows and of columns, few and many channels, kernels that are not square.
+LARGE = [
+    *[(1, 28, 3, 90, 131, (3, 3)), (2, 64, 40, 19, 23, (3, 3)), (1, 130, 70, 11, 301, (5, 5)), (1, 1, 1, 9, 1, (3, 3))],
+    *[
+        (1, 24, 17, 33, 1037, (1, 1)),
+        (2, 40, 33, 17, 9, (7, 7)),
+        (1, 33, 57, 21, 40, (1, 5)),
+        (3, 3, 24, 130, 531, (5, 3)),
+    ],
+]
+
+
+def bfloat16_operands(shape, with_bias=True):
+    batch, channels, n, height, width, kernel = shape
+    rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    options = {"dtype": torch.bfloat16}
+    x = make_tensor(batch, channels, height, width, **options)
+    weight = make_tensor(n, channels, rows, columns, scale=(channels * rows * columns) ** -0.5, seed=1, **options)
+    dy = make_tensor(batch, n, height, width, seed=3, **options)
+    bias = make_tensor(n, seed=2, **options) if with_bias else None
+    return (channels_last(x), channels_last(weight), bias), channels_last(dy), [rows // 2, columns // 2]
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+def test_amx(shape):
+    for with_bias in (True, False):
+        tensors, dy, padding = bfloat16_operands(shape, with_bias)
+        with poisoned_empty():
+            y, gradients = run(tensors, dy, "amx", torch.bfloat16)
+        for actual, result in zip((y, *gradients), results(*tensors, dy, 1, padding), strict=False):
+            assert_within(actual, result)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+def test_the_bounds_of_amx_see_half_a_per_cent(shape):
+    tensors, dy, padding = bfloat16_operands(shape)
+    for result in results(*tensors, dy, 1, padding):
+        assert_within(result.exact.bfloat16(), result)
+        # Each element is rounded once, an error of 0.4 % at most.
+        with pytest.raises(AssertionError, match="error"):
+            assert_within((1.01 * result.exact).bfloat16(), result)
+        if result.numbers >= 256:
+            noise = make_tensor(*result.exact.shape, seed=4) * result.exact.square().mean().sqrt()
+            with pytest.raises(AssertionError, match="error"):
+                assert_within((result.exact + 0.005 * noise).bfloat16(), result)
+
+
+@needs_amx
+def test_amx_is_the_same_on_any_number_of_threads_and_in_any_batch():
+    for shape in ((3, 33, 28, 61, 67, (3, 3)), LARGE[2]):
+        tensors, dy, _ = bfloat16_operands(shape)
+        made = []
+        for number in (1, 2, 5):
+            with threads(number):
+                y, gradients = run(tensors, dy, "amx", torch.bfloat16)
+                made.append((y, *gradients))
+        for others in made[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(made[0], others, strict=True))
+        for image in range(shape[0]):
+            one, (dx, *_) = run(
+                (tensors[0][image : image + 1], *tensors[1:]), dy[image : image + 1], "amx", torch.bfloat16
+            )
+            assert torch.equal(one[0], made[0][0][image])
+            assert torch.equal(dx[0], made[0][1][image])
+
+
+@needs_amx
+def test_amx_in_other_layouts():
+    (x, weight, bias), dy, _ = bfloat16_operands((2, 33, 12, 9, 14, 3))
+    y, gradients = run((x, weight, bias), dy, "amx", torch.bfloat16)
+    transposed = weight.transpose(2, 3).contiguous().transpose(2, 3)
+    wide = torch.full((2, 33, 9, 28), float("nan"), dtype=torch.bfloat16)
+    wide[..., ::2] = x
+    for tensors in (
+        (x.contiguous(), weight, bias),
+        (x, weight.contiguous(), bias),
+        (x.contiguous(), weight.contiguous(), bias),
+        (x, transposed, bias),
+        (wide[..., ::2], weight, bias),
+    ):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        again = ops.conv2d(*leaves, impl="amx")
+        made = torch.autograd.grad(again, leaves, dy.contiguous())
+        assert torch.equal(again, y)
+        assert all(torch.equal(a, b) for a, b in zip(made, gradients, strict=True))
+        assert made[0].is_contiguous() == (tensors[0] is not x)
+    torch.library.opcheck(torch.ops.hflfnerv.conv2d.default, (x.contiguous().requires_grad_(), weight, bias, "amx"))
+
+
+@needs_amx
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_amx_compiles_with_any_size(dynamic):
+    tensors, dy, _ = bfloat16_operands(SHAPES[0])
+    tensors = [t.requires_grad_() for t in tensors]
+
+    def function(x, weight, bias):
+        return ops.conv2d(x, weight, bias, impl="amx") * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    y, expected = compiled(*tensors), function(*tensors)
+    assert torch.equal(y, expected)
+    gradients = [torch.autograd.grad(t, tensors, dy) for t in (y, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@needs_amx
+def test_amx_under_autocast():
+    (x, weight, bias), _, _ = bfloat16_operands(SHAPES[0])
+    wide = [t.float().requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.conv2d(*wide, impl="amx")
+    assert torch.equal(y, ops.conv2d(x, weight, bias, impl="amx"))
+    assert [g.dtype for g in torch.autograd.grad(y.sum(), wide)] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, w: (x.float(), w.float()), "dtype torch.float32 is not torch.bfloat16, the one that AMX multiplies"),
+        (lambda x, w: (x.to("meta"), w.to("meta")), "the tensors are on meta"),
+        (lambda x, w: (x[:0], w), r"x of shape (0, 28, 37, 50) is empty"),
+    ],
+)
+def test_amx_rejects(change, reason):
+    (x, weight, _), _, _ = bfloat16_operands(SHAPES[0])
+    assert reason in AMX.rejects(*change(x, weight), None)
+    assert AMX.rejects(x, weight, None) is None
 
 
 @pytest.mark.skipif(DIRECT.unavailable() is not None, reason=str(DIRECT.unavailable()))
