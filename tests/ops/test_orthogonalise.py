@@ -6,11 +6,26 @@ import pytest
 import torch
 
 from hflfnerv.errors import BackendUnavailable
-from hflfnerv.ops._orthogonalise import ORTHOGONALISE, SMALL_ROWS, orthogonalise, orthogonalise_all
-from hflfnerv.testing import implementations, requires, threads
+from hflfnerv.ops._orthogonalise import (
+    ORTHOGONALISE,
+    SMALL_ROWS,
+    multiplies_bfloat16,
+    orthogonalise,
+    orthogonalise_all,
+)
+from hflfnerv.testing import implementations, poisoned_empty, requires, threads
 
 BY_IMPL = pytest.mark.parametrize(("impl", "device"), implementations(ORTHOGONALISE))
-CPP = next(entry for entry in ORTHOGONALISE if entry.name == "cpp")
+IN_FLOAT32 = pytest.mark.parametrize(
+    ("impl", "device"), [parameter for parameter in implementations(ORTHOGONALISE) if parameter.id != "amx"]
+)
+CPP, AMX = (next(entry for entry in ORTHOGONALISE if entry.name == name) for name in ("cpp", "amx"))
+needs_amx = pytest.mark.skipif(AMX.unavailable() is not None, reason=str(AMX.unavailable()))
+
+
+def dtype_of(impl):
+    """Return the dtype that an implementation is tested in where any will do."""
+    return torch.bfloat16 if impl == "amx" else torch.float32
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (64, 6), (1, 9), (9, 1), (20, 90), (90, 20)])
@@ -25,7 +40,18 @@ def test_flattens_the_singular_values(shape):
     assert 0.6 < values.min() <= values.max() < 1.25
 
 
-@BY_IMPL
+def steps(x, rounded=lambda t: t):
+    """Return what the definition says, in float64, with x, its Gram matrix and the polynomial of that rounded."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT.double() if tall else x.double()
+    x = rounded(x / x.norm())
+    for _ in range(5):
+        gram = rounded(x @ x.mT)
+        x = rounded(3.4445 * x + rounded(-4.7750 * gram + 2.0315 * gram @ gram) @ x)
+    return x.mT if tall else x
+
+
+@IN_FLOAT32
 @pytest.mark.parametrize(
     "shape", [(16, 32), (20, 300), (300, 20), (57, 120), (40, 40), (189, 270), (7, 1), (1, 1), (530, 520)]
 )
@@ -37,10 +63,7 @@ def test_the_steps_through_the_gram_matrix_are_those_of_the_definition(shape, de
     rank = min(shape)
     left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for n in shape)
     x = (left * 10 ** -torch.linspace(0, decades, rank, dtype=torch.float64)) @ right.mT
-    expected = x / x.norm()
-    for _ in range(5):  # the definition
-        gram = expected @ expected.mT
-        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    expected = steps(x)
     for dtype in (torch.float32, torch.float64) if impl == "reference" else (torch.float32,):
         # A Gram matrix errs by its rounding, eps, at its small eigenvalues as well, and each of the four later steps
         # multiplies those by a^2; the reference errs by less. Of three products of TF32 the fourth is missing, which is
@@ -53,20 +76,20 @@ def test_the_steps_through_the_gram_matrix_are_those_of_the_definition(shape, de
 
 @BY_IMPL
 def test_of_zero_is_zero(impl, device):
-    zeros = torch.zeros(3, 5, device=device)
+    zeros = torch.zeros(3, 5, dtype=dtype_of(impl), device=device)
     assert torch.equal(orthogonalise(zeros, impl=impl), zeros)
 
 
 @BY_IMPL
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("scale", [2.0**-50, 2.0**50])
 def test_does_not_depend_on_the_scale(impl, device, scale):
-    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(8)).to(device)
+    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(8)).to(device, dtype_of(impl))
     torch.testing.assert_close(orthogonalise(x * scale, impl=impl), orthogonalise(x, impl=impl), rtol=0, atol=1e-4)
 
 
 @BY_IMPL
 def test_of_what_is_not_finite_is_not_finite(impl, device):
-    x = torch.ones(20, 33, device=device)
+    x = torch.ones(20, 33, dtype=dtype_of(impl), device=device)
     x[3, 4] = float("nan")
     assert orthogonalise(x, impl=impl).isnan().all()
 
@@ -94,6 +117,122 @@ def test_kernels_give_the_same_on_any_number_of_threads_and_in_any_layout():
 def test_kernels_say_why_not(x, message):
     with pytest.raises(BackendUnavailable, match=rf"orthogonalise: impl='cpp' cannot run: {message}"):
         orthogonalise(x, impl="cpp")
+
+
+def bfloat16_matrix(shape, decades=None, seed=6):
+    """Return a normally distributed matrix, or one whose singular values go so many decades down."""
+    generator, rank = torch.Generator().manual_seed(seed), min(shape)
+    if decades is None:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).bfloat16()
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for n in shape)
+    return ((left * 10 ** -torch.linspace(0, decades, rank, dtype=torch.float64)) @ right.mT).bfloat16()
+
+
+def bfloat16_steps(x):
+    """Return the steps with each number rounded where ``"amx"`` rounds it, and nowhere else."""
+    return steps(x, lambda t: t.bfloat16().double())
+
+
+BFLOAT16_SHAPES = [
+    *[(1, 1), (7, 1), (1, 9), (5, 40), (16, 32), (32, 32), (33, 65), (40, 40), (57, 120), (300, 20), (200, 31)],
+    *[(189, 270), (130, 400), (400, 130), (150, 140), (530, 520)],
+]
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", BFLOAT16_SHAPES, ids=str)
+@pytest.mark.parametrize("decades", [None, 0, 3, 8])
+def test_amx_takes_the_steps_of_the_definition(shape, decades):
+    x = bfloat16_matrix(shape, decades)
+    with poisoned_empty():
+        made = orthogonalise(x, impl="amx")
+    assert made.dtype == torch.bfloat16
+    exact, rounded = steps(x), bfloat16_steps(x)
+    # The sums are in float32, whose error is 2^-16 of a rounding's times the root of their length: a few roundings go
+    # the other way, which is an error of the kind and at most of the size that all of them together make.
+    own = (rounded - exact).norm()
+    assert (made.double() - rounded).norm() <= own
+    assert (made.double() - exact).norm() <= 1.5 * own
+    if decades is None and x.numel() >= 1000:
+        # PyTorch rounds the same numbers, but for the order of its sums, and the polynomial's terms once or twice.
+        peer = (orthogonalise(x, impl="reference").double() - exact).norm()
+        assert (made.double() - exact).norm() <= 1.5 * peer
+        # Three roundings in each of five steps, and one before, are 2^-8 / sqrt(3) sqrt(16) of the whole if none grows;
+        # a step makes an error grow by a at most, where the values grow by as much, and by 1.6 near 1, which the last
+        # two reach.
+        assert (made.double() - exact).norm() <= 2**-8 * (16 / 3) ** 0.5 * 1.6**2 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [shape for shape in BFLOAT16_SHAPES if min(shape) >= 16], ids=str)
+def test_the_bounds_of_amx_see_an_error(shape):
+    x = bfloat16_matrix(shape)
+    exact, rounded = steps(x), bfloat16_steps(x)
+    own = (rounded - exact).norm()
+    # 2.5 %; a block of the Gram matrix left out; the wrong one of two neighbours.
+    wrong = [1.025 * rounded, rounded.clone(), rounded.clone()]
+    wrong[1][:16, :16] = 0
+    wrong[2][:, [2, 3]] = rounded[:, [3, 2]]
+    for made in wrong:
+        assert (made - rounded).norm() > own
+
+
+@needs_amx
+def test_amx_gives_the_same_on_any_number_of_threads_in_any_layout_and_beside_any_others():
+    shapes = [(150, 140), (5, 40), (130, 400), (40, 5), (257, 300), (300, 257)]
+    matrices = [bfloat16_matrix(shape, seed=i) for i, shape in enumerate(shapes)]
+    with threads(1):
+        expected = orthogonalise_all(matrices, impl="amx")
+    for number in (2, 3, 5):
+        with threads(number), poisoned_empty():
+            actual = orthogonalise_all([x.mT.contiguous().mT for x in matrices], impl="amx")
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for x, together in zip(matrices, expected, strict=True):
+        assert torch.equal(orthogonalise(x.repeat_interleave(2, 1)[:, ::2], impl="amx"), together)
+        # A tall matrix takes the steps of the wide one.
+        assert torch.equal(orthogonalise(x.mT, impl="amx"), together.mT)
+        assert torch.equal(orthogonalise(x), together)
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", [(3, 5), (160, 140), (1, 1)])
+def test_amx_of_zeros_and_of_what_is_not_finite(shape):
+    zeros = torch.zeros(shape, dtype=torch.bfloat16)
+    assert torch.equal(orthogonalise(zeros, impl="amx"), zeros)
+    for value in (float("nan"), float("inf")):
+        x = zeros.clone()
+        x[-1, -1] = value
+        assert orthogonalise(x, impl="amx").isnan().all()
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 5), r"dtype torch\.float32 is not torch\.bfloat16"),
+        (torch.zeros(3, 5, dtype=torch.float16), r"dtype torch\.float16 is not torch\.bfloat16"),
+        (torch.zeros(0, 5, dtype=torch.bfloat16), r"a matrix of shape \(0, 5\) is empty"),
+        (torch.zeros(3, 5, dtype=torch.bfloat16, device="meta"), "the tensors are on meta"),
+    ],
+)
+def test_amx_says_why_not(x, message):
+    with pytest.raises(BackendUnavailable, match=rf"orthogonalise: impl='amx' cannot run: {message}"):
+        orthogonalise(x, impl="amx")
+
+
+def test_amx_says_what_the_machine_lacks(monkeypatch):
+    monkeypatch.setattr("hflfnerv.ops._cpp._amx", lambda: "needs AMX (bf16): this CPU has none")
+    x = bfloat16_matrix((20, 33))
+    with pytest.raises(BackendUnavailable, match=r"impl='amx' cannot run: needs AMX \(bf16\): this CPU has none"):
+        orthogonalise(x, impl="amx")
+    assert not multiplies_bfloat16(x)
+    assert torch.equal(orthogonalise(x), orthogonalise(x, impl="reference"))
+
+
+@pytest.mark.parametrize("reason", [None, "needs AMX"])
+def test_where_bfloat16_is_multiplied(monkeypatch, reason):
+    monkeypatch.setattr("hflfnerv.ops._cpp._amx", lambda: reason)
+    assert multiplies_bfloat16(torch.zeros(3, 5)) == (reason is None)
+    assert not multiplies_bfloat16(torch.zeros(3, 5, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

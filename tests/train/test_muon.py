@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hflfnerv.ops import _cpp
 from hflfnerv.ops._orthogonalise import orthogonalise_all
 from hflfnerv.train import muon
 from hflfnerv.train.muon import Muon
@@ -167,3 +168,49 @@ def test_without_gradients_nothing_is_prepared():
     optimizer.zero_grad()
     optimizer.step()
     assert torch.equal(weight, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_large_matrices_are_orthogonalised_in_bfloat16_where_that_is_multiplied(fast, monkeypatch):
+    """Both sides have more than 128 values; a side may be that of channels under a kernel."""
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda x: fast)
+    taken = []
+
+    def record(matrices):
+        taken.extend((tuple(x.shape), x.dtype) for x in matrices)
+        return orthogonalise_all(matrices)
+
+    monkeypatch.setattr(muon, "orthogonalise_all", record)
+    large = {(129, 130): (129, 130), (150, 40, 3, 3): (150, 360), (200, 129, 1, 1): (200, 129)}
+    small = {(128, 300): (128, 300), (300, 128): (300, 128), (12, 30): (12, 30), (130, 14, 3, 3): (130, 126)}
+    shapes = {**large, **small}
+    generator = torch.Generator().manual_seed(13)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    Muon(weights, lr=1.0, momentum=0.0).step()
+    half = torch.bfloat16 if fast else torch.float32
+    expected = [*((matrix, half) for matrix in large.values()), *((m, torch.float32) for m in small.values())]
+    assert sorted(taken, key=str) == sorted(expected, key=str)
+    for weight in weights:
+        matrix = weight.grad.flatten(1)
+        exact = orthogonalise_all([matrix.double()])[0] * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        made = -weight.detach().flatten(1)
+        error = (made - exact).norm() / exact.norm()
+        assert weight.dtype == torch.float32
+        # As where the kernels are tested: in bfloat16 about six of its roundings, in float32 a^8 of its.
+        in_half = fast and min(matrix.shape) > 128
+        assert 2**-12 < error < 6 * 2**-8 if in_half else error < 2 * 3.4445**8 * 2**-23
+
+
+@pytest.mark.skipif(_cpp.unavailable_amx() is not None, reason=str(_cpp.unavailable_amx()))
+def test_on_matrix_units():
+    generator = torch.Generator().manual_seed(14)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((150, 140), (128, 200))]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    Muon(weights, lr=1.0, momentum=0.0).step()
+    for weight, impl, dtype in zip(weights, ("amx", "cpp"), (torch.bfloat16, torch.float32), strict=True):
+        (made,) = orthogonalise_all([weight.grad.to(dtype)], impl=impl)
+        rows, columns = weight.shape
+        assert torch.equal(weight.detach(), -(max(1.0, rows / columns) ** 0.5) * made.float())
