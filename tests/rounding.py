@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 UNIT, SUM_UNIT = 2**-8, 2**-24  # largest relative errors of a rounding to bfloat16 and to float32
 # Errors that are spread evenly up to the largest one have a third of its square as mean square. The sum of squares
-# varies: where FEW numbers are rounded, half of them large, by sqrt(2 / 128) of it, of which CHANCE allows four times as
+# varies: where FEW numbers are rounded, half of them large, by sqrt(2 / 128) of it, and CHANCE allows four times as
 # much. An element that is off by more than so many DEVIATIONS would be one in hundreds of millions.
 MEAN_SQUARE, CHANCE, FEW, DEVIATIONS = 1 / 3, 1.5, 256, 6
 GELU_ERROR, SLOPE_ERROR = (1e-7, 1.2e-7), 2e-7  # those that csrc/core/gelu_table.h promises

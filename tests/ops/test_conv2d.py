@@ -341,6 +341,14 @@ def test_amx_in_other_layouts():
 
 
 @needs_amx
+@pytest.mark.parametrize("axes", [(0, 0), (2, 3), (0, 1)])
+def test_gradients_of_amx_lie_as_torch_compile_is_told(axes):
+    (x, weight, _), dy, _ = bfloat16_operands((2, 33, 12, 9, 14, 3))
+    weight = weight.transpose(*axes).contiguous().transpose(*axes)  # as dense as any, and neither of the two formats
+    torch.library.opcheck(torch.ops.hflfnerv.conv2d_backward.default, (dy, x, weight, [True] * 3, "amx"))
+
+
+@needs_amx
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_amx_compiles_with_any_size(dynamic):
     tensors, dy, _ = bfloat16_operands(SHAPES[0])

@@ -416,6 +416,18 @@ def test_opcheck_of_gradients(shape):
 
 
 @needs_amx
+@pytest.mark.parametrize("axes", [(0, 0), (2, 3), (0, 1)])
+def test_gradients_lie_as_torch_compile_is_told(axes):
+    shape = GRADIENTS[0]
+    (x, weight, bias), dy = operands_and_slopes(shape)
+    weight = weight.transpose(*axes).contiguous().transpose(*axes)  # as dense as any, and neither of the two formats
+    tensors = (x, weight, bias, None, 2, "none", True, "cpp", "cpp", "cpp")
+    _, z = torch.ops.hflfnerv.conv_pixel_shuffle_gelu(*tensors)
+    arguments = (dy, x, weight, z, 2, "none", [True] * 3, "cpp", "cpp", "cpp")
+    torch.library.opcheck(torch.ops.hflfnerv.conv_pixel_shuffle_gelu_backward.default, arguments)
+
+
+@needs_amx
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_compile_with_gradients(dynamic, layout):
