@@ -50,7 +50,7 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of x and weight, as far as they are wanted, for dz in the order (i, j, c)."""
     module, sizes, threads = _cpp.load(), _sizes(x, weight, r, padding), torch.get_num_threads()
-    x_format, weight_format = memory_format_of(x), memory_format_of(weight)
+    x_format, given = memory_format_of(x), weight
     dz, x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x, weight))
     dx = dweight = None
     if wanted[0]:
@@ -60,7 +60,8 @@ def gradients(
     if wanted[1]:
         dweight = empty(*weight.shape)
         module.conv_pixel_shuffle_gelu_wgrad(sizes, _address(x), _address(dz), _address(dweight), threads=threads)
-        dweight = dweight.contiguous(memory_format=weight_format)
+        if given is not weight:
+            dweight = torch.empty_like(given).copy_(dweight)
     return dx, dweight
 
 
