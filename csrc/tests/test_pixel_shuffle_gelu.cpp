@@ -100,7 +100,7 @@ void check_conv(const ConvPixelShuffleShape& s) {
   const std::vector<BFloat16> weight = random<BFloat16>(s.out_channels() * s.in_channels * taps, scale);
   const std::vector<float> bias = random<float>(s.out_channels(), 1);
   std::vector<BFloat16> y(static_cast<std::size_t>(s.batch * s.out_channels() * height * width), BFloat16{0x7fc0});
-  conv_pixel_shuffle_gelu_fwd(s, false, x.data(), weight.data(), bias.data(), y.data(), 1);
+  conv_pixel_shuffle_gelu_fwd(s, ConvActivation::gelu, x.data(), weight.data(), bias.data(), y.data(), nullptr, 1);
   for (std::int64_t b = 0; b < s.batch; ++b) {
     for (std::int64_t n = 0; n < s.out_channels(); ++n) {
       for (std::int64_t h = 0; h < height; ++h) {

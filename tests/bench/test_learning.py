@@ -96,6 +96,7 @@ def no_update(trainer):
 )
 def test_what_is_wrong_in_a_step_is_named(monkeypatch, change, named):
     """However small it is beside the others."""
+    monkeypatch.setattr("hflfnerv.train.muon.multiplies_bfloat16", lambda x: False)  # all of it is to be in float32
     ways = {name: way._replace(precision="fp32") for name, way in learning.ways(on_gpu=False).items()}
     ways["wrong"] = learning.Way("fp32", change=change)
     monkeypatch.setattr(learning, "ways", lambda *, on_gpu: ways)
