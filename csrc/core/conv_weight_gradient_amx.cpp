@@ -63,11 +63,15 @@ class Worker {
     std::int64_t rows = 0, columns = 0, steps = 0;
   };
 
-  // Row i of x under a band, or null where it lies outside of the image.
-  const BFloat16* row_of_x(const Band& band, std::int64_t i) const {
+  // Row i of x under a band. One outside of the image has no columns.
+  struct Row {
+    const BFloat16* x;
+    std::int64_t width;
+  };
+  Row row_of_x(const Band& band, std::int64_t i) const {
     const std::int64_t h = band.row + i - shape_.padding_h;
-    if (h < 0 || h >= shape_.height) return nullptr;
-    return item_.x + (band.image * shape_.height + h) * shape_.width * shape_.in_channels;
+    if (h < 0 || h >= shape_.height) return {item_.x, 0};
+    return {item_.x + (band.image * shape_.height + h) * shape_.width * shape_.in_channels, shape_.width};
   }
 
   // The gradient of the result, transposed, of the row tiles of this item.
@@ -113,15 +117,15 @@ class Worker {
     for (std::uint16_t i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 32);
     const __m512i low = _mm512_load_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (std::int64_t i = 0; i < band.rows + shape_.kernel_h - 1; ++i) {
-      const BFloat16* const row = row_of_x(band, i);
+      const Row row = row_of_x(band, i);
       for (std::int64_t group = 0; group < plan_.groups; group += 2) {
         const std::int64_t c = group * kTile;
         const bool second = group + 1 < plan_.groups;
-        const __mmask32 lanes = row == nullptr ? 0 : first_lanes(smaller(channels - c, (plan_.groups - group) * kTile));
+        const __mmask32 lanes = first_lanes(smaller(channels - c, (plan_.groups - group) * kTile));
         BFloat16* to = pairs_ + 2 * group * stride + i * pitch / 2 * kStep;
         const auto pixel = [&](std::int64_t p) {
           const std::int64_t w = first + p;
-          return _mm512_maskz_loadu_epi16(w >= 0 && w < shape_.width ? lanes : 0, row + w * channels + c);
+          return _mm512_maskz_loadu_epi16(w >= 0 && w < row.width ? lanes : 0, row.x + w * channels + c);
         };
         __m512i a = pixel(0);
         for (std::int64_t p = 0; p < pitch; p += 2, to += kStep) {
@@ -143,11 +147,10 @@ class Worker {
     const std::int64_t channels = shape_.in_channels, stride = plan_.rest_stride(), pitch = plan_.pitch;
     const std::int64_t c = channels - plan_.rest;
     for (std::int64_t i = 0; i < band.rows + shape_.kernel_h - 1; ++i) {
-      const BFloat16* const row = row_of_x(band, i);
-      const __mmask32 lanes = row == nullptr ? 0 : first_lanes(plan_.rest);
+      const Row row = row_of_x(band, i);
       for (std::int64_t p = 0; p < pitch; p += kStep) {
         __m512i v[32];
-        load_pixels(row + c, channels, band.column - shape_.padding_w + p, lanes == 0 ? 0 : shape_.width, lanes, v);
+        load_pixels(row.x + c, channels, band.column - shape_.padding_w + p, row.width, first_lanes(plan_.rest), v);
         transpose_32(v);
         // What it writes behind the row is written again as the next one.
         for (std::int64_t k = 0; k < plan_.rest; ++k) _mm512_storeu_si512(rest_ + k * stride + i * pitch + p, v[k]);

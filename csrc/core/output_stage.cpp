@@ -86,7 +86,7 @@ void output_stage_fwd(const OutputShape& shape, const OutputFeature* features, i
       if (amx) {
         const BFloat16* x = static_cast<const BFloat16*>(f.x) + image * f.height * size;
         BFloat16* const to = reinterpret_cast<BFloat16*>(at);
-        convert_rows_amx({x, f.height, f.width, f.channels, first - 1, rows + kTaps - 1, 1}, p.layout, to, to);
+        convert_rows_amx({x, f.height, f.width, f.channels, first - 1, rows + kTaps - 1, -1}, p.layout, to, to);
       }
 #endif
       if (!amx) {

@@ -393,7 +393,7 @@ def test_a_file_is_no_folder(command, option, folder, monkeypatch, capsys):
 
 
 def test_frames_count_from_the_end(folder, tmp_path, capsys):
-    decoder = Decoder(folder / "clip.hflf")
+    decoder = Decoder(folder / "clip.hflf", precision="fp32")
     for number, words in enumerate((["--frames", "-2:"], ["--frames=-2:"], ["--frames", "-4:-2"])):
         out = tmp_path / f"{number}.npy"
         assert run("decode", folder / "clip.hflf", "-o", out, "--precision", "fp32", *words) == 0
