@@ -23,6 +23,8 @@ _GROUP = 16  # channels that are multiplied with each other: a row of the matrix
 _INT32_MAX = 2**31 - 1
 _TRITON_CHANNELS = 512
 _TRITON_KERNEL = 7
+# Of an image, from which on "groups" is faster than "cpp" on a CPU with matrix units, in half precision, measured.
+_GROUPS_PIXELS = 2**13
 
 
 class _DenseGroups(torch.autograd.Function):
@@ -246,8 +248,9 @@ def _choice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pa
     """
     if x.device.type != "cpu":
         return "auto" if compute_dtype(x).itemsize == 2 else "reference"
-    # Of PyTorch's operations under a compiler, which sees into them, and where they run on matrix units.
-    if torch.compiler.is_compiling() or _cpp.on_matrix_units(x):
+    # Of PyTorch's operations under a compiler, which sees into them, and where they run on matrix units for long.
+    large = x.shape[2] * x.shape[3] >= _GROUPS_PIXELS
+    if torch.compiler.is_compiling() or (large and _cpp.on_matrix_units(x)):
         return "reference" if _groups_reject(x, weight, bias, padding) else "groups"
     return "auto"
 
@@ -275,8 +278,8 @@ def depthwise_conv2d(
             which is taken from a convolution with dense groups of 16 channels, of whose products all but one in 16 are
             thrown away, in a fraction of the time of PyTorch's own, which has no vector form) or ``"reference"``
             (PyTorch, anywhere). ``"auto"`` is the first that can run, but for float32 on a GPU, which is
-            ``"reference"``, and on the CPU under torch.compile, or in half precision with matrix units, where it is
-            made of PyTorch's operations.
+            ``"reference"``, and on the CPU under torch.compile, or for large images in half precision with matrix
+            units, where it is made of PyTorch's operations.
 
     Returns:
         ``[B, C, H + 2 padding_h - K_h + 1, W + 2 padding_w - K_w + 1]``; x's dtype and memory format, or autocast's

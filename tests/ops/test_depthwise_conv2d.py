@@ -273,8 +273,13 @@ def test_rejects_an_unknown_implementation():
         ({"channels": 20}, (3, 3), "cpp"),
         ({}, (3, 2), "groups"),
         ({"channels": 20}, (3, 2), "reference"),
-        # Not measured against matrix units.
-        ({"dtype": torch.bfloat16}, (3, 3), "cpp" if _cpp.unavailable_amx() is not None else "groups"),
+        ({"dtype": torch.bfloat16}, (3, 3), "cpp"),
+        # Large images are for matrix units.
+        (
+            {"dtype": torch.bfloat16, "size": (64, 128)},
+            (3, 3),
+            "cpp" if _cpp.unavailable_amx() is not None else "groups",
+        ),
         ({"dtype": torch.float64}, (3, 3), "reference"),
     ],
 )
