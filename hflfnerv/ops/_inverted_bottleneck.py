@@ -40,9 +40,10 @@ def _run_reference(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps
 
 
 def _run_amx(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps: float) -> torch.Tensor:
-    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float32)
+    gain, shift, *linear, gamma = parameters
+    linear = [p.to(torch.bfloat16) for p in linear]
     out: torch.Tensor = torch.ops.hflfnerv.inverted_bottleneck(
-        x, u.to(torch.bfloat16), *(p.to(dtype) for p, dtype in zip(parameters, dtypes, strict=True)), eps
+        x, u.to(torch.bfloat16), gain, shift, *linear, gamma, eps
     )
     return out
 
@@ -67,6 +68,11 @@ INVERTED_BOTTLENECK = ImplementationTable(
 )
 
 
+def _as_read(t: torch.Tensor) -> torch.Tensor:
+    """Return a parameter as the kernel reads it: a matrix in bfloat16, a vector in float32."""
+    return t.to(torch.bfloat16 if t.dim() == 2 else torch.float32).contiguous()
+
+
 def _sizes(u: torch.Tensor, weight1: torch.Tensor) -> list[int]:
     return [u.numel() // u.shape[-1], u.shape[-1], weight1.shape[0]]
 
@@ -83,7 +89,7 @@ def _forward(
     gamma: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    tensors = [t.contiguous() for t in (gain, shift, weight1, bias1, weight2, bias2, gamma)]
+    tensors = [_as_read(t) for t in (gain, shift, weight1, bias1, weight2, bias2, gamma)]
     x, u = x.contiguous(), u.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)
     _cpp.load().inverted_bottleneck_fwd(
@@ -115,7 +121,8 @@ def _backward(
     gamma: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
-    tensors = [t.contiguous() for t in (gain, shift, weight1, bias1, weight2, bias2, gamma)]
+    given = (gain, shift, weight1, bias1, weight2, bias2, gamma)
+    tensors = [_as_read(t) for t in given]
     dout, u = dout.contiguous(), u.contiguous()
     du = torch.empty_like(u)
     gradients = [torch.empty_like(t, dtype=torch.float32) for t in tensors]
@@ -129,7 +136,7 @@ def _backward(
         [_cpp.address(t, torch.float32) for t in gradients],
         threads=torch.get_num_threads(),
     )
-    return du, *(g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True))
+    return du, *(g.to(t.dtype) for g, t in zip(gradients, given, strict=True))
 
 
 def _backward_fake(dout: torch.Tensor, u: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
@@ -154,7 +161,7 @@ def _autograd(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 _PARAMETERS = (
     "Tensor gain, Tensor shift, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor gamma, float eps"
 )
-# Matrices and u are bfloat16, x is that or float32, and everything else is float32.
+# u is bfloat16, x is that or float32; parameters are of any dtype, and so are their gradients.
 register(
     f"inverted_bottleneck(Tensor x, Tensor u, {_PARAMETERS}) -> Tensor",
     run=_forward,
