@@ -34,9 +34,9 @@ class Bottleneck(NamedTuple):
 
 def _run_reference(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps: float) -> torch.Tensor:
     gain, shift, weight1, bias1, weight2, bias2, gamma = parameters
-    y = channel_norm(u, gain, shift, eps=eps, out_dtype=compute_dtype(u))
+    y = channel_norm(u, gain, shift, eps=eps, out_dtype=compute_dtype(u), impl="reference")
     y = F.linear(F.gelu(F.linear(y, weight1, bias1)), weight2, bias2)
-    return scale_residual(x, gamma, y)
+    return scale_residual(x, gamma, y, impl="reference")
 
 
 def _run_amx(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps: float) -> torch.Tensor:

@@ -60,8 +60,8 @@ def orthogonalise(x: Tensor, *, impl: str = "auto") -> Tensor:
         ``X X^T`` alone, always by ``"triton"`` and by ``"cuda"`` and ``"cpp"``, which compute half of each product,
         since all are symmetric, and where it takes fewer products, and not in half precision, by ``"reference"``. An
         error of eps in the small eigenvalues of ``X X^T`` grows to ``a^8 eps``: 2e-3 in float32. ``"cuda"`` and
-        ``"triton"`` take three products of TF32 for one of float32. ``"amx"`` takes the steps one after the other, with
-        products of rounded factors and all else in float32.
+        ``"triton"`` take three products of TF32 for one of float32. ``"amx"`` takes the steps one after the other,
+        as ``"reference"`` does in half precision: what is multiplied is rounded, and sums are in float32.
     """
     (result,) = orthogonalise_all([x], impl=impl)
     return result

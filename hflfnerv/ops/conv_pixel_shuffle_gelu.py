@@ -427,8 +427,8 @@ def conv_pixel_shuffle_gelu(
         result is channels-last, and the same bits on any number of threads and in any batch. What it keeps for the
         gradients, and the gradient of that, are rounded once as well; the gradient of the weight is summed over pixels
         in float32 in an order that depends on the shape alone, and a value of x that is not finite may reach all of it
-        that belongs to its channel. So is ``"winograd"``'s;
-        it multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
+        that belongs to its channel. The result of ``"winograd"`` lies likewise, and is the same bits as often; it
+        multiplies polynomials evaluated at 8 x 8 points (Lavin and Gray, arXiv 1509.09308). Its rounding errors are
         up to five times those of float32 sums by definition with kernels 5x5 and up to nine times with 3x3, in the root
         mean square and more where few channels are summed; far below those of TF32. In half precision that is far below
         the rounding of the result, and of what is kept for the gradients, which happens once. A NaN or an infinity
