@@ -520,7 +520,11 @@ def test_core_with_sanitizers(tmp_path):
     if shutil.which("g++") is None or shutil.which("make") is None:
         pytest.skip("needs g++ and make")
     result = subprocess.run(
-        ["make", "-s", "-j2", "test", "CXX=g++", f"BUILD={tmp_path}"], cwd=CSRC, capture_output=True, text=True, timeout=900
+        ["make", "-s", "-j2", "test", "CXX=g++", f"BUILD={tmp_path}"],
+        cwd=CSRC,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all good" in result.stdout
