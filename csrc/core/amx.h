@@ -116,6 +116,22 @@ inline __attribute__((always_inline)) void add_block(const BFloat16* left, const
   if (rows && columns) _tile_stored(3, next_sums + kProducts, 64);
 }
 
+// Makes pairs of the elements of two vectors: those of the first 16, and of the others.
+class Pairs {
+ public:
+  Pairs() {
+    alignas(64) std::uint16_t index[32];
+    for (std::uint16_t i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 32);
+    low_ = _mm512_load_si512(index);
+    high_ = _mm512_add_epi16(low_, _mm512_set1_epi16(16));
+  }
+  __m512i low(__m512i a, __m512i b) const { return _mm512_permutex2var_epi16(a, low_, b); }
+  __m512i high(__m512i a, __m512i b) const { return _mm512_permutex2var_epi16(a, high_, b); }
+
+ private:
+  __m512i low_, high_;
+};
+
 // Transposes 32 x 32 elements: register i has column i afterwards.
 inline __attribute__((always_inline)) void transpose_32(__m512i* v) {
   __m512i t[32];

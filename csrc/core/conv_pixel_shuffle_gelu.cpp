@@ -16,6 +16,7 @@
 #include "conv_weight_gradient_amx.h"
 #include "cpu.h"
 #include "scratch.h"
+#include "undo_shuffle_gelu.h"
 #endif
 
 namespace hflfnerv {
@@ -23,8 +24,8 @@ namespace hflfnerv {
 #if defined(HFLFNERV_AMX)
 namespace {
 
-constexpr std::int64_t kBandBytes = 1 << 19;   // of converted input that stays in the second cache
-constexpr std::int64_t kLeastColumns = 128;    // of a band: fewer of them share too little of what is around them
+constexpr std::int64_t kBandBytes = 1 << 19;  // of converted input that stays in the second cache
+constexpr std::int64_t kLeastColumns = 128;  // of a band: fewer of them share too little of what is around them
 
 const char* find_reason() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -139,7 +140,7 @@ void conv_pixel_shuffle_gelu_wgrad(const ConvPixelShuffleShape& shape, const BFl
   });
   std::vector<std::int64_t> channels;
   for (std::int64_t n = 0; n < shape.out_channels(); ++n) {
-    channels.push_back(n % shape.channels * shape.r * shape.r + n / shape.channels);
+    channels.push_back(shuffle_channel(shape.channels, shape.r, n));
   }
   parallel_parts(plan.row_tiles, threads, [&](int, std::int64_t begin, std::int64_t end) {
     for (std::int64_t tile = begin; tile < end; ++tile) {

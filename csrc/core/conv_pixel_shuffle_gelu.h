@@ -23,9 +23,9 @@ struct ConvPixelShuffleShape {
 const char* amx_unavailable();
 
 // bias has one float per output channel of the convolution, or is null. z, what GELU is applied to, is rounded once as well,
-// and may be null, as it has to be with the identity: [batch, channels r r, out_height, out_width], channels-last, with the channels in the order (row of the
-// shuffle, column of the shuffle, c). Each element is computed alike wherever it lies: the result does not depend on
-// `threads` or on the batch.
+// and may be null, as it has to be with the identity: [batch, channels r r, out_height, out_width], channels-last, with the
+// channels in the order (row of the shuffle, column of the shuffle, c). Each element is computed alike wherever it lies: the
+// result does not depend on `threads` or on the batch.
 void conv_pixel_shuffle_gelu_fwd(const ConvPixelShuffleShape& shape, ConvActivation activation, const BFloat16* x,
                                  const BFloat16* weight, const float* bias, BFloat16* y, BFloat16* z, int threads);
 

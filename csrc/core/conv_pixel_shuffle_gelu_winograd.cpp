@@ -6,6 +6,7 @@
 #include "conv_pixel_shuffle_gelu_fourier_kernels.h"
 #include "conv_pixel_shuffle_gelu_winograd_kernels.h"
 #include "scratch.h"
+#include "undo_shuffle_gelu.h"
 
 namespace hflfnerv {
 
@@ -57,16 +58,11 @@ WinogradPlan plan_of(const WinogradShape& shape, bool data_gradient, SimdLevel l
           lanes_of(level), shape.points, shape.type};
 }
 
-// PixelShuffle's number of the n-th output channel in the order of y's rows.
-std::int64_t shuffle_channel(const WinogradShape& shape, std::int64_t n) {
-  return n % shape.channels * shape.r * shape.r + n / shape.channels;
-}
-
 // Where the weights of output and input channels begin.
 struct WeightOffsets {
   explicit WeightOffsets(const WinogradShape& shape) {
     for (std::int64_t n = 0; n < shape.out_channels(); ++n) {
-      out.push_back(shuffle_channel(shape, n) * shape.kernel * shape.kernel * shape.in_channels);
+      out.push_back(shuffle_channel(shape.channels, shape.r, n) * shape.kernel * shape.kernel * shape.in_channels);
     }
     for (std::int64_t k = 0; k < shape.in_channels; ++k) in.push_back(k);
   }
@@ -95,7 +91,7 @@ struct Stores {
 std::vector<float> ordered_bias(const WinogradShape& shape, const WinogradPlan& plan, const float* bias) {
   std::vector<float> ordered(static_cast<std::size_t>(plan.chunks() * plan.columns()), 0.0f);
   for (std::int64_t n = 0; bias != nullptr && n < plan.out_channels; ++n) {
-    ordered[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape, n)];
+    ordered[static_cast<std::size_t>(n)] = bias[shuffle_channel(shape.channels, shape.r, n)];
   }
   return ordered;
 }

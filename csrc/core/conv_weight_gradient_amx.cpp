@@ -113,9 +113,7 @@ class Worker {
   void put_pairs(const Band& band) const {
     const std::int64_t channels = shape_.in_channels, stride = plan_.pairs_stride(), pitch = plan_.pitch;
     const std::int64_t first = band.column - shape_.padding_w;
-    alignas(64) std::uint16_t index[32];
-    for (std::uint16_t i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 32);
-    const __m512i low = _mm512_load_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const Pairs pairs;
     for (std::int64_t i = 0; i < band.rows + shape_.kernel_h - 1; ++i) {
       const Row row = row_of_x(band, i);
       for (std::int64_t group = 0; group < plan_.groups; group += 2) {
@@ -130,11 +128,11 @@ class Worker {
         __m512i a = pixel(0);
         for (std::int64_t p = 0; p < pitch; p += 2, to += kStep) {
           const __m512i b = pixel(p + 1), next = pixel(p + 2);
-          _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
-          _mm512_store_si512(to + stride, _mm512_permutex2var_epi16(b, low, next));
+          _mm512_store_si512(to, pairs.low(a, b));
+          _mm512_store_si512(to + stride, pairs.low(b, next));
           if (second) {
-            _mm512_store_si512(to + 2 * stride, _mm512_permutex2var_epi16(a, high, b));
-            _mm512_store_si512(to + 3 * stride, _mm512_permutex2var_epi16(b, high, next));
+            _mm512_store_si512(to + 2 * stride, pairs.high(a, b));
+            _mm512_store_si512(to + 3 * stride, pairs.high(b, next));
           }
           a = next;
         }

@@ -2,10 +2,9 @@
 
 #if defined(HFLFNERV_HAVE_AMX)
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <vector>
 
+#include "convert.h"
 #include "inverted_bottleneck_amx.h"
 #include "scratch.h"
 #endif
@@ -17,19 +16,12 @@ namespace {
 
 constexpr std::int64_t kParts = 8;  // of the pixels, with sums of their own
 
-float widen(BFloat16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
+using Floats = std::vector<float>;
 
-// Rounds to the nearest, ties to even.
-BFloat16 narrow(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (std::isnan(value)) return {static_cast<std::uint16_t>(bits >> 16 | 0x40)};
-  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+Floats floats_of(const BFloat16* from, std::int64_t count) {
+  Floats floats(static_cast<std::size_t>(count));
+  to_floats(FloatType::bf16, from, count, floats.data(), SimdLevel::avx512);  // which there is where there is AMX
+  return floats;
 }
 
 // Packs a factor with `inner` rows and `columns` columns, both already padded; element(k, n) is that of row k < from_inner
@@ -60,8 +52,12 @@ class Bottleneck {
          [&](std::int64_t c, std::int64_t n) { return weights.w1[n * channels + c]; }, first);
     plan_.expand = first;
     if (backward) {
+      Floats floats = floats_of(weights.w2, channels * hidden);
+      for (std::int64_t i = 0; i < channels * hidden; ++i) floats[static_cast<std::size_t>(i)] *= weights.gamma[i / hidden];
+      const Aligned<BFloat16> scaled = new_aligned<BFloat16>(channels * hidden);
+      from_floats(FloatType::bf16, floats.data(), channels * hidden, scaled.get(), SimdLevel::avx512);
       pack(padded, padded_hidden, channels, hidden,
-           [&](std::int64_t c, std::int64_t n) { return narrow(weights.gamma[c] * widen(weights.w2[c * hidden + n])); },
+           [&](std::int64_t c, std::int64_t n) { return scaled[static_cast<std::size_t>(c * hidden + n)]; },
            first + elements);
       pack(padded_hidden, padded, hidden, channels,
            [&](std::int64_t n, std::int64_t c) { return weights.w1[n * channels + c]; }, first + 2 * elements);
@@ -90,7 +86,7 @@ class Bottleneck {
  private:
   BottleneckPlan plan_{};
   Aligned<BFloat16> packed_;
-  std::vector<std::vector<float>> vectors_;
+  std::vector<Floats> vectors_;
 };
 
 }  // namespace
@@ -125,13 +121,14 @@ void inverted_bottleneck_bwd(const BottleneckShape& shape, const BottleneckWeigh
   const float* const of_b1 = project + plan.weight_elements();
   const float *const of_gain = of_b1 + plan.hidden(), *const of_shift = of_gain + plan.channels();
   const float* const of_dout = of_shift + plan.channels();
+  const Floats w2 = floats_of(weights.w2, channels * hidden);
   for (std::int64_t c = 0; c < channels; ++c) {
     double of_gamma = static_cast<double>(weights.b2[c]) * static_cast<double>(of_dout[c]);
     for (std::int64_t n = 0; n < hidden; ++n) {
       const std::int64_t at = ((c / kTile * tiles + n / kTile) * kTile + c % kTile) * kTile + n % kTile;
       gradients.w1[n * channels + c] = expand[at];
       gradients.w2[c * hidden + n] = weights.gamma[c] * project[at];
-      of_gamma += static_cast<double>(widen(weights.w2[c * hidden + n])) * static_cast<double>(project[at]);
+      of_gamma += static_cast<double>(w2[static_cast<std::size_t>(c * hidden + n)]) * static_cast<double>(project[at]);
     }
     gradients.gamma[c] = static_cast<float>(of_gamma);
     gradients.b2[c] = weights.gamma[c] * of_dout[c];

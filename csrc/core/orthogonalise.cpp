@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <new>
 #include <numeric>
 
+#include "convert.h"
 #include "memory.h"
 #include "orthogonalise_amx.h"
 #include "orthogonalise_kernels.h"
@@ -214,10 +214,7 @@ double sum_of_squares(const BFloat16* x, std::int64_t count) {
   double sum = 0;
   for (std::int64_t begin = 0; begin < count; begin += kSquared) {
     const std::int64_t n = std::min(kSquared, count - begin);
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(x[begin + i].bits) << 16;
-      std::memcpy(&row[static_cast<std::size_t>(i)], &bits, sizeof bits);
-    }
+    to_floats(FloatType::bf16, x + begin, n, row.get(), SimdLevel::avx512);  // which there is where there is AMX
     sum += sum_of_squares(row.get(), n);
   }
   return sum;

@@ -23,12 +23,10 @@ void put_rows(const __m512i* v, BFloat16* to) {
 
 // Pairs of rows: two tiles of 16 columns.
 void put_pairs(const __m512i* v, BFloat16* to) {
-  alignas(64) std::uint16_t index[32];
-  for (std::uint16_t i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 32);
-  const __m512i low = _mm512_load_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const Pairs pairs;
   for (int i = 0; i < kTile; ++i) {
-    _mm512_store_si512(to + i * kStep, _mm512_permutex2var_epi16(v[2 * i], low, v[2 * i + 1]));
-    _mm512_store_si512(to + (kTile + i) * kStep, _mm512_permutex2var_epi16(v[2 * i], high, v[2 * i + 1]));
+    _mm512_store_si512(to + i * kStep, pairs.low(v[2 * i], v[2 * i + 1]));
+    _mm512_store_si512(to + (kTile + i) * kStep, pairs.high(v[2 * i], v[2 * i + 1]));
   }
 }
 

@@ -35,7 +35,7 @@ void undo_shuffle_gelu(const UndoShape& shape, bool tanh_form, const void* dy, c
   for (std::int64_t i = 0; dbias != nullptr && i < n; ++i) {
     double sum = 0;
     for (std::int64_t part = 0; part < parts; ++part) sum += sums[static_cast<std::size_t>(part * n + i)];
-    dbias[i % shape.channels * r * r + i / shape.channels] = static_cast<float>(sum);
+    dbias[shuffle_channel(shape.channels, r, i)] = static_cast<float>(sum);
   }
 }
 

@@ -18,6 +18,11 @@ struct UndoShape {
   FloatType type;
 };
 
+// PixelShuffle's number of the n-th channel in that order.
+inline std::int64_t shuffle_channel(std::int64_t channels, std::int64_t r, std::int64_t n) {
+  return n % channels * r * r + n / channels;
+}
+
 // dz = GELU'(z) times dy, un-shuffled, and its sum over pixels in PixelShuffle's order, unless dbias is null. Sums are in an
 // order that depends on the shape alone.
 void undo_shuffle_gelu(const UndoShape& shape, bool tanh_form, const void* dy, const void* z, void* dz, float* dbias,

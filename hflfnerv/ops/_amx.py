@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from . import _cpp
 from ._check import memory_format_of
 
-__all__ = ["empty", "forward", "gradients"]
+__all__ = ["forward", "gradients"]
 
 
 def forward(
@@ -28,8 +26,8 @@ def forward(
     """
     sizes, n = _sizes(x, weight, r, padding), weight.shape[0]
     height, width = (x.shape[i + 2] + 2 * padding[i] - weight.shape[i + 2] + 1 for i in range(2))
-    y = empty(x.shape[0], n // (r * r), height * r, width * r)
-    z = empty(x.shape[0], n, height, width) if keep_z else None
+    y = _cpp.empty_image(torch.bfloat16, x.shape[0], n // (r * r), height * r, width * r)
+    z = _cpp.empty_image(torch.bfloat16, x.shape[0], n, height, width) if keep_z else None
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     biases = _cpp.float_bias(bias)
     _cpp.load().conv_pixel_shuffle_gelu_fwd(
@@ -54,20 +52,15 @@ def gradients(
     dz, x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x, weight))
     dx = dweight = None
     if wanted[0]:
-        dx = empty(*x.shape)
+        dx = _cpp.empty_image(torch.bfloat16, *x.shape)
         module.conv_pixel_shuffle_gelu_dgrad(sizes, _address(dz), _address(weight), _address(dx), threads=threads)
         dx = dx.contiguous(memory_format=x_format)
     if wanted[1]:
-        dweight = empty(*weight.shape)
+        dweight = _cpp.empty_image(torch.bfloat16, *weight.shape)
         module.conv_pixel_shuffle_gelu_wgrad(sizes, _address(x), _address(dz), _address(dweight), threads=threads)
         if given is not weight:
             dweight = torch.empty_like(given).copy_(dweight)
     return dx, dweight
-
-
-def empty(*size: int) -> Any:
-    """Return memory for an image or a weight as the kernels write it."""
-    return torch.empty(size, dtype=torch.bfloat16, device="cpu", memory_format=torch.channels_last)
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor, r: int, padding: tuple[int, int]) -> list[int]:

@@ -12,9 +12,11 @@ from ._check import compute_dtype
 __all__ = [
     "address",
     "dtype_name",
+    "empty_image",
     "float_bias",
     "load",
     "on_matrix_units",
+    "rejects_amx_operand",
     "rejects_operand",
     "rejects_tensor",
     "simd",
@@ -75,6 +77,20 @@ def rejects_tensor(device: torch.device, dtype: torch.dtype) -> str | None:
 def rejects_operand(x: torch.Tensor) -> str | None:
     """Return why the kernels cannot take x in the dtype that it is computed in, autocast's if that is on, or None."""
     return rejects_tensor(x.device, compute_dtype(x) if x.device.type == "cpu" else x.dtype)
+
+
+def rejects_amx_operand(x: torch.Tensor) -> str | None:
+    """Return why the matrix kernels cannot take x in the dtype that it is computed in, or None."""
+    if x.device.type != "cpu":
+        return rejects_tensor(x.device, x.dtype)
+    if compute_dtype(x) != torch.bfloat16:
+        return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
+    return None
+
+
+def empty_image(dtype: torch.dtype, *size: int) -> torch.Tensor:
+    """Return memory for an image or a weight as the kernels write it: channels-last."""
+    return torch.empty(size, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def on_matrix_units(x: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ It is none of the public operations: ``x + gamma * linear2(GELU(linear1(LayerNor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +50,9 @@ def _run_amx(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps: floa
 
 
 def _amx_rejects(x: torch.Tensor, u: torch.Tensor, parameters: Bottleneck, eps: float) -> str | None:
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    if compute_dtype(u) != torch.bfloat16:
-        return f"dtype {compute_dtype(u)} is not torch.bfloat16, the one that AMX multiplies"
+    reason = _cpp.rejects_amx_operand(u)
+    if reason is not None:
+        return reason
     dtype = torch.promote_types(x.dtype, parameters.gamma.dtype)
     if dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return f"x and gamma of dtypes {x.dtype} and {parameters.gamma.dtype} are not added in torch.float32"
@@ -73,27 +73,21 @@ def _as_read(t: torch.Tensor) -> torch.Tensor:
     return t.to(torch.bfloat16 if t.dim() == 2 else torch.float32).contiguous()
 
 
-def _sizes(u: torch.Tensor, weight1: torch.Tensor) -> list[int]:
-    return [u.numel() // u.shape[-1], u.shape[-1], weight1.shape[0]]
+def _sizes(u: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[int]:
+    return [u.numel() // u.shape[-1], u.shape[-1], Bottleneck(*parameters).weight1.shape[0]]
 
 
 def _forward(
     x: torch.Tensor,
     u: torch.Tensor,
-    gain: torch.Tensor,
-    shift: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    gamma: torch.Tensor,
-    eps: float,
+    *parameters_and_eps: Any,
 ) -> torch.Tensor:
-    tensors = [_as_read(t) for t in (gain, shift, weight1, bias1, weight2, bias2, gamma)]
+    *given, eps = parameters_and_eps
+    tensors = [_as_read(t) for t in given]
     x, u = x.contiguous(), u.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)
     _cpp.load().inverted_bottleneck_fwd(
-        _sizes(u, weight1),
+        _sizes(u, tensors),
         _cpp.dtype_name(x.dtype),
         [_cpp.address(t, t.dtype) for t in tensors],
         eps,
@@ -112,22 +106,15 @@ def _forward_fake(x: torch.Tensor, u: torch.Tensor, *others: Any) -> torch.Tenso
 def _backward(
     dout: torch.Tensor,
     u: torch.Tensor,
-    gain: torch.Tensor,
-    shift: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    gamma: torch.Tensor,
-    eps: float,
+    *parameters_and_eps: Any,
 ) -> tuple[torch.Tensor, ...]:
-    given = (gain, shift, weight1, bias1, weight2, bias2, gamma)
+    *given, eps = parameters_and_eps
     tensors = [_as_read(t) for t in given]
     dout, u = dout.contiguous(), u.contiguous()
     du = torch.empty_like(u)
     gradients = [torch.empty_like(t, dtype=torch.float32) for t in tensors]
     _cpp.load().inverted_bottleneck_bwd(
-        _sizes(u, weight1),
+        _sizes(u, tensors),
         [_cpp.address(t, t.dtype) for t in tensors],
         eps,
         _cpp.address(u, torch.bfloat16),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -171,8 +171,8 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     n = weight.shape[0]
-    y = _empty(x.dtype, batch, n // (r * r), height * r, width * r)
-    z = _empty(x.dtype, batch, n, height, width) if keep_z else None
+    y = _cpp.empty_image(x.dtype, batch, n // (r * r), height * r, width * r)
+    z = _cpp.empty_image(x.dtype, batch, n, height, width) if keep_z else None
     biases = _cpp.float_bias(bias)
     _cpp.load().winograd_fwd(
         _sizes(x, weight, r, tiles),
@@ -257,21 +257,17 @@ def gradients(
     dz, x = (t.contiguous(memory_format=torch.channels_last) for t in (dz, x))
     dx = dweight = None
     if wanted[0]:
-        packed, dx = pack_weight(x, weight, r, data_gradient=True), _empty(dtype, *x.shape)
+        packed, dx = pack_weight(x, weight, r, data_gradient=True), _cpp.empty_image(dtype, *x.shape)
         addresses = (_address(dz, dtype), _address(packed, torch.float32), _address(dx, dtype))
         module.winograd_dgrad(sizes, _cpp.dtype_name(dtype), *addresses, threads=threads)
         dx = dx.contiguous(memory_format=x_format)
     if wanted[1]:
-        dweight = _empty(torch.float32, *weight.shape)
+        dweight = _cpp.empty_image(torch.float32, *weight.shape)
         addresses = (_address(x, dtype), _address(dz, dtype), _address(dweight, torch.float32))
         module.winograd_wgrad(sizes, _cpp.dtype_name(dtype), *addresses, threads=threads)
         if dweight.dtype != weight.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
             dweight = torch.empty_like(weight).copy_(dweight)
     return dx, dweight
-
-
-def _empty(dtype: torch.dtype, *size: int) -> Any:
-    return torch.empty(size, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def _address(t: torch.Tensor | None, dtype: torch.dtype) -> int:

@@ -97,10 +97,9 @@ def _cuda_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def _amx_rejects(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    if compute_dtype(x) != torch.bfloat16:
-        return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
+    reason = _cpp.rejects_amx_operand(x)
+    if reason is not None:
+        return reason
     if x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is empty"
     return f"weight has {weight.numel()} elements, more than {_INT32_MAX}" if weight.numel() > _INT32_MAX else None

@@ -191,10 +191,9 @@ def _filled(parameter: torch.Tensor, values: torch.Tensor, more: int, key: tuple
 
 def _cpp_rejects(call: Call) -> str | None:
     x, weight, bias = call[:3]
-    if x.device.type != "cpu":
-        return _cpp.rejects_tensor(x.device, x.dtype)
-    if compute_dtype(x) != torch.bfloat16:
-        return f"dtype {compute_dtype(x)} is not torch.bfloat16, the one that AMX multiplies"
+    reason = _cpp.rejects_amx_operand(x)
+    if reason is not None:
+        return reason
     if _wants_gradient(x, weight, bias):
         reason = _changes_size(call)
         if reason is not None:
